@@ -1,0 +1,126 @@
+// The Python module dafl_fast._C and the registration of the operators.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/extension.h>
+#include <torch/version.h>
+
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "losses.h"
+
+#define DAFL_STRING_(x) #x
+#define DAFL_STRING(x) DAFL_STRING_(x)
+
+namespace dafl {
+namespace {
+
+// CPU-only builds end here when an operator meets CUDA tensors.
+void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(),
+                              " has no CUDA kernels in this build of dafl_fast: move its tensors "
+                              "to the CPU, or use dafl_fast.reference");
+}
+
+py::dict build_info() {
+  py::dict info;
+#ifdef DAFL_FAST_VERSION
+  info["version"] = DAFL_STRING(DAFL_FAST_VERSION);
+#endif
+  info["torch"] = TORCH_VERSION;
+#ifdef DAFL_FAST_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  info["isa"] = cpu::isa();
+  std::vector<std::string> available;
+  for (const char* const* name = cpu::isa_available(); *name != nullptr; ++name) {
+    available.emplace_back(*name);
+  }
+  info["isa_available"] = available;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  return info;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(dafl_fast, m) {
+  m.def(
+      "generator_loss(Tensor teacher_logits, Tensor? features, float one_hot, float entropy, "
+      "float activation, float log_base) -> (Tensor total, Tensor one_hot_part, "
+      "Tensor entropy_part, Tensor activation_part, Tensor row_stats, Tensor class_mean)");
+  m.def(
+      "generator_loss_backward(Tensor grad_total, Tensor teacher_logits, Tensor? features, "
+      "Tensor row_stats, Tensor class_mean, float one_hot, float entropy, float activation, "
+      "float log_base) -> (Tensor grad_logits, Tensor grad_features)");
+  m.def(
+      "distill_loss(Tensor student_logits, Tensor teacher_logits, float temperature, "
+      "bool scale_by_t2) -> (Tensor total, Tensor kl, Tensor agreement, Tensor row_stats)");
+  m.def(
+      "distill_loss_backward(Tensor grad_total, Tensor student_logits, Tensor teacher_logits, "
+      "Tensor row_stats, float temperature, bool scale_by_t2) -> Tensor grad_student");
+}
+
+TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) {
+  m.impl("generator_loss", generator_loss_autograd);
+  m.impl("distill_loss", distill_loss_autograd);
+  m.impl("generator_loss_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("distill_loss_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
+  m.impl("generator_loss", generator_loss_cpu);
+  m.impl("distill_loss", distill_loss_cpu);
+  m.impl("generator_loss_backward", generator_loss_backward_cpu);
+  m.impl("distill_loss_backward", distill_loss_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(dafl_fast, CUDA, m) {
+  for (const char* name : {"generator_loss", "distill_loss", "generator_loss_backward",
+                           "distill_loss_backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
+  }
+}
+
+TORCH_LIBRARY_IMPL(dafl_fast, Meta, m) {
+  m.impl("generator_loss", generator_loss_meta);
+  m.impl("distill_loss", distill_loss_meta);
+  m.impl("generator_loss_backward", generator_loss_backward_meta);
+  m.impl("distill_loss_backward", distill_loss_backward_meta);
+}
+
+// The bound functions are the operators without the cost of torch.ops' argument parsing. They
+// return what the public functions return: the saved statistics stay in C++.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "generator_loss",
+      [](const Tensor& teacher_logits, const std::optional<Tensor>& features, double one_hot,
+         double entropy, double activation, double log_base) {
+        auto [total, one_hot_part, entropy_part, activation_part, row_stats, class_mean] =
+            generator_loss(teacher_logits, features, one_hot, entropy, activation, log_base);
+        return std::make_tuple(total, one_hot_part, entropy_part, activation_part);
+      },
+      release());
+  m.def(
+      "distill_loss",
+      [](const Tensor& student_logits, const Tensor& teacher_logits, double temperature,
+         bool scale_by_t2) {
+        auto [total, kl, agreement, row_stats] =
+            distill_loss(student_logits, teacher_logits, temperature, scale_by_t2);
+        return std::make_tuple(total, kl, agreement);
+      },
+      release());
+  m.def("build_info", build_info);
+}
+
+}  // namespace dafl

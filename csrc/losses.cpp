@@ -1,0 +1,469 @@
+// Checks, allocation, dispatch and differentiation of the fused losses.
+#include "losses.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace dafl {
+namespace {
+
+using at::ScalarType;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// ---- Checks ------------------------------------------------------------------------------------
+
+std::string got(const Tensor& tensor) {
+  return c10::str(", got ", tensor.sym_sizes(), " on ", tensor.device());
+}
+
+void check_dtype(const char* name, const Tensor& tensor) {
+  ScalarType type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf ||
+                       type == at::kDouble,
+                   name, " must be float32, bfloat16, float16 or float64, got ", type);
+}
+
+void check_logits(const char* name, const Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.sym_size(1) >= 1, name,
+                    " must be [N, C] with at least one class", got(logits));
+  check_dtype(name, logits);
+}
+
+void check_generator(const Tensor& teacher_logits, const std::optional<Tensor>& features,
+                     double one_hot, double entropy, double activation, double log_base) {
+  check_logits("teacher_logits", teacher_logits);
+  if (features) {
+    TORCH_CHECK_VALUE(features->dim() == 2 &&
+                          features->sym_size(0) == teacher_logits.sym_size(0) &&
+                          features->device() == teacher_logits.device(),
+                      "features must be [N, F] with the N and the device of teacher_logits (",
+                      teacher_logits.sym_sizes(), " on ", teacher_logits.device(), ")",
+                      got(*features));
+    check_dtype("features", *features);
+  }
+  TORCH_CHECK_VALUE(std::isfinite(one_hot) && std::isfinite(entropy) && std::isfinite(activation),
+                    "one_hot, entropy and activation must be finite weights, got ", one_hot, ", ",
+                    entropy, " and ", activation);
+  TORCH_CHECK_VALUE(std::isfinite(log_base) && log_base > 1,
+                    "log_base must be a finite number greater than 1, got ", log_base);
+}
+
+void check_distill(const Tensor& student_logits, const Tensor& teacher_logits,
+                   double temperature) {
+  check_logits("teacher_logits", teacher_logits);
+  TORCH_CHECK_VALUE(
+      student_logits.dim() == 2 && student_logits.device() == teacher_logits.device(),
+      "student_logits must be [N, C] on the same device as teacher_logits", got(student_logits));
+  TORCH_CHECK_VALUE(student_logits.sym_sizes() == teacher_logits.sym_sizes(),
+                    "student_logits must be [N, C] like teacher_logits, which is ",
+                    teacher_logits.sym_sizes(), got(student_logits));
+  check_dtype("student_logits", student_logits);
+  TORCH_CHECK_VALUE(std::isfinite(temperature) && temperature > 0,
+                    "temperature must be a finite number greater than 0, got ", temperature);
+}
+
+// ---- Allocation, the same for every device -----------------------------------------------------
+
+ScalarType stats_dtype(const Tensor& logits) {
+  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+Tensor empty(const Tensor& like, c10::SymIntArrayRef size, ScalarType dtype) {
+  return at::empty_symint(size, like.options().dtype(dtype));
+}
+
+Tensor empty_grad(const Tensor& input) {
+  return empty(input, input.sym_sizes(), input.scalar_type());
+}
+
+GeneratorOutputs allocate_generator(const Tensor& teacher_logits) {
+  ScalarType type = stats_dtype(teacher_logits);
+  return {empty(teacher_logits, {}, type),
+          empty(teacher_logits, {}, type),
+          empty(teacher_logits, {}, type),
+          empty(teacher_logits, {}, type),
+          empty(teacher_logits, {3, teacher_logits.sym_size(0)}, type),
+          empty(teacher_logits, {teacher_logits.sym_size(1)}, type)};
+}
+
+GeneratorGradients allocate_generator_grads(const Tensor& teacher_logits,
+                                            const std::optional<Tensor>& features) {
+  return {empty_grad(teacher_logits), features ? empty_grad(*features)
+                                               : empty(teacher_logits, {0},
+                                                       teacher_logits.scalar_type())};
+}
+
+DistillOutputs allocate_distill(const Tensor& student_logits, const Tensor& teacher_logits) {
+  ScalarType type =
+      stats_dtype(student_logits) == at::kDouble ? at::kDouble : stats_dtype(teacher_logits);
+  return {empty(student_logits, {}, type), empty(student_logits, {}, type),
+          empty(student_logits, {}, type),
+          empty(student_logits, {4, student_logits.sym_size(0)}, type)};
+}
+
+// ---- CPU ---------------------------------------------------------------------------------------
+
+cpu::Matrix matrix(const Tensor& tensor) {
+  cpu::Dtype dtype = tensor.scalar_type() == at::kDouble     ? cpu::Dtype::f64
+                     : tensor.scalar_type() == at::kFloat    ? cpu::Dtype::f32
+                     : tensor.scalar_type() == at::kBFloat16 ? cpu::Dtype::bf16
+                                                             : cpu::Dtype::f16;
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), dtype};
+}
+
+bool is_f64(const Tensor& stats) { return stats.scalar_type() == at::kDouble; }
+
+void set(const Tensor& scalar, double value) {
+  if (is_f64(scalar)) {
+    *scalar.mutable_data_ptr<double>() = value;
+  } else {
+    *scalar.mutable_data_ptr<float>() = static_cast<float>(value);
+  }
+}
+
+// Rows are cut by shape alone, never by the number of threads: about 32K elements a chunk, so that
+// small batches stay on one thread, and at most 64 chunks, so that partial sums stay few. Whole
+// multiples of the widest vector.
+struct Chunks {
+  int64_t N, rows, count;
+
+  Chunks(int64_t N, int64_t width) : N(N) {
+    int64_t wanted = std::max(32768 / std::max<int64_t>(width, 1), (N + 63) / 64);
+    rows = std::max<int64_t>(wanted + 15, 16) / 16 * 16;
+    count = (N + rows - 1) / rows;
+  }
+
+  // body(chunk, begin, end, scratch)
+  template <class Body>
+  void run(int64_t scratch_values, Body body) const {
+    at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+      std::unique_ptr<double[]> scratch(scratch_values > 0 ? new double[scratch_values] : nullptr);
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        body(chunk, chunk * rows, std::min(N, (chunk + 1) * rows), scratch.get());
+      }
+    });
+  }
+
+  // Adds the chunks' sums into the first one's, in order.
+  void reduce(std::vector<double>& sums, int64_t width) const {
+    for (int64_t chunk = 1; chunk < count; ++chunk) {
+      const double* from = sums.data() + chunk * width;
+      for (int64_t k = 0; k < width; ++k) sums[k] += from[k];
+    }
+  }
+};
+
+double log_or_zero(double p) { return p == 0 ? 0 : std::log(p); }
+
+template <class S>
+void write_class_mean(const Tensor& class_mean, const std::vector<double>& sums, int64_t N) {
+  S* mean = class_mean.mutable_data_ptr<S>();
+  for (int64_t k = 0; k < class_mean.size(0); ++k) mean[k] = static_cast<S>(sums[k] / N);
+}
+
+// What row_math.h calls slope_k. Subtracting L_ie (sum p_bar log p_bar) from every log p_bar_k
+// changes no gradient, since a row's p sum to 1, and spares fp32 a cancellation.
+template <class S>
+std::vector<S> entropy_slope(const Tensor& class_mean, double factor) {
+  const S* mean = class_mean.const_data_ptr<S>();
+  int64_t C = class_mean.size(0);
+  std::vector<double> logs(C);
+  double centre = 0;
+  for (int64_t k = 0; k < C; ++k) {
+    logs[k] = log_or_zero(mean[k]);
+    centre += mean[k] * logs[k];
+  }
+  std::vector<S> slope(C);
+  for (int64_t k = 0; k < C; ++k) slope[k] = static_cast<S>(factor * (logs[k] - centre));
+  return slope;
+}
+
+}  // namespace
+
+GeneratorOutputs generator_loss_cpu(const Tensor& teacher_logits,
+                                    const std::optional<Tensor>& features, double one_hot,
+                                    double entropy, double activation, double log_base) {
+  check_generator(teacher_logits, features, one_hot, entropy, activation, log_base);
+  GeneratorOutputs outputs = allocate_generator(teacher_logits);
+  auto& [total, one_hot_part, entropy_part, activation_part, row_stats, class_mean] = outputs;
+
+  int64_t N = teacher_logits.size(0), C = teacher_logits.size(1);
+  int64_t F = features ? features->size(1) : 0;
+  Chunks chunks(N, C + F);
+  int64_t width = C + 2;  // sums of p, of the one-hot loss, of |f|
+  std::vector<double> sums(std::max<int64_t>(chunks.count, 1) * width);
+  const cpu::Kernels& kernels = cpu::kernels(is_f64(row_stats));
+  const cpu::Kernels& feature_kernels = cpu::kernels(features && is_f64(*features));
+  cpu::GeneratorForward args{N, C, matrix(teacher_logits), row_stats.mutable_data_ptr()};
+
+  chunks.run(cpu::scratch_size(C), [&](int64_t chunk, int64_t begin, int64_t end, void* scratch) {
+    double* out = sums.data() + chunk * width;
+    kernels.generator_forward(args, begin, end, out, scratch);
+    if (F > 0) out[C + 1] = feature_kernels.abs_sum(matrix(*features), F, begin, end);
+  });
+  chunks.reduce(sums, width);
+
+  int64_t rows = std::max<int64_t>(N, 1);  // the sums of no rows are 0
+  double L_oh = sums[C] / rows, L_ie = 0, L_a = F > 0 ? -sums[C + 1] / rows / F : 0;
+  for (int64_t k = 0; k < C; ++k) L_ie += sums[k] / rows * log_or_zero(sums[k] / rows);
+  L_ie /= std::log(log_base);
+  if (is_f64(class_mean)) {
+    write_class_mean<double>(class_mean, sums, rows);
+  } else {
+    write_class_mean<float>(class_mean, sums, rows);
+  }
+  set(total, one_hot * L_oh + entropy * L_ie + activation * L_a);
+  set(one_hot_part, L_oh);
+  set(entropy_part, L_ie);
+  set(activation_part, L_a);
+  return outputs;
+}
+
+GeneratorGradients generator_loss_backward_cpu(const Tensor& grad_total,
+                                               const Tensor& teacher_logits,
+                                               const std::optional<Tensor>& features,
+                                               const Tensor& row_stats, const Tensor& class_mean,
+                                               double one_hot, double entropy, double activation,
+                                               double log_base) {
+  check_generator(teacher_logits, features, one_hot, entropy, activation, log_base);
+  GeneratorGradients grads = allocate_generator_grads(teacher_logits, features);
+  auto& [grad_logits, grad_features] = grads;
+
+  int64_t N = teacher_logits.size(0), C = teacher_logits.size(1);
+  int64_t F = features ? features->size(1) : 0;
+  if (N == 0) return grads;
+  double upstream = grad_total.item<double>() / N;
+  double slope_factor = upstream * entropy / std::log(log_base);
+  bool f64 = is_f64(row_stats);
+  std::vector<double> slope64;
+  std::vector<float> slope32;
+  if (f64) {
+    slope64 = entropy_slope<double>(class_mean, slope_factor);
+  } else {
+    slope32 = entropy_slope<float>(class_mean, slope_factor);
+  }
+  const cpu::Kernels& kernels = cpu::kernels(f64);
+  const cpu::Kernels& feature_kernels = cpu::kernels(features && is_f64(*features));
+  cpu::GeneratorBackward args{N,
+                              C,
+                              matrix(teacher_logits),
+                              row_stats.const_data_ptr(),
+                              f64 ? static_cast<const void*>(slope64.data()) : slope32.data(),
+                              upstream * one_hot,
+                              grad_logits.mutable_data_ptr()};
+
+  Chunks(N, C + F).run(cpu::scratch_size(C), [&](int64_t, int64_t begin, int64_t end,
+                                                 void* scratch) {
+    kernels.generator_backward(args, begin, end, scratch);
+    if (F > 0) {
+      feature_kernels.sign_gradient(matrix(*features), F, begin, end, -upstream * activation / F,
+                                    grad_features.mutable_data_ptr());
+    }
+  });
+  return grads;
+}
+
+DistillOutputs distill_loss_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+                                double temperature, bool scale_by_t2) {
+  check_distill(student_logits, teacher_logits, temperature);
+  DistillOutputs outputs = allocate_distill(student_logits, teacher_logits);
+  auto& [total, kl, agreement, row_stats] = outputs;
+
+  int64_t N = student_logits.size(0), C = student_logits.size(1);
+  Chunks chunks(N, C);
+  std::vector<double> sums(std::max<int64_t>(chunks.count, 1) * 2);  // of KL, of agreeing rows
+  const cpu::Kernels& kernels = cpu::kernels(is_f64(row_stats));
+  cpu::DistillForward args{
+      N, C, matrix(student_logits), matrix(teacher_logits), 1 / temperature,
+      row_stats.mutable_data_ptr()};
+
+  chunks.run(cpu::scratch_size(C), [&](int64_t chunk, int64_t begin, int64_t end, void* scratch) {
+    kernels.distill_forward(args, begin, end, sums.data() + chunk * 2, scratch);
+  });
+  chunks.reduce(sums, 2);
+
+  int64_t rows = std::max<int64_t>(N, 1);
+  set(total, sums[0] / rows * (scale_by_t2 ? temperature * temperature : 1));
+  set(kl, sums[0] / rows);
+  set(agreement, sums[1] / rows);
+  return outputs;
+}
+
+Tensor distill_loss_backward_cpu(const Tensor& grad_total, const Tensor& student_logits,
+                                 const Tensor& teacher_logits, const Tensor& row_stats,
+                                 double temperature, bool scale_by_t2) {
+  check_distill(student_logits, teacher_logits, temperature);
+  Tensor grad = empty_grad(student_logits);
+  int64_t N = student_logits.size(0), C = student_logits.size(1);
+  if (N == 0) return grad;
+  const cpu::Kernels& kernels = cpu::kernels(is_f64(row_stats));
+  cpu::DistillBackward args{
+      N,
+      C,
+      matrix(student_logits),
+      matrix(teacher_logits),
+      1 / temperature,
+      row_stats.const_data_ptr(),
+      grad_total.item<double>() / N * (scale_by_t2 ? temperature : 1 / temperature),
+      grad.mutable_data_ptr()};
+  Chunks(N, C).run(cpu::scratch_size(C),
+                   [&](int64_t, int64_t begin, int64_t end, void* scratch) {
+                     kernels.distill_backward(args, begin, end, scratch);
+                   });
+  return grad;
+}
+
+// ---- Meta --------------------------------------------------------------------------------------
+
+GeneratorOutputs generator_loss_meta(const Tensor& teacher_logits,
+                                     const std::optional<Tensor>& features, double one_hot,
+                                     double entropy, double activation, double log_base) {
+  check_generator(teacher_logits, features, one_hot, entropy, activation, log_base);
+  return allocate_generator(teacher_logits);
+}
+
+GeneratorGradients generator_loss_backward_meta(const Tensor&, const Tensor& teacher_logits,
+                                                const std::optional<Tensor>& features,
+                                                const Tensor&, const Tensor&, double, double,
+                                                double, double) {
+  return allocate_generator_grads(teacher_logits, features);
+}
+
+DistillOutputs distill_loss_meta(const Tensor& student_logits, const Tensor& teacher_logits,
+                                 double temperature, bool) {
+  check_distill(student_logits, teacher_logits, temperature);
+  return allocate_distill(student_logits, teacher_logits);
+}
+
+Tensor distill_loss_backward_meta(const Tensor&, const Tensor& student_logits, const Tensor&,
+                                  const Tensor&, double, bool) {
+  return empty_grad(student_logits);
+}
+
+// ---- Through the dispatcher --------------------------------------------------------------------
+
+namespace {
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace
+
+GeneratorOutputs generator_loss(const Tensor& teacher_logits, const std::optional<Tensor>& features,
+                                double one_hot, double entropy, double activation,
+                                double log_base) {
+  static auto op = find<decltype(generator_loss)>("dafl_fast::generator_loss");
+  return op.call(teacher_logits, features, one_hot, entropy, activation, log_base);
+}
+
+GeneratorGradients generator_loss_backward(const Tensor& grad_total, const Tensor& teacher_logits,
+                                           const std::optional<Tensor>& features,
+                                           const Tensor& row_stats, const Tensor& class_mean,
+                                           double one_hot, double entropy, double activation,
+                                           double log_base) {
+  static auto op = find<decltype(generator_loss_backward)>("dafl_fast::generator_loss_backward");
+  return op.call(grad_total, teacher_logits, features, row_stats, class_mean, one_hot, entropy,
+                 activation, log_base);
+}
+
+DistillOutputs distill_loss(const Tensor& student_logits, const Tensor& teacher_logits,
+                            double temperature, bool scale_by_t2) {
+  static auto op = find<decltype(distill_loss)>("dafl_fast::distill_loss");
+  return op.call(student_logits, teacher_logits, temperature, scale_by_t2);
+}
+
+Tensor distill_loss_backward(const Tensor& grad_total, const Tensor& student_logits,
+                             const Tensor& teacher_logits, const Tensor& row_stats,
+                             double temperature, bool scale_by_t2) {
+  static auto op = find<decltype(distill_loss_backward)>("dafl_fast::distill_loss_backward");
+  return op.call(grad_total, student_logits, teacher_logits, row_stats, temperature, scale_by_t2);
+}
+
+// ---- Autograd ----------------------------------------------------------------------------------
+// Only `total` is differentiable. The backward operators refuse to be differentiated again.
+
+namespace {
+
+struct GeneratorLoss : torch::autograd::Function<GeneratorLoss> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& teacher_logits,
+                               const std::optional<Tensor>& features, double one_hot,
+                               double entropy, double activation, double log_base) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [total, one_hot_part, entropy_part, activation_part, row_stats, class_mean] =
+        generator_loss(teacher_logits, features, one_hot, entropy, activation, log_base);
+    ctx->save_for_backward({teacher_logits, features.value_or(Tensor()), row_stats, class_mean});
+    ctx->mark_non_differentiable(
+        {one_hot_part, entropy_part, activation_part, row_stats, class_mean});
+    ctx->saved_data["weights"] = std::vector<double>{one_hot, entropy, activation, log_base};
+    return {total, one_hot_part, entropy_part, activation_part, row_stats, class_mean};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list saved = ctx->get_saved_variables();
+    auto weights = ctx->saved_data["weights"].toDoubleVector();
+    auto [grad_logits, grad_features] = generator_loss_backward(
+        grads[0], saved[0], saved[1].defined() ? std::make_optional(saved[1]) : std::nullopt,
+        saved[2], saved[3], weights[0], weights[1], weights[2], weights[3]);
+    return {grad_logits, saved[1].defined() ? grad_features : Tensor(), Tensor(), Tensor(),
+            Tensor(), Tensor()};
+  }
+};
+
+struct DistillLoss : torch::autograd::Function<DistillLoss> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& student_logits,
+                               const Tensor& teacher_logits, double temperature,
+                               bool scale_by_t2) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [total, kl, agreement, row_stats] =
+        distill_loss(student_logits, teacher_logits, temperature, scale_by_t2);
+    ctx->save_for_backward({student_logits, teacher_logits, row_stats});
+    ctx->mark_non_differentiable({kl, agreement, row_stats});
+    ctx->saved_data["temperature"] = temperature;
+    ctx->saved_data["scale_by_t2"] = scale_by_t2;
+    return {total, kl, agreement, row_stats};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list saved = ctx->get_saved_variables();
+    return {distill_loss_backward(grads[0], saved[0], saved[1], saved[2],
+                                  ctx->saved_data["temperature"].toDouble(),
+                                  ctx->saved_data["scale_by_t2"].toBool()),
+            Tensor(), Tensor(), Tensor()};
+  }
+};
+
+}  // namespace
+
+GeneratorOutputs generator_loss_autograd(const Tensor& teacher_logits,
+                                         const std::optional<Tensor>& features, double one_hot,
+                                         double entropy, double activation, double log_base) {
+  variable_list out =
+      GeneratorLoss::apply(teacher_logits, features, one_hot, entropy, activation, log_base);
+  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+}
+
+DistillOutputs distill_loss_autograd(const Tensor& student_logits, const Tensor& teacher_logits,
+                                     double temperature, bool scale_by_t2) {
+  TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && teacher_logits.requires_grad()),
+                    "teacher_logits must not require grad, since distill_loss has a gradient for "
+                    "student_logits only: pass teacher_logits.detach()");
+  variable_list out =
+      DistillLoss::apply(student_logits, teacher_logits, temperature, scale_by_t2);
+  return {out[0], out[1], out[2], out[3]};
+}
+
+}  // namespace dafl

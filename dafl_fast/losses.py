@@ -1,0 +1,116 @@
+"""The losses of data-free learning, each as one fused operator (Chen et al., ICCV 2019).
+
+Logits and features may be float32, bfloat16, float16 or float64, of any strides, and may differ in
+dtype from each other. Accumulation and losses are float32 (float64 for float64 logits), gradients
+have their input's dtype. Results are bit for bit the same at any number of threads. There is no
+second derivative: asking for one raises.
+
+Notation: t, s teacher and student logits, f features, N rows, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+
+class GeneratorLoss(NamedTuple):
+    """Scalars. `total` is differentiable; the parts are detached and not weighted."""
+
+    total: Tensor
+    one_hot: Tensor
+    entropy: Tensor
+    activation: Tensor
+
+
+class DistillLoss(NamedTuple):
+    """Scalars. `total` is differentiable; `kl` and `agreement` are detached."""
+
+    total: Tensor
+    kl: Tensor
+    agreement: Tensor
+
+
+def generator_loss(
+    teacher_logits: Tensor,
+    features: Tensor | None = None,
+    *,
+    one_hot: float = 1.0,
+    entropy: float = 5.0,
+    activation: float = 0.1,
+    log_base: float = 10,
+) -> GeneratorLoss:
+    """The generator's loss, ``one_hot * L_oh + entropy * L_ie + activation * L_a`` (equation 5).
+
+    - ``L_oh``: mean cross-entropy of t against its own argmax, the lowest index at ties
+      (equation 2), in nats.
+    - ``L_ie``: ``sum_c p_c log p_c`` with p the batch mean of softmax(t) and 0 log 0 = 0
+      (equation 4), in units of ``log_base``: nats for e, bits for 2; the published code has 10.
+    - ``L_a``: ``-mean |f|`` over batch and features, as in the published code (equation 3 has the
+      sum over features).
+
+    Args:
+        teacher_logits: [N, C], C >= 1. Logits, not probabilities.
+        features: [N, F], what enters the teacher's last layer; without them ``L_a`` is 0.
+        one_hot, entropy, activation: weights of the three parts.
+        log_base: base of the logarithm in ``L_ie``, greater than 1.
+
+    Returns:
+        ``GeneratorLoss(total, one_hot, entropy, activation)``: the differentiable total and the
+        unweighted parts for logging. With N = 0 all are 0.
+
+    Raises:
+        ValueError: a shape, device, weight or base that does not fit.
+        TypeError: a dtype that is not floating point, or a floating point type not named above.
+    """
+    if torch.compiler.is_compiling():
+        return GeneratorLoss(
+            *torch.ops.dafl_fast.generator_loss(
+                teacher_logits, features, one_hot, entropy, activation, log_base
+            )[:4]
+        )
+    return GeneratorLoss(
+        *_C.generator_loss(teacher_logits, features, one_hot, entropy, activation, log_base)
+    )
+
+
+def distill_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale_by_t2: bool = True,
+) -> DistillLoss:
+    """The student's loss, mean over rows of ``KL(softmax(t / T) || softmax(s / T))``.
+
+    The paper's knowledge distillation term (equation 1) at temperature T; the factor T^2 keeps the
+    gradient's size as T grows (Hinton et al., 2015). Never negative, and exactly 0 for equal
+    logits. A class that the teacher rules out (t = -inf) contributes as q_t = 0.
+
+    Args:
+        student_logits: [N, C], the only argument with a gradient.
+        teacher_logits: [N, C], the targets.
+        temperature: T > 0.
+        scale_by_t2: whether ``total`` is ``T^2 * kl`` or ``kl``.
+
+    Returns:
+        ``DistillLoss(total, kl, agreement)``: the differentiable total, the KL divergence in nats
+        without T^2, and the fraction of rows in which the lowest-index argmax of both is the same.
+        With N = 0 all are 0.
+
+    Raises:
+        ValueError: a shape, device or temperature that does not fit, or ``teacher_logits`` that
+            require grad.
+        TypeError: a dtype that is not floating point, or a floating point type not named above.
+    """
+    if torch.compiler.is_compiling():
+        return DistillLoss(
+            *torch.ops.dafl_fast.distill_loss(
+                student_logits, teacher_logits, temperature, scale_by_t2
+            )[:3]
+        )
+    return DistillLoss(*_C.distill_loss(student_logits, teacher_logits, temperature, scale_by_t2))
