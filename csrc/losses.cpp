@@ -36,8 +36,10 @@ void check_dtype(const char* name, const Tensor& tensor) {
 }
 
 void check_logits(const char* name, const Tensor& logits) {
-  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.sym_size(1) >= 1, name,
-                    " must be [N, C] with at least one class", got(logits));
+  // Class indices are kept in the statistics' fp32, which counts to 2^24.
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.sym_size(1) >= 1 &&
+                        logits.sym_size(1) <= (1 << 24),
+                    name, " must be [N, C] with 1 to 16777216 classes", got(logits));
   check_dtype(name, logits);
 }
 
@@ -398,6 +400,15 @@ Tensor distill_loss_backward(const Tensor& grad_total, const Tensor& student_log
 
 namespace {
 
+// Around the backward operators: their Autograd kernel, which refuses, is needed (and worth its
+// time) only where somebody builds a graph of the backward pass.
+struct SkipAutograd {
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+  SkipAutograd() {
+    if (!at::GradMode::is_enabled()) below.emplace();
+  }
+};
+
 struct GeneratorLoss : torch::autograd::Function<GeneratorLoss> {
   static variable_list forward(AutogradContext* ctx, const Tensor& teacher_logits,
                                const std::optional<Tensor>& features, double one_hot,
@@ -413,6 +424,7 @@ struct GeneratorLoss : torch::autograd::Function<GeneratorLoss> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    SkipAutograd skip;
     variable_list saved = ctx->get_saved_variables();
     auto weights = ctx->saved_data["weights"].toDoubleVector();
     auto [grad_logits, grad_features] = generator_loss_backward(
@@ -438,6 +450,7 @@ struct DistillLoss : torch::autograd::Function<DistillLoss> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    SkipAutograd skip;
     variable_list saved = ctx->get_saved_variables();
     return {distill_loss_backward(grads[0], saved[0], saved[1], saved[2],
                                   ctx->saved_data["temperature"].toDouble(),

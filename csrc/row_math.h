@@ -42,10 +42,10 @@ DAFL_HD V generator_gradient(Mask is_argmax, V p, V slope, V mean_slope, V other
   return pull * one_hot + p * (slope - mean_slope);
 }
 
-// f(a) = a + exp(-a) - 1 >= 0 for |a| < 1/2, from its series: no cancellation near 0.
+// f(a) = a + exp(-a) - 1 >= 0 for |a| < 1/2, from its series (8e-7 in fp32): no cancellation.
 template <class S, class V = S>
 DAFL_HD V kl_excess(V a) {
-  V series = a * S(-1.0 / 362880) + S(1.0 / 40320);
+  V series = a * S(-1.0 / 5040) + S(1.0 / 720);
   if (sizeof(S) == 8) {
     series = a * S(-1.0 / 1307674368000.0) + S(1.0 / 87178291200.0);
     series = series * a + S(-1.0 / 6227020800.0);
@@ -54,9 +54,9 @@ DAFL_HD V kl_excess(V a) {
     series = series * a + S(1.0 / 3628800);
     series = series * a + S(-1.0 / 362880);
     series = series * a + S(1.0 / 40320);
+    series = series * a + S(-1.0 / 5040);
+    series = series * a + S(1.0 / 720);
   }
-  series = series * a + S(-1.0 / 5040);
-  series = series * a + S(1.0 / 720);
   series = series * a + S(-1.0 / 120);
   series = series * a + S(1.0 / 24);
   series = series * a + S(-1.0 / 6);

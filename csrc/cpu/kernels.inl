@@ -27,6 +27,49 @@ DAFL_HD To bit_cast(From from) {
   return to;
 }
 
+// An L x L block in registers, rows to columns: log2 L rounds, each of which swaps the off-diagonal
+// D x D sub-blocks of every pair of rows that are D apart.
+#if DAFL_VECTOR_BYTES == 64
+#define DAFL_LANES 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#elif DAFL_VECTOR_BYTES == 32
+#define DAFL_LANES 0, 1, 2, 3, 4, 5, 6, 7
+#else
+#define DAFL_LANES 0, 1, 2, 3
+#endif
+
+template <int... I>
+struct Lanes {
+  static constexpr int L = sizeof...(I);
+
+  template <int... At>
+  static DAFL_HD F32 shuffle(F32 a, F32 b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, At...);
+#else
+    return __builtin_shuffle(a, b, I32{At...});
+#endif
+  }
+
+  template <int D>
+  static DAFL_HD void swap_blocks(F32* row) {
+    for (int i = 0; i < L; ++i) {
+      if (i & D) continue;
+      F32 a = row[i], b = row[i + D];
+      row[i] = shuffle<((I & D) ? L + I - D : I)...>(a, b);
+      row[i + D] = shuffle<((I & D) ? L + I : I + D)...>(a, b);
+    }
+  }
+
+  static DAFL_HD void transpose(F32* row) {
+    swap_blocks<1>(row);
+    swap_blocks<2>(row);
+    if constexpr (L > 4) swap_blocks<4>(row);
+    if constexpr (L > 8) swap_blocks<8>(row);
+  }
+};
+
+DAFL_HD void transpose(F32* row) { Lanes<DAFL_LANES>::transpose(row); }
+
 DAFL_HD int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- 16-bit floats, as bits in the low half of 32 (scalar or vector) ----------------------------
@@ -77,20 +120,18 @@ struct FloatMath {
   using Value = F32;
   static constexpr int lanes = DAFL_VECTOR_BYTES / 4;
 
-  // exp(x) for x <= 0: x = n ln 2 + r, a polynomial in r, 2^n through the exponent bits. 0 below
-  // the smallest normal number; NaN for NaN.
+  // exp(x) for x <= 0 as 2^n 2^f with |f| <= 1/2: a degree-5 polynomial in f (9e-8), 2^n through
+  // the exponent bits. 0 below the smallest normal number, NaN for NaN, exactly 1 for 0.
   static DAFL_HD F32 exp(F32 x) {
     F32 shifted = x * 1.44269504f + 12582912.0f;  // n in the low bits of the mantissa
     F32 n = shifted - 12582912.0f;
-    F32 r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    F32 series = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    series = series * r + 8.3334519073e-3f;
-    series = series * r + 4.1665795894e-2f;
-    series = series * r + 1.6666665459e-1f;
-    series = series * r + 5.0000001201e-1f;
-    F32 result = series * (r * r) + r + 1.0f;
-    result = result * bit_cast<F32>((bit_cast<U32>(shifted) + 127u) << 23);
+    F32 f = x * 1.44269504f - n;  // one rounding where there is FMA
+    F32 series = f * 1.326472731e-3f + 9.671512991e-3f;
+    series = series * f + 5.550733581e-2f;
+    series = series * f + 2.402224243e-1f;
+    series = series * f + 6.931470037e-1f;
+    series = series * f + 1.0f;
+    F32 result = series * bit_cast<F32>((bit_cast<U32>(shifted) + 127u) << 23);
     return x < -87.336544f ? F32{} : result;
   }
 
@@ -171,6 +212,44 @@ struct FloatMath {
   }
 
   static DAFL_HD bool in_place(Dtype dtype) { return dtype == Dtype::f32; }
+
+  // A full tile of contiguous fp32 rows, by whole vectors. They reach past the end of a row, so
+  // this refuses (and leaves the work to gather) where they would reach past the last one's.
+  static DAFL_HD bool load_tile(const Matrix& source, int64_t row, int64_t N, int64_t C,
+                                F32* tile) {
+    const int64_t stride = source.row_stride, padded = (C + lanes - 1) / lanes * lanes;
+    if (source.dtype != Dtype::f32 || source.col_stride != 1 || stride < C) return false;
+    if ((row + lanes - 1) * stride + padded > (N - 1) * stride + C) return false;
+    const float* from = static_cast<const float*>(source.data) + row * stride;
+    for (int64_t k = 0; k < C; k += lanes) {
+      F32 block[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        __builtin_memcpy(&block[i], from + i * stride + k, sizeof(F32));
+      }
+      transpose(block);
+      for (int i = 0; i < lanes; ++i) tile[k + i] = block[i];
+    }
+    return true;
+  }
+
+  // The way back. A vector that reaches past the end of its row is overwritten by the next row's;
+  // at the end of the tile, where there is none, rows are written element by element.
+  static DAFL_HD void store_tile(F32* tile, int64_t row, int64_t C, float* grad) {
+    const int64_t padded = (C + lanes - 1) / lanes * lanes;
+    for (int64_t k = 0; k < padded; k += lanes) transpose(tile + k);
+    float* to = grad + row * C;
+    for (int64_t i = 0; i < lanes; ++i) {
+      const bool fits = i * C + padded <= lanes * C;
+      for (int64_t k = 0; k < C; k += lanes) {
+        const F32 values = tile[k + i];
+        if (fits) {
+          __builtin_memcpy(to + i * C + k, &values, sizeof values);
+        } else {
+          for (int64_t j = 0; j < min_of(lanes, C - k); ++j) to[i * C + k + j] = values[j];
+        }
+      }
+    }
+  }
 };
 
 #ifdef DAFL_WITH_F64
@@ -229,6 +308,8 @@ struct DoubleMath {
   }
 
   static DAFL_HD bool in_place(Dtype dtype) { return dtype == Dtype::f64; }
+  static DAFL_HD bool load_tile(const Matrix&, int64_t, int64_t, int64_t, F64*) { return false; }
+  static DAFL_HD void store_tile(F64*, int64_t, int64_t, float*) {}
 };
 #endif
 
@@ -269,15 +350,25 @@ struct Ops {
     for (int64_t i = 0; i < count; ++i) to[i] = v[i];
   }
 
-  static DAFL_HD double sum(V v) {
-    double total = 0;
-    for (int i = 0; i < L; ++i) total += static_cast<double>(v[i]);
-    return total;
+  // Across lanes, as a tree: short chains, and the same order on every run.
+  template <class Combine>
+  static DAFL_HD S across(V v, Combine combine) {
+    S lane[L];
+    __builtin_memcpy(lane, &v, sizeof lane);
+    for (int width = L / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) lane[i] = combine(lane[i], lane[i + width]);
+    }
+    return lane[0];
+  }
+
+  static DAFL_HD S sum(V v) {
+    return across(v, [](S a, S b) { return a + b; });
   }
 
   // `rows` rows of the matrix as tile[C][L]; lanes without a row are 0.
-  static DAFL_HD void load_tile(const Matrix& matrix, int64_t row, int64_t rows, int64_t C,
-                                V* tile) {
+  static DAFL_HD void load_tile(const Matrix& matrix, int64_t row, int64_t rows, int64_t N,
+                                int64_t C, V* tile) {
+    if (rows == L && M::load_tile(matrix, row, N, C, tile)) return;
     S* values = reinterpret_cast<S*>(tile);
     if (rows < L) {
       for (int64_t k = 0; k < C; ++k) tile[k] = V{};
@@ -288,6 +379,9 @@ struct Ops {
 
   static DAFL_HD void store_tile(V* tile, int64_t row, int64_t rows, int64_t C, Dtype dtype,
                                  void* grad) {
+    if (rows == L && dtype == Dtype::f32 && sizeof(S) == 4) {
+      return M::store_tile(tile, row, C, static_cast<float*>(grad));
+    }
     S* values = reinterpret_cast<S*>(tile);
     M::encode(dtype, values, C * L);
     for (int64_t r = 0; r < rows; ++r) {
@@ -326,40 +420,39 @@ struct Ops {
     }
   }
 
-  // The same for one contiguous row. A NaN in it comes out as the maximum or is met by the
-  // sums that follow; either way the row's loss is NaN.
+  // The same for one contiguous row. A NaN is passed over here and met by the sums that follow.
   static DAFL_HD void row_argmax(const S* row, int64_t C, S& best, S& index) {
-    V lane_best[2], lane_index[2];
-    V position = iota();
-    for (int j = 0; j < 2; ++j) {
-      lane_best[j] = splat(-static_cast<S>(__builtin_inf()));
-      lane_index[j] = V{};
+    const S low = -static_cast<S>(__builtin_inf());
+    constexpr int kChains = 4;
+    V lane_best[kChains], lane_block[kChains];
+    for (int j = 0; j < kChains; ++j) {
+      lane_best[j] = splat(low);
+      lane_block[j] = V{};
     }
     int64_t k = 0;
-    for (; k + 2 * L <= C; k += 2 * L) {
-      for (int j = 0; j < 2; ++j) {
+    for (; k + kChains * L <= C; k += kChains * L) {
+      for (int j = 0; j < kChains; ++j) {
         V x = load(row + k + j * L);
         auto better = x > lane_best[j];
         lane_best[j] = better ? x : lane_best[j];
-        lane_index[j] = better ? position : lane_index[j];
-        position += static_cast<S>(L);
+        lane_block[j] = better ? splat(static_cast<S>(k)) : lane_block[j];
       }
     }
-    best = lane_best[0][0];
-    index = lane_index[0][0];
-    for (int j = 0; j < 2; ++j) {
-      for (int i = 0; i < L; ++i) {
-        S x = lane_best[j][i], at = lane_index[j][i];
-        bool better = x > best || (x == best && at < index);
-        best = better ? x : best;
-        index = better ? at : index;
-      }
+    for (; k < C; k += L) {
+      V x = load(row + k, C - k, low);
+      auto better = x > lane_best[0];
+      lane_best[0] = better ? x : lane_best[0];
+      lane_block[0] = better ? splat(static_cast<S>(k)) : lane_block[0];
     }
-    for (; k < C; ++k) {
-      bool better = row[k] > best;
-      best = better ? row[k] : best;
-      index = better ? static_cast<S>(k) : index;
+    V top = lane_best[0];
+    for (int j = 1; j < kChains; ++j) top = lane_best[j] > top ? lane_best[j] : top;
+    best = across(top, [](S a, S b) { return a > b ? a : b; });
+    V first = splat(static_cast<S>(C));
+    for (int j = 0; j < kChains; ++j) {
+      V at = lane_block[j] + (iota() + static_cast<S>(j * L));
+      first = (lane_best[j] == best) & (at < first) ? at : first;
     }
+    index = across(first, [](S a, S b) { return a < b ? a : b; });
   }
 };
 
@@ -383,7 +476,7 @@ void generator_forward_tiles(const GeneratorForward& a, int64_t begin, int64_t e
     for (int64_t k = 0; k < a.C; ++k) mean[k] = V{};
     for (int64_t row = block; row < block_end; row += L) {
       int64_t rows = min_of(L, block_end - row);
-      O::load_tile(a.logits, row, rows, a.C, tile);
+      O::load_tile(a.logits, row, rows, a.N, a.C, tile);
       V best, y, others{};
       O::tile_argmax(tile, a.C, best, y);
       for (int64_t k = 0; k < a.C; ++k) {
@@ -415,11 +508,11 @@ void generator_backward_tiles(const GeneratorBackward& a, int64_t begin, int64_t
   const S* stats = static_cast<const S*>(a.row_stats);
   const S* slope = static_cast<const S*>(a.slope);
   const S one_hot = static_cast<S>(a.one_hot);
-  V tile[kTileClasses];
+  V tile[kTileClasses] = {};
 
   for (int64_t row = begin; row < end; row += L) {
     int64_t rows = min_of(L, end - row);
-    O::load_tile(a.logits, row, rows, a.C, tile);
+    O::load_tile(a.logits, row, rows, a.N, a.C, tile);
     V best = O::load(stats + row, rows, S(0));
     V others = O::load(stats + a.N + row, rows, S(0));
     V y = O::load(stats + 2 * a.N + row, rows, S(0));
@@ -458,15 +551,23 @@ void generator_forward_rows(const GeneratorForward& a, int64_t begin, int64_t en
       const S* t = O::load_row(a.logits, row, a.C, converted);
       S best, y;
       O::row_argmax(t, a.C, best, y);
-      V others_lanes{}, position = O::iota();
-      for (int64_t k = 0; k < a.C; k += L) {
-        V shifted = O::load(t + k, a.C - k, low) - best;
-        V e = M::exp(shifted);
-        O::store(exps + k, e);
-        others_lanes += row_math::others_term(position == y, shifted, e);
-        position += static_cast<S>(L);
-      }
-      S others = static_cast<S>(O::sum(others_lanes));
+      // d' without its y-th term: whole vectors on both sides of y's, which is masked.
+      V others_lanes{};
+      const int64_t y_vector = static_cast<int64_t>(y) / L * L;
+      auto add = [&](int64_t from, int64_t to) {
+        for (int64_t k = from; k < to; k += L) {
+          V e = M::exp(O::load(t + k, a.C - k, low) - best);
+          O::store(exps + k, e);
+          others_lanes += e;
+        }
+      };
+      add(0, y_vector);
+      V shifted = O::load(t + y_vector, a.C - y_vector, low) - best;
+      V e = M::exp(shifted);
+      O::store(exps + y_vector, e);
+      others_lanes += row_math::others_term(O::iota() == y - static_cast<S>(y_vector), shifted, e);
+      add(y_vector + L, a.C);
+      S others = O::sum(others_lanes);
       S inverse = S(1) / (others + S(1));
       for (int64_t k = 0; k < padded; k += L) {
         O::store(mean + k, O::load(mean + k) + O::load(exps + k) * inverse);
@@ -511,7 +612,7 @@ void generator_backward_rows(const GeneratorBackward& a, int64_t begin, int64_t 
       O::store(probability + k, p);
       slope_lanes += p * O::load(slope + k, a.C - k, S(0));
     }
-    V mean_slope = O::splat(static_cast<S>(O::sum(slope_lanes)));
+    V mean_slope = O::splat(O::sum(slope_lanes));
     S* out = O::output_row(a.logits.dtype, a.grad, row, a.C, converted);
     V position = O::iota(), all_others = O::splat(others), all_inverse = O::splat(inverse);
     for (int64_t k = 0; k < a.C; k += L) {
@@ -542,8 +643,8 @@ void distill_forward_tiles(const DistillForward& a, int64_t begin, int64_t end, 
     V loss{}, agreeing{};
     for (int64_t row = block; row < block_end; row += L) {
       int64_t rows = min_of(L, block_end - row);
-      O::load_tile(a.student, row, rows, a.C, s);
-      O::load_tile(a.teacher, row, rows, a.C, t);
+      O::load_tile(a.student, row, rows, a.N, a.C, s);
+      O::load_tile(a.teacher, row, rows, a.N, a.C, t);
       V best_s, best_t, y_s, y_t, sum_s{}, sum_t{};
       O::tile_argmax(s, a.C, best_s, y_s);
       O::tile_argmax(t, a.C, best_t, y_t);
@@ -581,12 +682,12 @@ void distill_backward_tiles(const DistillBackward& a, int64_t begin, int64_t end
   constexpr int L = M::lanes;
   const S* stats = static_cast<const S*>(a.row_stats);
   const S scale = static_cast<S>(a.inverse_temperature), factor = static_cast<S>(a.factor);
-  V s[kTileClasses], t[kTileClasses];
+  V s[kTileClasses] = {}, t[kTileClasses];
 
   for (int64_t row = begin; row < end; row += L) {
     int64_t rows = min_of(L, end - row);
-    O::load_tile(a.student, row, rows, a.C, s);
-    O::load_tile(a.teacher, row, rows, a.C, t);
+    O::load_tile(a.student, row, rows, a.N, a.C, s);
+    O::load_tile(a.teacher, row, rows, a.N, a.C, t);
     V best_s = O::load(stats + row, rows, S(0)), log_s = O::load(stats + a.N + row, rows, S(0));
     V best_t = O::load(stats + 2 * a.N + row, rows, S(0));
     V log_t = O::load(stats + 3 * a.N + row, rows, S(0));
@@ -630,7 +731,7 @@ void distill_forward_rows(const DistillForward& a, int64_t begin, int64_t end, d
       lanes_s += e_s;
       lanes_t += e_t;
     }
-    S sum_s = static_cast<S>(O::sum(lanes_s)), sum_t = static_cast<S>(O::sum(lanes_t));
+    S sum_s = O::sum(lanes_s), sum_t = O::sum(lanes_t);
     S log_s = M::log(O::splat(sum_s))[0], log_t = M::log(O::splat(sum_t))[0];
     S inverse_s = S(1) / sum_s, inverse_t = S(1) / sum_t;
     V shift = O::splat(best_t - best_s), log_sum_ratio = O::splat(log_t - log_s), kl{};
