@@ -18,6 +18,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +46,6 @@ class Toolkit:
     home: Path
     version: str
 
-    @property
-    def nvcc(self) -> Path:
-        return self.home / "bin" / "nvcc"
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -74,7 +71,7 @@ def candidate_homes(environ: Mapping[str, str], system: Path) -> Iterator[Path]:
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(variable):
             yield Path(environ[variable])
-    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    nvcc = shutil.which("nvcc", path=environ.get("PATH", ""))
     if nvcc:
         # This nvcc may be a wrapper script outside the toolkit, but the real one that it runs
         # names its own folder.
@@ -91,23 +88,22 @@ def find_toolkit(
     torch_cuda: str, environ: Mapping[str, str] = os.environ, system: Path = Path("/usr/local")
 ) -> Toolkit | str:
     """The first usable toolkit of torch's CUDA major version, or what is wrong with each."""
+    major = torch_cuda.split(".")[0]
     wrong: dict[Path, str] = {}
     for home in candidate_homes(environ, system):
         if home in wrong or not home.is_dir():
             continue
-        toolkit = Toolkit(home, "")
-        if not toolkit.nvcc.is_file():
-            wrong[home] = "no bin/nvcc"
-        elif not (home / "include" / "cuda_runtime.h").is_file():
+        release = re.search(r"release ((\d+)\.\d+)", output_of(home / "bin" / "nvcc", "--version"))
+        if not (home / "include" / "cuda_runtime.h").is_file():
             wrong[home] = "no include/cuda_runtime.h"
-        elif not (release := re.search(r"release (\d+\.\d+)", output_of(toolkit.nvcc, "--version"))):
-            wrong[home] = "its nvcc does not run"
-        elif release[1].split(".")[0] != torch_cuda.split(".")[0]:
+        elif not release:
+            wrong[home] = "no bin/nvcc that runs"
+        elif release[2] != major:
             wrong[home] = f"its CUDA is {release[1]}"
         else:
             return Toolkit(home, release[1])
     tried = "; ".join(f"{home}: {why}" for home, why in wrong.items())
-    return f"no usable CUDA {torch_cuda.split('.')[0]} toolkit found ({tried or 'none anywhere'})"
+    return f"no usable CUDA {major} toolkit found ({tried or 'none anywhere'})"
 
 
 def decide(torch_cuda: str | None, environ: Mapping[str, str] = os.environ, **where: Path) -> Plan:
@@ -133,7 +129,9 @@ def architectures(toolkit: Toolkit, environ: Mapping[str, str] = os.environ) -> 
     asked = environ.get("TORCH_CUDA_ARCH_LIST", "")
     if asked and asked != "native":
         return asked.replace(" ", ";")
-    known = re.findall(r"compute_(\d+)", output_of(toolkit.nvcc, "--list-gpu-arch"))
+    known = re.findall(
+        r"compute_(\d+)", output_of(toolkit.home / "bin" / "nvcc", "--list-gpu-arch")
+    )
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     visible = sorted({torch.cuda.get_device_capability(gpu) for gpu in gpus})
     if visible and all(f"{major}{minor}" in known for major, minor in visible):
@@ -148,6 +146,9 @@ def sources(pattern: str) -> list[str]:
 def torch_build() -> tuple[Extension, type[build_ext]]:
     """The extension and the command that builds it, by way of torch's own builder."""
     import torch
+
+    # The ninja of an environment that is not activated is found too.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
     # Silences its guesses about CUDA_HOME and minor versions: what is decided is printed below.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -197,7 +198,7 @@ def torch_build() -> tuple[Extension, type[build_ext]]:
         cxx.extend(["-isystem", folder])
     extension.include_dirs = [str(ROOT / "csrc")]
 
-    class TorchBuild(cpp_extension.BuildExtension):  # type: ignore[misc]
+    class TorchBuild(cpp_extension.BuildExtension):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, use_ninja=cpp_extension.is_ninja_available(), **kwargs)
 

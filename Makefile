@@ -1,0 +1,103 @@
+# `make help` lists what there is. Every target makes what it needs, once.
+#
+#   make test PYTHON=python3.12            the interpreter that makes the environment
+#   make test VENV=/path                   the environment's folder
+#   make test VENV= PYTHON=python3         no environment: that Python as it is, nothing installed
+#   make demo TORCH="torch torchvision --index-url URL"      another torch, e.g. one without CUDA
+#   make test ARGS="-k losses"             more arguments for pytest or dafl_fast.train
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch torchvision
+ARGS ?=
+
+ifneq ($(strip $(VENV)),)
+  BIN := $(abspath $(VENV))/bin/
+  PY := $(BIN)python
+  STAMPS := $(VENV)/stamps
+  INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
+  BUILD := $(INSTALL) --no-build-isolation --editable .
+else
+  BIN :=
+  PY := $(PYTHON)
+  STAMPS := build/stamps
+  INSTALL := @: nothing to install:
+  BUILD := $(PY) setup.py --quiet build_ext --inplace
+endif
+
+CXX_FILES := $(shell find csrc -type f -name '*.[chi]*')
+BUILD_FILES := $(shell find csrc) setup.py pyproject.toml dafl_fast/_version.py
+
+.PHONY: help demo test bench lint format build cuda-build-check dist clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
+
+demo: $(STAMPS)/build ## distil a student from the bundled MNIST teacher, without data
+	$(PY) -m dafl_fast.train $(ARGS)
+
+test: $(STAMPS)/test ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+bench: $(STAMPS)/test ## run the benchmarks
+	$(PY) -m pytest bench --benchmark-only $(ARGS)
+
+lint: $(STAMPS)/lint ## check style and types, change nothing
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(BIN)clang-format --dry-run --Werror $(CXX_FILES)
+	$(PY) -m mypy
+
+format: $(STAMPS)/lint ## rewrite the sources in the project's style
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+	$(BIN)clang-format -i $(CXX_FILES)
+
+build: $(STAMPS)/build ## compile the extension and say how it was built
+	@$(PY) -c 'import dafl_fast; print(dafl_fast.build_info())'
+
+cuda-build-check: $(STAMPS)/torch ## compile with CUDA in a throw-away folder, warnings are errors
+	@echo '== Compiling with CUDA, warnings are errors (1 to 3 minutes)'
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	DAFL_FAST_CUDA=1 DAFL_FAST_WERROR=1 $(PY) setup.py --quiet build \
+	    --build-lib "$$folder/lib" --build-temp "$$folder/temp" > "$$folder/log" 2>&1 \
+	    || { cat "$$folder/log"; exit 1; } && \
+	grep '^dafl_fast' "$$folder/log" && cd "$$folder/lib" && \
+	$(PY) -c 'import dafl_fast; i = dafl_fast.build_info(); print(i); assert i["cuda"]'
+
+dist: $(STAMPS)/torch ## build the source distribution, and the wheel from it
+	@echo '== Building the source distribution and the wheel (about 2 minutes)'
+	rm -rf dist
+	$(PY) setup.py --quiet sdist
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
+	@ls -sh dist
+
+clean: ## remove what was built; the environment stays
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f dafl_fast/_C*.so $(STAMPS)/build
+
+$(STAMPS)/python:
+ifneq ($(strip $(VENV)),)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo 'Python 3.10 or newer is needed: make PYTHON=python3.12'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+endif
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/python
+ifneq ($(strip $(VENV)),)
+	@echo '== Installing torch and torchvision (up to 3 GB, some minutes; once)'
+endif
+	$(INSTALL) 'setuptools>=77' ninja $(TORCH)
+	@touch $@
+
+$(STAMPS)/build: $(BUILD_FILES) | $(STAMPS)/torch
+	@echo '== Compiling the extension (1 to 3 minutes; later only what changed)'
+	$(BUILD)
+	@touch $@
+
+# With the package installed, this adds only what an extra asks for on top.
+$(STAMPS)/test $(STAMPS)/lint: pyproject.toml | $(STAMPS)/build
+	$(INSTALL) 'dafl_fast[$(@F)]'
+	@touch $@
