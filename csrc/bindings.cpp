@@ -14,7 +14,7 @@
 namespace dafl {
 namespace {
 
-// CPU-only builds end here when an operator meets CUDA tensors.
+// Where an operator that meets CUDA tensors ends while there are no kernels for them.
 void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(),
                               " has no CUDA kernels in this build of dafl_fast: move its tensors "
@@ -23,12 +23,12 @@ void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 
 py::dict build_info() {
   py::dict info;
-#ifdef DAFL_FAST_VERSION
   info["version"] = DAFL_STRING(DAFL_FAST_VERSION);
-#endif
   info["torch"] = TORCH_VERSION;
 #ifdef DAFL_FAST_CUDA
   info["cuda"] = true;
+  info["cuda_toolkit"] = DAFL_STRING(DAFL_FAST_CUDA_TOOLKIT);
+  info["cuda_archs"] = DAFL_STRING(DAFL_FAST_CUDA_ARCHS);
 #else
   info["cuda"] = false;
 #endif
@@ -85,8 +85,8 @@ TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(dafl_fast, CUDA, m) {
-  for (const char* name : {"generator_loss", "distill_loss", "generator_loss_backward",
-                           "distill_loss_backward"}) {
+  for (const char* name :
+       {"generator_loss", "distill_loss", "generator_loss_backward", "distill_loss_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
   }
 }

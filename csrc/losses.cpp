@@ -30,15 +30,14 @@ std::string got(const Tensor& tensor) {
 
 void check_dtype(const char* name, const Tensor& tensor) {
   ScalarType type = tensor.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf ||
-                       type == at::kDouble,
-                   name, " must be float32, bfloat16, float16 or float64, got ", type);
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble, name,
+      " must be float32, bfloat16, float16 or float64, got ", type);
 }
 
 void check_logits(const char* name, const Tensor& logits) {
   // Class indices are kept in the statistics' fp32, which counts to 2^24.
-  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.sym_size(1) >= 1 &&
-                        logits.sym_size(1) <= (1 << 24),
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.sym_size(1) >= 1 && logits.sym_size(1) <= (1 << 24),
                     name, " must be [N, C] with 1 to 16777216 classes", got(logits));
   check_dtype(name, logits);
 }
@@ -47,8 +46,7 @@ void check_generator(const Tensor& teacher_logits, const std::optional<Tensor>& 
                      double one_hot, double entropy, double activation, double log_base) {
   check_logits("teacher_logits", teacher_logits);
   if (features) {
-    TORCH_CHECK_VALUE(features->dim() == 2 &&
-                          features->sym_size(0) == teacher_logits.sym_size(0) &&
+    TORCH_CHECK_VALUE(features->dim() == 2 && features->sym_size(0) == teacher_logits.sym_size(0) &&
                           features->device() == teacher_logits.device(),
                       "features must be [N, F] with the N and the device of teacher_logits (",
                       teacher_logits.sym_sizes(), " on ", teacher_logits.device(), ")",
@@ -62,12 +60,11 @@ void check_generator(const Tensor& teacher_logits, const std::optional<Tensor>& 
                     "log_base must be a finite number greater than 1, got ", log_base);
 }
 
-void check_distill(const Tensor& student_logits, const Tensor& teacher_logits,
-                   double temperature) {
+void check_distill(const Tensor& student_logits, const Tensor& teacher_logits, double temperature) {
   check_logits("teacher_logits", teacher_logits);
-  TORCH_CHECK_VALUE(
-      student_logits.dim() == 2 && student_logits.device() == teacher_logits.device(),
-      "student_logits must be [N, C] on the same device as teacher_logits", got(student_logits));
+  TORCH_CHECK_VALUE(student_logits.dim() == 2 && student_logits.device() == teacher_logits.device(),
+                    "student_logits must be [N, C] on the same device as teacher_logits",
+                    got(student_logits));
   TORCH_CHECK_VALUE(student_logits.sym_sizes() == teacher_logits.sym_sizes(),
                     "student_logits must be [N, C] like teacher_logits, which is ",
                     teacher_logits.sym_sizes(), got(student_logits));
@@ -102,9 +99,9 @@ GeneratorOutputs allocate_generator(const Tensor& teacher_logits) {
 
 GeneratorGradients allocate_generator_grads(const Tensor& teacher_logits,
                                             const std::optional<Tensor>& features) {
-  return {empty_grad(teacher_logits), features ? empty_grad(*features)
-                                               : empty(teacher_logits, {0},
-                                                       teacher_logits.scalar_type())};
+  return {
+      empty_grad(teacher_logits),
+      features ? empty_grad(*features) : empty(teacher_logits, {0}, teacher_logits.scalar_type())};
 }
 
 DistillOutputs allocate_distill(const Tensor& student_logits, const Tensor& teacher_logits) {
@@ -287,9 +284,12 @@ DistillOutputs distill_loss_cpu(const Tensor& student_logits, const Tensor& teac
   Chunks chunks(N, C);
   std::vector<double> sums(std::max<int64_t>(chunks.count, 1) * 2);  // of KL, of agreeing rows
   const cpu::Kernels& kernels = cpu::kernels(is_f64(row_stats));
-  cpu::DistillForward args{
-      N, C, matrix(student_logits), matrix(teacher_logits), 1 / temperature,
-      row_stats.mutable_data_ptr()};
+  cpu::DistillForward args{N,
+                           C,
+                           matrix(student_logits),
+                           matrix(teacher_logits),
+                           1 / temperature,
+                           row_stats.mutable_data_ptr()};
 
   chunks.run(cpu::scratch_size(C), [&](int64_t chunk, int64_t begin, int64_t end, void* scratch) {
     kernels.distill_forward(args, begin, end, sums.data() + chunk * 2, scratch);
@@ -320,10 +320,9 @@ Tensor distill_loss_backward_cpu(const Tensor& grad_total, const Tensor& student
       row_stats.const_data_ptr(),
       grad_total.item<double>() / N * (scale_by_t2 ? temperature : 1 / temperature),
       grad.mutable_data_ptr()};
-  Chunks(N, C).run(cpu::scratch_size(C),
-                   [&](int64_t, int64_t begin, int64_t end, void* scratch) {
-                     kernels.distill_backward(args, begin, end, scratch);
-                   });
+  Chunks(N, C).run(cpu::scratch_size(C), [&](int64_t, int64_t begin, int64_t end, void* scratch) {
+    kernels.distill_backward(args, begin, end, scratch);
+  });
   return grad;
 }
 
@@ -430,15 +429,15 @@ struct GeneratorLoss : torch::autograd::Function<GeneratorLoss> {
     auto [grad_logits, grad_features] = generator_loss_backward(
         grads[0], saved[0], saved[1].defined() ? std::make_optional(saved[1]) : std::nullopt,
         saved[2], saved[3], weights[0], weights[1], weights[2], weights[3]);
-    return {grad_logits, saved[1].defined() ? grad_features : Tensor(), Tensor(), Tensor(),
-            Tensor(), Tensor()};
+    return {grad_logits, saved[1].defined() ? grad_features : Tensor(),
+            Tensor(),    Tensor(),
+            Tensor(),    Tensor()};
   }
 };
 
 struct DistillLoss : torch::autograd::Function<DistillLoss> {
   static variable_list forward(AutogradContext* ctx, const Tensor& student_logits,
-                               const Tensor& teacher_logits, double temperature,
-                               bool scale_by_t2) {
+                               const Tensor& teacher_logits, double temperature, bool scale_by_t2) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [total, kl, agreement, row_stats] =
         distill_loss(student_logits, teacher_logits, temperature, scale_by_t2);
@@ -474,8 +473,7 @@ DistillOutputs distill_loss_autograd(const Tensor& student_logits, const Tensor&
   TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && teacher_logits.requires_grad()),
                     "teacher_logits must not require grad, since distill_loss has a gradient for "
                     "student_logits only: pass teacher_logits.detach()");
-  variable_list out =
-      DistillLoss::apply(student_logits, teacher_logits, temperature, scale_by_t2);
+  variable_list out = DistillLoss::apply(student_logits, teacher_logits, temperature, scale_by_t2);
   return {out[0], out[1], out[2], out[3]};
 }
 

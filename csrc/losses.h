@@ -27,8 +27,7 @@ using DistillOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 GeneratorOutputs generator_loss(const Tensor& teacher_logits,           // [N, C]
                                 const std::optional<Tensor>& features,  // [N, F]
-                                double one_hot, double entropy, double activation,
-                                double log_base);
+                                double one_hot, double entropy, double activation, double log_base);
 
 GeneratorGradients generator_loss_backward(const Tensor& grad_total,               // []
                                            const Tensor& teacher_logits,           // [N, C]
@@ -60,8 +59,8 @@ GeneratorGradients generator_loss_backward_cpu(const Tensor&, const Tensor&,
                                                const std::optional<Tensor>&, const Tensor&,
                                                const Tensor&, double, double, double, double);
 DistillOutputs distill_loss_cpu(const Tensor&, const Tensor&, double, bool);
-Tensor distill_loss_backward_cpu(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                 double, bool);
+Tensor distill_loss_backward_cpu(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
+                                 bool);
 
 // Shapes and dtypes only: fake tensors, torch.compile.
 GeneratorOutputs generator_loss_meta(const Tensor&, const std::optional<Tensor>&, double, double,

@@ -51,7 +51,7 @@ def assert_grad(ours, oracle, rtol):
     assert torch.isfinite(ours).all()
     if ours.dtype in (torch.bfloat16, torch.float16):
         # Where terms cancel, fp32 itself is exact only to the size of the terms.
-        noise = (ours.double() - oracle).abs() <= oracle.abs().max() * rtol 
+        noise = (ours.double() - oracle).abs() <= oracle.abs().max() * rtol
         rounded = oracle.float().to(ours.dtype)
         assert ulp_distance(torch.where(noise, rounded, ours), rounded) <= 1
         return
@@ -64,7 +64,10 @@ def assert_grad(ours, oracle, rtol):
 def check_generator(logits, features=None, upstream=1.0, rtol=None, **options):
     rtol = rtol or tolerance(logits.dtype, len(logits))
     pairs = []
-    for function, cast in ((generator_loss, lambda x: x), (reference.generator_loss, torch.Tensor.double)):
+    for function, cast in (
+        (generator_loss, lambda x: x),
+        (reference.generator_loss, torch.Tensor.double),
+    ):
         # Of the test's own memory layout: gradients are taken with respect to the view.
         t = cast(logits).detach().requires_grad_()
         f = None if features is None else cast(features).detach().requires_grad_()
@@ -487,6 +490,24 @@ def run_python(code, **environment):
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True,
         text=True, timeout=300,
     )  # fmt: skip
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc")
+def test_threads_are_torchs_own():
+    """One OpenMP runtime in the process: a second would ignore torch.set_num_threads."""
+    code = """
+import os, torch
+from dafl_fast.losses import generator_loss
+x = torch.ones(65536, 10)
+before = len(os.listdir("/proc/self/task"))
+torch.set_num_threads(3)
+generator_loss(x)
+paths = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
+print(len(paths), len(os.listdir("/proc/self/task")) - before)
+"""
+    result = run_python(code, OMP_NUM_THREADS="1")
+    runtimes, started = map(int, result.stdout.split())
+    assert (runtimes, started) == (1, 2)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

@@ -82,7 +82,11 @@ def test_compiled_equals_eager(backend):
     compiled = torch.compile(both, fullgraph=True, backend=backend)
     results = []
     for function in (both, compiled):
-        s, t, f = randn(33, 10, grad=True), randn(33, 10, seed=1, grad=True), randn(33, 7, grad=True)
+        s, t, f = (
+            randn(33, 10, grad=True),
+            randn(33, 10, seed=1, grad=True),
+            randn(33, 7, grad=True),
+        )
         total, parts = function(s, t, f)
         assert total.requires_grad and not any(x.requires_grad for x in parts)
         total.backward()
@@ -182,7 +186,9 @@ def test_overhead_of_a_call_is_below_30_microseconds(loss):
     """The best of many, so that a busy machine does not fail it."""
     t = randn(1, 2, grad=True)
     teacher = t.detach()
-    call = (lambda: generator_loss(t)) if loss == "generator" else (lambda: distill_loss(t, teacher))
+    call = (
+        (lambda: generator_loss(t)) if loss == "generator" else (lambda: distill_loss(t, teacher))
+    )
     best = float("inf")
     for _ in range(2000):
         start = time.perf_counter()

@@ -135,6 +135,8 @@ struct FloatMath {
     return x < -87.336544f ? F32{} : result;
   }
 
+  static DAFL_HD F32 abs(F32 x) { return bit_cast<F32>(bit_cast<U32>(x) & 0x7fffffffu); }
+
   // log(u) for u >= 1; inf and NaN stay what they are.
   static DAFL_HD F32 log(F32 u) {
     I32 bits = bit_cast<I32>(u);
@@ -263,6 +265,8 @@ struct DoubleMath {
     for (int i = 0; i < lanes; ++i) x[i] = __builtin_exp(x[i]);
     return x;
   }
+
+  static DAFL_HD F64 abs(F64 x) { return x < 0.0 ? -x : x; }
 
   static DAFL_HD F64 log(F64 u) {
     for (int i = 0; i < lanes; ++i) u[i] = __builtin_log(u[i]);
@@ -450,7 +454,7 @@ struct Ops {
     V first = splat(static_cast<S>(C));
     for (int j = 0; j < kChains; ++j) {
       V at = lane_block[j] + (iota() + static_cast<S>(j * L));
-      first = (lane_best[j] == best) & (at < first) ? at : first;
+      first = ((lane_best[j] == best) & (at < first)) ? at : first;
     }
     index = across(first, [](S a, S b) { return a < b ? a : b; });
   }
@@ -551,22 +555,14 @@ void generator_forward_rows(const GeneratorForward& a, int64_t begin, int64_t en
       const S* t = O::load_row(a.logits, row, a.C, converted);
       S best, y;
       O::row_argmax(t, a.C, best, y);
-      // d' without its y-th term: whole vectors on both sides of y's, which is masked.
-      V others_lanes{};
-      const int64_t y_vector = static_cast<int64_t>(y) / L * L;
-      auto add = [&](int64_t from, int64_t to) {
-        for (int64_t k = from; k < to; k += L) {
-          V e = M::exp(O::load(t + k, a.C - k, low) - best);
-          O::store(exps + k, e);
-          others_lanes += e;
-        }
-      };
-      add(0, y_vector);
-      V shifted = O::load(t + y_vector, a.C - y_vector, low) - best;
-      V e = M::exp(shifted);
-      O::store(exps + y_vector, e);
-      others_lanes += row_math::others_term(O::iota() == y - static_cast<S>(y_vector), shifted, e);
-      add(y_vector + L, a.C);
+      V others_lanes{}, position = O::iota();
+      for (int64_t k = 0; k < a.C; k += L) {
+        V shifted = O::load(t + k, a.C - k, low) - best;
+        V e = M::exp(shifted);
+        O::store(exps + k, e);
+        others_lanes += row_math::others_term(position == y, shifted, e);
+        position += static_cast<S>(L);
+      }
       S others = O::sum(others_lanes);
       S inverse = S(1) / (others + S(1));
       for (int64_t k = 0; k < padded; k += L) {
@@ -612,16 +608,16 @@ void generator_backward_rows(const GeneratorBackward& a, int64_t begin, int64_t 
       O::store(probability + k, p);
       slope_lanes += p * O::load(slope + k, a.C - k, S(0));
     }
-    V mean_slope = O::splat(O::sum(slope_lanes));
+    const S mean_slope = O::sum(slope_lanes);
     S* out = O::output_row(a.logits.dtype, a.grad, row, a.C, converted);
-    V position = O::iota(), all_others = O::splat(others), all_inverse = O::splat(inverse);
+    // The loop treats every class as one that is not y; then y's own is put right.
     for (int64_t k = 0; k < a.C; k += L) {
-      V grad = row_math::generator_gradient(position == y, O::load(probability + k),
-                                            O::load(slope + k, a.C - k, S(0)), mean_slope,
-                                            all_others, all_inverse, one_hot);
-      O::store(out + k, a.C - k, grad);
-      position += static_cast<S>(L);
+      V p = O::load(probability + k);
+      O::store(out + k, a.C - k, p * (O::load(slope + k, a.C - k, S(0)) + (one_hot - mean_slope)));
     }
+    const int64_t at = static_cast<int64_t>(y);
+    out[at] = row_math::generator_gradient(true, probability[at], slope[at], mean_slope, others,
+                                           inverse, one_hot);
     if (out == converted) O::store_row(out, row, a.C, a.logits.dtype, a.grad);
   }
 }
@@ -736,9 +732,9 @@ void distill_forward_rows(const DistillForward& a, int64_t begin, int64_t end, d
     S inverse_s = S(1) / sum_s, inverse_t = S(1) / sum_t;
     V shift = O::splat(best_t - best_s), log_sum_ratio = O::splat(log_t - log_s), kl{};
     for (int64_t k = 0; k < a.C; k += L) {
-      V log_q_ratio = row_math::log_ratio<S>(O::load(t + k, a.C - k, S(0)),
-                                             O::load(s + k, a.C - k, S(0)), shift, log_sum_ratio,
-                                             scale);
+      V log_q_ratio =
+          row_math::log_ratio<S>(O::load(t + k, a.C - k, S(0)), O::load(s + k, a.C - k, S(0)),
+                                 shift, log_sum_ratio, scale);
       kl += row_math::kl_term<S>(O::load(exp_t + k) * inverse_t, O::load(exp_s + k) * inverse_s,
                                  log_q_ratio);
     }
@@ -820,12 +816,12 @@ double abs_sum(const Matrix& f, int64_t F, int64_t begin, int64_t end) {
     for (; k + 4 * L <= count; k += 4 * L) {
       for (int j = 0; j < 4; ++j) {
         V x = O::load(values + k + j * L);
-        sums[j] += x < S(0) ? -x : x;
+        sums[j] += M::abs(x);
       }
     }
     for (; k < count; k += L) {
       V x = O::load(values + k, count - k, S(0));
-      sums[0] += x < S(0) ? -x : x;
+      sums[0] += M::abs(x);
     }
     total += O::sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   });
@@ -884,8 +880,8 @@ void distill_backward(const DistillBackward& a, int64_t begin, int64_t end, void
 
 template <class M>
 constexpr Kernels table() {
-  return {generator_forward<M>, generator_backward<M>, distill_forward<M>,
-          distill_backward<M>,  abs_sum<M>,            sign_gradient<M>};
+  return {generator_forward<M>, generator_backward<M>, distill_forward<M>, distill_backward<M>,
+          abs_sum<M>,           sign_gradient<M>};
 }
 
 }  // namespace
