@@ -1,0 +1,24 @@
+"""dafl_fast: distil a trained classifier into a small fast one, without its training data.
+
+Data-Free Learning of Student Networks (Chen et al., ICCV 2019) with fused losses.
+"""
+
+import torch  # noqa: F401  (loads the libraries that the extension links to)
+
+from ._C import build_info
+from ._version import __version__
+from .config import Config, make_config
+from .engine.teacher import FrozenTeacher
+from .losses import DistillLoss, GeneratorLoss, distill_loss, generator_loss
+
+__all__ = [
+    "Config",
+    "DistillLoss",
+    "FrozenTeacher",
+    "GeneratorLoss",
+    "__version__",
+    "build_info",
+    "distill_loss",
+    "generator_loss",
+    "make_config",
+]

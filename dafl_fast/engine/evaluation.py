@@ -1,0 +1,24 @@
+"""Accuracy on labelled images and agreement with the teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def predictions(network: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
+    """Lowest-index argmax class [N] of `network`'s logits for images [N, C, H, W], in fp32."""
+    device = next(network.parameters()).device
+    was_training = network.training
+    network.eval()
+    classes = [
+        network(batch.to(device)).argmax(1).to(images.device) for batch in images.split(batch_size)
+    ]
+    network.train(was_training)
+    return torch.cat(classes)
+
+
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of images [N, C, H, W] whose predicted class is the label [N]."""
+    return (predictions(network, images) == labels).float().mean().item()

@@ -1,0 +1,42 @@
+"""How a mistake reaches the person at the keyboard: one clear sentence and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something that the user can put right; its message is one full sentence."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot usefully go on (collapse, non-finite losses); the message says why."""
+
+
+def command(main: Callable[[], int]) -> Callable[[], int]:
+    """Wraps a command's `main`: expected errors become one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run() -> int:
+        try:
+            return main()
+        except (UserError, TrainingStopped) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return run
+
+
+def require(module: str, purpose: str) -> None:
+    """Raises UserError, naming the package to install, unless `module` can be imported."""
+    import importlib
+
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{purpose} needs the package {module!r}, which cannot be imported ({error}); "
+            f"run: pip install {module}"
+        ) from error

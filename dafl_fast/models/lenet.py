@@ -1,0 +1,38 @@
+"""LeNet-5 and LeNet-5-Half as in the published DAFL code: 1x32x32 images, ten classes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class LeNet5(nn.Module):
+    """[N, 1, 32, 32] -> logits [N, num_classes]; the features are the 120-vector before `fc1`.
+
+    61,706 parameters with the default widths.
+    """
+
+    def __init__(
+        self, widths: tuple[int, int, int, int] = (6, 16, 120, 84), num_classes: int = 10
+    ) -> None:
+        super().__init__()
+        c1, c2, c3, hidden = widths
+        self.conv1 = nn.Conv2d(1, c1, 5)
+        self.conv2 = nn.Conv2d(c1, c2, 5)
+        self.conv3 = nn.Conv2d(c2, c3, 5)
+        self.pool = nn.MaxPool2d(2)
+        self.relu = nn.ReLU()
+        self.fc1 = nn.Linear(c3, hidden)
+        self.fc2 = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.conv1(x)))
+        x = self.pool(self.relu(self.conv2(x)))
+        features = self.relu(self.conv3(x)).flatten(1)
+        return self.fc2(self.relu(self.fc1(features)))
+
+
+class LeNet5Half(LeNet5):
+    """LeNet-5 with half the widths (3, 8, 60, 42): the published MNIST student, 15,738 weights."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__((3, 8, 60, 42), num_classes)

@@ -1,0 +1,139 @@
+"""`python -m dafl_fast.train`: distil a student without data, from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from .config import Config, make_config
+from .engine.folder import RESUMABLE, read_config
+from .engine.loop import train
+from .errors import UserError, command
+
+_EPILOG = "The preset, when given, comes first: python -m dafl_fast.train mnist --recipe paper"
+
+
+def parse(arguments: list[str]) -> Config:
+    """The Config for a command line: preset and recipe choose the defaults of all the rest."""
+    import tyro
+
+    flag = _value_of(arguments, "--resume")
+    if flag is not None:
+        return _resumed(Path(flag), arguments)
+    preset = "mnist"
+    if arguments and not arguments[0].startswith("-"):
+        preset, arguments = arguments[0], arguments[1:]
+    defaults = make_config(preset, _value_of(arguments, "--recipe") or "fast")
+    if _value_of(arguments, "--steps") or _value_of(arguments, "--max-seconds"):
+        defaults = dataclasses.replace(defaults, steps=None, max_seconds=None)
+    return _cli(tyro, defaults, arguments)
+
+
+def _cli(tyro: Any, defaults: Config, arguments: list[str]) -> Config:
+    config: Config = tyro.cli(
+        Config,
+        prog="python -m dafl_fast.train",
+        description=f"{Config.__doc__}\n\n{_EPILOG}",
+        default=defaults,
+        args=arguments,
+    )
+    return config
+
+
+def _resumed(path: Path, arguments: list[str]) -> Config:
+    import tyro
+
+    before = Config(**read_config(path), resume=path)
+    config = _cli(tyro, before, arguments)
+    for field in dataclasses.fields(Config):
+        old, new = getattr(before, field.name), getattr(config, field.name)
+        if old != new and field.name not in RESUMABLE:
+            raise UserError(
+                f"--{field.name.replace('_', '-')} cannot change when resuming: the run in {path} "
+                f"has {old}, got {new}"
+            )
+    return config
+
+
+def _value_of(arguments: list[str], flag: str) -> str | None:
+    """What stands behind `flag`, as `--flag value` or `--flag=value`."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            if equals:
+                return value
+            return arguments[index + 1] if index + 1 < len(arguments) else None
+    return None
+
+
+class Progress:
+    """A live line on a terminal; silent elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.bar = Bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.percentage:.0f} %"),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self.task = self.bar.add_task("distilling", total=1.0, text="starting")
+        self.accuracy = ""
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if "accuracy" in row:
+            self.accuracy = f" · accuracy {row['accuracy']:.2%}"
+            return
+        text = (
+            f"step {row['step']} · {row['steps_per_second']:.1f} steps/s · "
+            f"{row['images_per_second']:,.0f} images/s · G {row['generator_loss']:.3f} · "
+            f"S {row['distill_loss']:.3f} · agreement {row['agreement']:.1%}{self.accuracy}"
+        )
+        self.bar.update(self.task, completed=min(row["done"], 1.0), text=text)
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary in a few lines for people."""
+    lines = [
+        f"{summary['steps']:,} steps in {summary['train_seconds']:.1f} s of training "
+        f"({summary['images_per_second']:,.0f} images/s, {summary['precision']} on "
+        f"{summary['device']}), {summary['wall_seconds']:.1f} s in all"
+    ]
+    if summary["student_accuracy"] is not None:
+        lines.append(
+            f"student {summary['student_accuracy']:.2%}, teacher "
+            f"{summary['teacher_accuracy']:.2%} on {summary['eval_count']:,} held-out images "
+            f"({summary['eval_set']})"
+        )
+    if summary["agreement"] is not None:
+        lines.append(f"agreement with the teacher on generated images {summary['agreement']:.2%}")
+    lines.append(
+        f"student of {summary['student_parameters']:,} parameters (teacher "
+        f"{summary['teacher_parameters']:,}): {summary['run']}/student.safetensors"
+    )
+    if summary["interrupted"]:
+        again = f"python -m dafl_fast.train --resume {summary['run']}"
+        lines.append(f"interrupted; go on with: {again}")
+    return "\n".join(lines)
+
+
+@command
+def main() -> int:
+    config = parse(sys.argv[1:])
+    progress = Progress()
+    with progress.bar:
+        summary = train(config, progress)
+    print(describe(summary))
+    return 130 if summary["interrupted"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""The training step against an independent transcription, and what each recipe does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dafl_fast.config import make_config
+from dafl_fast.engine.step import STATISTICS, Step
+from dafl_fast.engine.teacher import FrozenTeacher
+from dafl_fast.models import Generator, LeNet5, LeNet5Half
+
+from .published import PublishedGenerator, PublishedLeNet5, PublishedStep
+
+CPU = torch.device("cpu")
+
+
+def make_step(recipe: str, dtype: torch.dtype = torch.float64, **overrides) -> Step:
+    overrides = {"batch_size": 16, "generator_width": 8, "seed": 5, **overrides}
+    config = make_config("mnist", recipe, **overrides)
+    torch.manual_seed(1)
+    generator = Generator(config.latent_dim, 32, 1, config.generator_width)
+    teacher, student = LeNet5(), LeNet5Half()
+    for module in (generator, teacher, student):
+        module.to(dtype, memory_format=torch.channels_last)
+    return Step(config, generator, FrozenTeacher(teacher, "fc1"), student, 10, CPU)
+
+
+def witness_of(step: Step) -> PublishedStep:
+    """The transcription with the same initial weights."""
+    dtype = step.dtype
+    generator = PublishedGenerator(width=step.config.generator_width).to(dtype)
+    teacher = PublishedLeNet5().to(dtype)
+    student = PublishedLeNet5(3, 8, 60, 42).to(dtype)
+    generator.load_state_dict(step.generator.state_dict())
+    teacher.load_state_dict(step.teacher.network.state_dict())
+    student.load_state_dict(step.student.state_dict())
+    return PublishedStep(generator, teacher, student)
+
+
+def noises(step: Step, count: int) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(step.config.seed)
+    shape = (step.config.batch_size, step.config.latent_dim)
+    return [torch.randn(shape, generator=draw, dtype=step.dtype) for _ in range(count)]
+
+
+def assert_same_weights(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert mine.keys() == other.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(
+            tensor, other[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_three_published_steps_equal_the_transcription():
+    step = make_step("published")
+    witness = witness_of(step)
+    start = step.generator.state_dict()["l1.0.weight"].clone()
+    for z in noises(step, 3):
+        step()
+        witness(z)
+    assert_same_weights(step.generator, witness.generator, 1e-9)
+    assert_same_weights(step.student, witness.student, 1e-9)
+    assert (step.generator.l1[0].weight - start).abs().max() > 0.1, "nothing was learned"
+
+
+def test_published_statistics_are_the_losses():
+    step = make_step("published")
+    witness = witness_of(step)
+    (z,) = noises(step, 1)
+    images = witness.generator(z)
+    logits, features = witness.teacher(images, out_feature=True)
+    p = logits.softmax(1).mean(0)
+    expected = {
+        "one_hot": torch.nn.functional.cross_entropy(logits, logits.argmax(1)),
+        "entropy": (p * p.log10()).sum(),
+        "activation": -features.abs().mean(),
+        "distill_loss": torch.nn.functional.kl_div(
+            witness.student(images).log_softmax(1), logits.softmax(1), reduction="batchmean"
+        ),
+        "agreement": (witness.student(images).argmax(1) == logits.argmax(1)).double().mean(),
+    }
+    step()
+    got = dict(zip(STATISTICS, step.statistics.tolist(), strict=True))
+    for name, value in expected.items():
+        assert got[name] == pytest.approx(value.item(), rel=1e-5, abs=1e-6), name
+    total = expected["one_hot"] + 5 * expected["entropy"] + 0.1 * expected["activation"]
+    assert got["generator_loss"] == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_paper_recipe_teaches_on_fresh_images():
+    step = make_step("paper")
+    witness = witness_of(step)
+    first, second = noises(step, 2)
+    step()
+    # Generator first, by itself; then images of a new z from the updated generator.
+    witness.optimizer_s = torch.optim.SGD(witness.student.parameters(), lr=0.0)
+    witness(first)
+    assert_same_weights(step.generator.l1, witness.generator.l1, 1e-9)
+    with torch.no_grad():
+        images = witness.generator(second)
+        logits = witness.teacher(images)
+    witness.student.zero_grad()
+    loss = torch.nn.functional.kl_div(
+        witness.student(images).log_softmax(1), logits.softmax(1), reduction="batchmean"
+    )
+    loss.backward()
+    torch.optim.Adam(witness.student.parameters(), lr=2e-3).step()
+    assert_same_weights(step.student, witness.student, 1e-9)
+
+
+def test_fast_recipe_updates_from_the_bank():
+    step = make_step(
+        "fast", torch.float32, student_updates=3, student_batch_size=8, bank_images=24,
+        generator_restart_every=2, ema_decay=0.9,
+    )  # fmt: skip
+    step()
+    assert step.bank is not None and len(step.bank) == 16
+    torch.testing.assert_close(step.bank.logits[:16], step.newest[1])
+    torch.testing.assert_close(
+        step.bank.images[:16], step.newest[0].to(torch.bfloat16), rtol=0, atol=0
+    )
+    step()
+    assert len(step.bank) == 24 and step.bank.added == 32
+    torch.testing.assert_close(step.bank.logits[:8], step.newest[1][8:])
+    assert step.student_optimizer.state[step.student.fc2.bias]["step"] == 6
+    assert step.result is not step.student
+    before = [p.clone() for p in step.generator.parameters()]
+    step()  # a new generator: its first update starts from other weights and an empty Adam
+    assert step.generator_optimizer.state[step.generator.l1[0].weight]["step"] == 1
+    moved = (step.generator.l1[0].weight - before[0]).abs().mean()
+    assert moved > 0.03, "the restarted generator is still the old one"
+
+
+def test_teacher_stays_as_it_was():
+    step = make_step("published")
+    before = step.teacher.fingerprint()
+    step()
+    assert step.teacher.fingerprint() == before
+    assert all(p.grad is None for p in step.teacher.parameters())
+    assert not step.teacher.network.training
+    step.teacher.train()
+    assert not step.teacher.network.training
+
+
+def test_state_dict_restores_the_run_exactly():
+    settings = dict(student_updates=2, student_batch_size=8, bank_images=64, ema_decay=0.9)
+    one = make_step("fast", torch.float32, generator_restart_every=3, **settings)
+    for _ in range(2):
+        one()
+    two = make_step("fast", torch.float32, generator_restart_every=3, **settings)
+    for parameter in two.student.parameters():
+        parameter.data.zero_()
+    two.load_state_dict(torch.load(_saved(one.state_dict()), weights_only=True))
+    two.bank.restore(0, one.bank.span(0, one.bank.added))
+    for _ in range(3):
+        one()
+        two()
+    assert_same_weights(two.result, one.result, 0)
+    assert_same_weights(two.generator, one.generator, 0)
+    assert torch.equal(two.statistics, one.statistics)
+
+
+def _saved(state):
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_follows_fp32(precision):
+    exact = make_step("published", torch.float32, generator_lr=1e-3)
+    mixed = make_step("published", torch.float32, generator_lr=1e-3)
+    mixed.precision = precision
+    if precision == "fp16":
+        mixed.scalers = [torch.amp.GradScaler("cpu") for _ in range(2)]
+    for _ in range(5):
+        exact()
+        mixed()
+    torch.testing.assert_close(mixed.statistics, exact.statistics, rtol=0.05, atol=0.05)

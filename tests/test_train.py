@@ -1,0 +1,362 @@
+"""The command as its users meet it: runs, resumes, kills, mistakes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dafl_fast import train as command
+from dafl_fast.config import PRESETS, Config, make_config
+from dafl_fast.engine import loop
+from dafl_fast.engine.loop import train
+from dafl_fast.errors import TrainingStopped, UserError
+from dafl_fast.models import LeNet5
+
+TINY = ["--batch-size", "16", "--generator-width", "8", "--student-batch-size", "16",
+        "--student-updates", "2", "--bank-images", "160", "--log-every", "2"]  # fmt: skip
+
+
+def tiny(out: Path, **overrides) -> Config:
+    settings = {
+        "batch_size": 16, "generator_width": 8, "student_batch_size": 16, "student_updates": 2,
+        "bank_images": 160, "log_every": 2, "eval": "none", "steps": 12, "save_every": 1e-9,
+        "precision": "fp32",
+    }  # fmt: skip
+    return make_config("mnist", "fast", **{**settings, "out_dir": out, **overrides})
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    try:
+        code = command.main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def student_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student.safetensors")
+
+
+def assert_same_student(one: Path, two: Path) -> None:
+    a, b = student_of(one), student_of(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_folder_is_complete(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    code, printed, _ = run(
+        monkeypatch, capsys, "mnist", "--steps", "5", "--eval", "mnist-5k", "--seed", "3",
+        "--out-dir", str(out), *TINY,
+    )  # fmt: skip
+    assert code == 0
+    summary = json.loads((out / "summary.json").read_text())
+    expected = {
+        "preset": "mnist", "recipe": "fast", "device": "cpu", "seed": 3, "steps": 5,
+        "generator_images": 80, "student_images": 160, "eval_set": "mnist-5k",
+        "eval_count": 5000, "interrupted": False,
+    }  # fmt: skip
+    assert {name: summary[name] for name in expected} == expected
+    assert summary["teacher_accuracy"] >= 0.99
+    assert 0 < summary["student_accuracy"] < 1
+    assert 0 <= summary["agreement"] <= 1
+    assert summary["wall_seconds"] > summary["train_seconds"] > 0
+    assert summary["images_per_second"] == pytest.approx(240 / summary["train_seconds"], rel=0.05)
+    assert f"{summary['student_accuracy']:.2%}" in printed
+
+    # The accuracy is that of the weights that were saved.
+    from dafl_fast.data import eval_set
+    from dafl_fast.engine.evaluation import accuracy
+    from dafl_fast.models import LeNet5Half
+
+    student = LeNet5Half()
+    student.load_state_dict(student_of(out))
+    held_out = eval_set("mnist-5k", PRESETS["mnist"])
+    assert accuracy(student, *held_out) == summary["student_accuracy"]
+
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "generator_loss" in row]
+    assert steps == [2, 4, 5]
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"]["steps"] == 5
+    assert (out / "samples" / "step-0000005.png").read_bytes()[1:4] == b"PNG"
+    assert "preset: mnist" in (out / "config.yaml").read_text()
+    assert json.loads((out / "environment.json").read_text())["torch"] == torch.__version__
+
+
+def test_same_seed_same_student(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tiny(tmp_path / name, seed=seed, steps=4))
+    assert_same_student(tmp_path / "a", tmp_path / "b")
+    assert not torch.equal(
+        student_of(tmp_path / "a")["fc2.weight"], student_of(tmp_path / "c")["fc2.weight"]
+    )
+
+
+@pytest.mark.parametrize("recipe", ["fast", "published", "paper"])
+@pytest.mark.parametrize("stop_at", [1, 5, 6])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, recipe, stop_at):
+    settings = {} if recipe == "fast" else {"student_updates": 1, "bank_images": 0}
+    if recipe == "fast":
+        settings["generator_restart_every"] = 5
+    base = tiny(tmp_path / "whole").__dict__ | settings | {"recipe": recipe}
+    base["student_source"] = {"fast": "bank", "published": "same", "paper": "fresh"}[recipe]
+    whole = Config(**base)
+    train(whole)
+
+    broken = Config(**{**base, "out_dir": tmp_path / "broken"})
+    calls = 0
+    original = loop.Step.__call__
+
+    def interrupting(self):
+        nonlocal calls
+        original(self)
+        calls += 1
+        if calls == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Step, "__call__", interrupting)
+        summary = train(broken)
+    assert summary["interrupted"]
+    assert summary["steps"] == stop_at
+    resumed = command.parse(["--resume", str(tmp_path / "broken")])
+    assert train(resumed)["steps"] == 12
+    assert_same_student(tmp_path / "whole", tmp_path / "broken")
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "broken")]
+    losses = [
+        [(row["step"], row["generator_loss"]) for row in map(json.loads, text.splitlines())
+         if "generator_loss" in row]
+        for text in metrics
+    ]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+def test_kill_nine_at_random_moments(tmp_path):
+    """The process is killed without warning, again and again, until the run gets through."""
+    train(tiny(tmp_path / "whole", steps=60, generator_restart_every=25))
+    out = tmp_path / "killed"
+    base = [sys.executable, "-m", "dafl_fast.train"]
+    first = [*base, "mnist", "--steps", "60", "--eval", "none", "--precision", "fp32",
+             "--save-every", "1e-9", "--generator-restart-every", "25", "--out-dir", str(out),
+             *TINY]  # fmt: skip
+    kills, draw = 0, random.Random(0)
+    while not (out / "summary.json").exists():
+        arguments = [*base, "--resume", str(out)] if (out / "config.yaml").exists() else first
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+        before = (out / "checkpoint.pt").stat().st_mtime_ns if kills else 0
+        limit = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < limit:
+            path = out / "checkpoint.pt"
+            if kills < 4 and path.exists() and path.stat().st_mtime_ns != before:
+                time.sleep(draw.random() * 0.2)  # anywhere in the steps and saves that follow
+                process.kill()
+                kills += 1
+            time.sleep(0.002)
+        assert process.wait(60) in (0, -signal.SIGKILL)
+    assert kills >= 2
+    assert_same_student(tmp_path / "whole", out)
+    leftovers = {p.name for p in out.iterdir() if not p.name.startswith(".")}
+    assert leftovers == {"config.yaml", "metrics.jsonl", "summary.json", "environment.json",
+                         "checkpoint.pt", "bank", "student.safetensors", "samples"}  # fmt: skip
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dafl_fast.train", "mnist", "--max-seconds", "60", "--eval", "none",
+         "--out-dir", str(out), *TINY],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    limit = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < limit:
+        time.sleep(0.05)
+    process.terminate()
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"interrupted; go on with: python -m dafl_fast.train --resume {out}" in printed
+    assert errors == ""
+    assert json.loads((out / "summary.json").read_text())["interrupted"]
+    assert (out / "student.safetensors").exists()
+
+
+def test_resume_may_extend_but_not_change_the_run(tmp_path, monkeypatch, capsys):
+    train(tiny(tmp_path / "run", steps=4))
+    resume = ("--resume", str(tmp_path / "run"))
+    code, _, error = run(monkeypatch, capsys, *resume, "--batch-size", "32")
+    assert code == 2
+    assert "--batch-size cannot change when resuming" in error
+    assert "has 16, got 32" in error
+    code, _, _ = run(monkeypatch, capsys, *resume, "--steps", "6")
+    assert code == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 6
+
+
+def test_resume_refuses_another_teacher(tmp_path):
+    train(tiny(tmp_path / "run", steps=2))
+    save_file(LeNet5().state_dict(), tmp_path / "other.safetensors")
+    config = command.parse(
+        ["--resume", str(tmp_path / "run"), "--teacher", str(tmp_path / "other.safetensors")]
+    )
+    with pytest.raises(UserError, match="was begun with another teacher"):
+        train(config)
+
+
+def test_collapse_stops_the_run_with_the_checkpoint_kept(tmp_path, monkeypatch):
+    # Without the entropy term's pull, but watched for: the weight is tiny, not zero.
+    monkeypatch.setattr(loop, "COLLAPSED_STEPS", 20)
+    config = tiny(tmp_path / "run", steps=400, entropy=-5.0, generator_lr=0.05, log_every=5)
+    with pytest.raises(TrainingStopped, match="collapsed: for .* steps .* one class.*checkpoint"):
+        train(config)
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_non_finite_loss_stops_the_run_with_the_checkpoint_kept(tmp_path):
+    original, calls = loop.Step.__call__, 0
+
+    def poisoned(self):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            with torch.no_grad():
+                self.generator.l1[0].weight[0, 0] = float("nan")
+        original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Step, "__call__", poisoned)
+        with pytest.raises(TrainingStopped, match="generator_loss is not finite at step 6.*kept"):
+            train(tiny(tmp_path / "run"))
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["step"]["steps"] == 4
+    assert saved["step"]["generator"]["l1.0.weight"].isfinite().all()
+
+
+def test_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    original, saves = torch.save, 0
+
+    def filling(state, path):
+        nonlocal saves
+        saves += 1
+        if saves > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(state, path)
+
+    monkeypatch.setattr(torch, "save", filling)
+    out = tmp_path / "run"
+    code, _, error = run(
+        monkeypatch, capsys, "mnist", "--steps", "6", "--eval", "none", "--save-every", "1e-9",
+        "--out-dir", str(out), *TINY,
+    )  # fmt: skip
+    assert code == 2
+    assert "checkpoint.pt: No space left on device" in error
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"]["steps"] == 2
+
+
+def _save(path: Path, state: dict[str, torch.Tensor]) -> str:
+    save_file(state, path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["imagenet"], "unknown preset 'imagenet': choose one of mnist"),
+        (
+            ["mnist", "--teacher", "nowhere.safetensors"],
+            "nowhere.safetensors does not exist",
+        ),
+        (["mnist", "--batch-size", "0"], "--batch-size must be at least 2"),
+        (["mnist", "--batch-size", "1"], "--batch-size must be at least 2"),
+        (["mnist", "--temperature", "0"], "--temperature must be positive, got 0"),
+        (["mnist", "--log-base", "1"], "--log-base must be greater than 1"),
+        (["mnist", "--bank-images", "3"], "--bank-images must be at least the batch size"),
+        (["mnist", "--resume", "nowhere"], "--resume nowhere: there is no run in that folder"),
+        (["mnist", "--eval", "mnist", "--data-dir", "nowhere"], "MNIST was not found in nowhere"),
+    ],
+)
+def test_mistakes_are_one_sentence(monkeypatch, capsys, tmp_path, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    code, printed, error = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert printed == ""
+    assert error.startswith("error: ")
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_cuda(monkeypatch, capsys):
+    code, _, error = run(monkeypatch, capsys, "mnist", "--device", "cuda")
+    assert (code, error) == (
+        2, "error: --device cuda was asked for, but PyTorch sees no CUDA GPU here\n",
+    )  # fmt: skip
+
+
+def test_teacher_files_that_do_not_serve(monkeypatch, capsys, tmp_path):
+    (tmp_path / "corrupt.safetensors").write_bytes(os.urandom(200))
+    misfit = {**LeNet5().state_dict(), "fc2.weight": torch.zeros(7, 84)}
+    _save(tmp_path / "misfit.safetensors", misfit)
+    poisoned = {**LeNet5().state_dict(), "fc2.bias": torch.full((10,), float("nan"))}
+    _save(tmp_path / "nan.safetensors", poisoned)
+    for name, sentence in (
+        ("corrupt", "is not a readable safetensors file"),
+        ("misfit", "fc2.weight should be [10, 84], the file has [7, 84]"),
+        ("nan", "the teacher's logits hold NaN or infinity"),
+    ):
+        path = str(tmp_path / f"{name}.safetensors")
+        code, _, error = run(monkeypatch, capsys, "mnist", "--eval", "none", "--teacher", path)
+        assert code == 2
+        assert sentence in error
+        assert error.count("\n") == 1
+
+
+def test_out_dir_with_another_run(monkeypatch, capsys, tmp_path):
+    train(tiny(tmp_path / "run", steps=2))
+    before = (tmp_path / "run" / "summary.json").read_text()
+    code, _, error = run(
+        monkeypatch, capsys, "mnist", "--eval", "none", "--out-dir", str(tmp_path / "run")
+    )
+    assert code == 2
+    assert "holds another run" in error
+    assert f"--resume {tmp_path / 'run'}" in error
+    assert (tmp_path / "run" / "summary.json").read_text() == before
+
+
+def test_unknown_recipe_or_option(monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "mnist", "--recipe", "slow")[0] == 2
+    assert run(monkeypatch, capsys, "mnist", "--no-such-option", "1")[0] == 2
+
+
+def test_help_explains_every_option_with_its_default(monkeypatch, capsys):
+    code, printed, _ = run(monkeypatch, capsys, "--help")
+    assert code == 0
+    text = " ".join(printed.replace("│", " ").split())
+    for name, value in make_config().__dict__.items():
+        if name not in ("preset",):
+            assert f"--{name.replace('_', '-')}" in text, name
+        if isinstance(value, float) and name != "max_seconds":
+            assert f"(default: {value})" in text, name
+
+
+def test_a_mistake_in_a_real_process_has_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "dafl_fast.train", "nosuch"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown preset 'nosuch': choose one of mnist\n"
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
