@@ -216,23 +216,19 @@ def torch_build() -> tuple[Extension, type[build_ext]]:
     return extension, TorchBuild
 
 
-class TorchMissing(build_ext):
-    """Metadata and source distributions need no torch; compiling does."""
-
-    def run(self):
-        raise BuildError(
-            "torch is needed to build: `pip install torch torchvision` first, "
-            "then `pip install --no-build-isolation .`"
-        )
-
-
 def main() -> None:
     try:
         extension, command = torch_build()
     except ModuleNotFoundError as missing:
         if missing.name != "torch":
             raise
-        extension, command = Extension("dafl_fast._C", sources=sources("**/*.cpp")), TorchMissing
+        # Source distributions and pip's first question can do without; all else compiles.
+        if not {"egg_info", "sdist"} & set(sys.argv):
+            raise BuildError(
+                "torch is needed to build: `pip install torch torchvision` first, "
+                "then `pip install --no-build-isolation .`"
+            ) from None
+        extension, command = Extension("dafl_fast._C", sources=[]), build_ext
     # The licence is named here because setuptools before and after 77 disagree on its form in
     # pyproject.toml.
     setup(
