@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cuda/plan.h"
 #include "losses.h"
 
 #define DAFL_STRING_(x) #x
@@ -14,11 +15,33 @@
 namespace dafl {
 namespace {
 
-// Where an operator that meets CUDA tensors ends while there are no kernels for them.
+#ifndef DAFL_FAST_CUDA
+// Where an operator that meets CUDA tensors ends in a build without kernels for them.
 void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(),
                               " has no CUDA kernels in this build of dafl_fast: move its tensors "
                               "to the CPU, or use dafl_fast.reference");
+}
+#endif
+
+// What the CUDA launch planner decides; in every build, for the tests.
+py::dict plan(int64_t rows, int64_t classes, bool float64, int multiprocessors, int capability) {
+  TORCH_CHECK_VALUE(rows >= 1 && classes >= 1 && multiprocessors >= 1,
+                    "plan needs rows, classes and multiprocessors of at least 1");
+  const cuda::Plan plan = cuda::make_plan(rows, classes, float64, {multiprocessors, capability});
+  const char* names[] = {"tile", "warp", "block", "cluster", "stream"};
+  py::dict result;
+  result["regime"] = names[static_cast<int>(plan.regime)];
+  result["threads"] = plan.threads;
+  result["quads"] = plan.quads;
+  result["cluster"] = plan.cluster;
+  result["one_launch"] = plan.one_launch;
+  result["parts"] = plan.parts;
+  result["rows"] = plan.rows;
+  result["blocks"] = plan.blocks;
+  result["shared"] = plan.shared;
+  result["scratch"] = plan.scratch;
+  return result;
 }
 
 py::dict build_info() {
@@ -68,6 +91,12 @@ TORCH_LIBRARY(dafl_fast, m) {
   m.def(
       "distill_loss_backward(Tensor grad_total, Tensor student_logits, Tensor teacher_logits, "
       "Tensor row_stats, float temperature, bool scale_by_t2) -> Tensor grad_student");
+  m.def(
+      "dafl_losses(Tensor teacher_logits, Tensor? features, Tensor student_logits, float one_hot, "
+      "float entropy, float activation, float log_base, float temperature, bool scale_by_t2) -> "
+      "(Tensor generator_total, Tensor one_hot_part, Tensor entropy_part, Tensor activation_part, "
+      "Tensor distill_total, Tensor kl, Tensor agreement, Tensor grad_teacher, "
+      "Tensor grad_features, Tensor grad_student)");
 }
 
 TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) {
@@ -75,6 +104,7 @@ TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) {
   m.impl("distill_loss", distill_loss_autograd);
   m.impl("generator_loss_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("distill_loss_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("dafl_losses", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
@@ -82,13 +112,22 @@ TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
   m.impl("distill_loss", distill_loss_cpu);
   m.impl("generator_loss_backward", generator_loss_backward_cpu);
   m.impl("distill_loss_backward", distill_loss_backward_cpu);
+  m.impl("dafl_losses", dafl_losses_cpu);
 }
 
 TORCH_LIBRARY_IMPL(dafl_fast, CUDA, m) {
-  for (const char* name :
-       {"generator_loss", "distill_loss", "generator_loss_backward", "distill_loss_backward"}) {
+#ifdef DAFL_FAST_CUDA
+  m.impl("generator_loss", generator_loss_cuda);
+  m.impl("distill_loss", distill_loss_cuda);
+  m.impl("generator_loss_backward", generator_loss_backward_cuda);
+  m.impl("distill_loss_backward", distill_loss_backward_cuda);
+  m.impl("dafl_losses", dafl_losses_cuda);
+#else
+  for (const char* name : {"generator_loss", "distill_loss", "generator_loss_backward",
+                           "distill_loss_backward", "dafl_losses"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
   }
+#endif
 }
 
 TORCH_LIBRARY_IMPL(dafl_fast, Meta, m) {
@@ -96,6 +135,7 @@ TORCH_LIBRARY_IMPL(dafl_fast, Meta, m) {
   m.impl("distill_loss", distill_loss_meta);
   m.impl("generator_loss_backward", generator_loss_backward_meta);
   m.impl("distill_loss_backward", distill_loss_backward_meta);
+  m.impl("dafl_losses", dafl_losses_meta);
 }
 
 // The bound functions are the operators without the cost of torch.ops' argument parsing. They
@@ -120,6 +160,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return std::make_tuple(total, kl, agreement);
       },
       release());
+  m.def("dafl_losses", dafl_losses, release());
+  m.def("plan", plan, py::arg("rows"), py::arg("classes"), py::arg("float64"),
+        py::arg("multiprocessors"), py::arg("capability"));
   m.def("build_info", build_info);
 }
 

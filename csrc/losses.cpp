@@ -1,10 +1,9 @@
-// Checks, allocation, dispatch and differentiation of the fused losses.
+// The fused losses on the CPU, their dispatch and differentiation.
 #include "losses.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -14,115 +13,15 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "losses_shared.h"
 
 namespace dafl {
 namespace {
 
-using at::ScalarType;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// ---- Checks ------------------------------------------------------------------------------------
-
-std::string got(const Tensor& tensor) {
-  return c10::str(", got ", tensor.sym_sizes(), " on ", tensor.device());
-}
-
-void check_dtype(const char* name, const Tensor& tensor) {
-  ScalarType type = tensor.scalar_type();
-  TORCH_CHECK_TYPE(
-      type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble, name,
-      " must be float32, bfloat16, float16 or float64, got ", type);
-}
-
-void check_logits(const char* name, const Tensor& logits) {
-  // Class indices are kept in the statistics' fp32, which counts to 2^24.
-  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.sym_size(1) >= 1 && logits.sym_size(1) <= (1 << 24),
-                    name, " must be [N, C] with 1 to 16777216 classes", got(logits));
-  check_dtype(name, logits);
-}
-
-void check_generator(const Tensor& teacher_logits, const std::optional<Tensor>& features,
-                     double one_hot, double entropy, double activation, double log_base) {
-  check_logits("teacher_logits", teacher_logits);
-  if (features) {
-    TORCH_CHECK_VALUE(features->dim() == 2 && features->sym_size(0) == teacher_logits.sym_size(0) &&
-                          features->device() == teacher_logits.device(),
-                      "features must be [N, F] with the N and the device of teacher_logits (",
-                      teacher_logits.sym_sizes(), " on ", teacher_logits.device(), ")",
-                      got(*features));
-    check_dtype("features", *features);
-  }
-  TORCH_CHECK_VALUE(std::isfinite(one_hot) && std::isfinite(entropy) && std::isfinite(activation),
-                    "one_hot, entropy and activation must be finite weights, got ", one_hot, ", ",
-                    entropy, " and ", activation);
-  TORCH_CHECK_VALUE(std::isfinite(log_base) && log_base > 1,
-                    "log_base must be a finite number greater than 1, got ", log_base);
-}
-
-void check_distill(const Tensor& student_logits, const Tensor& teacher_logits, double temperature) {
-  check_logits("teacher_logits", teacher_logits);
-  TORCH_CHECK_VALUE(student_logits.dim() == 2 && student_logits.device() == teacher_logits.device(),
-                    "student_logits must be [N, C] on the same device as teacher_logits",
-                    got(student_logits));
-  TORCH_CHECK_VALUE(student_logits.sym_sizes() == teacher_logits.sym_sizes(),
-                    "student_logits must be [N, C] like teacher_logits, which is ",
-                    teacher_logits.sym_sizes(), got(student_logits));
-  check_dtype("student_logits", student_logits);
-  TORCH_CHECK_VALUE(std::isfinite(temperature) && temperature > 0,
-                    "temperature must be a finite number greater than 0, got ", temperature);
-}
-
-// ---- Allocation, the same for every device -----------------------------------------------------
-
-ScalarType stats_dtype(const Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-Tensor empty(const Tensor& like, c10::SymIntArrayRef size, ScalarType dtype) {
-  return at::empty_symint(size, like.options().dtype(dtype));
-}
-
-Tensor empty_grad(const Tensor& input) {
-  return empty(input, input.sym_sizes(), input.scalar_type());
-}
-
-GeneratorOutputs allocate_generator(const Tensor& teacher_logits) {
-  ScalarType type = stats_dtype(teacher_logits);
-  return {empty(teacher_logits, {}, type),
-          empty(teacher_logits, {}, type),
-          empty(teacher_logits, {}, type),
-          empty(teacher_logits, {}, type),
-          empty(teacher_logits, {3, teacher_logits.sym_size(0)}, type),
-          empty(teacher_logits, {teacher_logits.sym_size(1)}, type)};
-}
-
-GeneratorGradients allocate_generator_grads(const Tensor& teacher_logits,
-                                            const std::optional<Tensor>& features) {
-  return {
-      empty_grad(teacher_logits),
-      features ? empty_grad(*features) : empty(teacher_logits, {0}, teacher_logits.scalar_type())};
-}
-
-DistillOutputs allocate_distill(const Tensor& student_logits, const Tensor& teacher_logits) {
-  ScalarType type =
-      stats_dtype(student_logits) == at::kDouble ? at::kDouble : stats_dtype(teacher_logits);
-  return {empty(student_logits, {}, type), empty(student_logits, {}, type),
-          empty(student_logits, {}, type),
-          empty(student_logits, {4, student_logits.sym_size(0)}, type)};
-}
-
 // ---- CPU ---------------------------------------------------------------------------------------
-
-cpu::Matrix matrix(const Tensor& tensor) {
-  cpu::Dtype dtype = tensor.scalar_type() == at::kDouble     ? cpu::Dtype::f64
-                     : tensor.scalar_type() == at::kFloat    ? cpu::Dtype::f32
-                     : tensor.scalar_type() == at::kBFloat16 ? cpu::Dtype::bf16
-                                                             : cpu::Dtype::f16;
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), dtype};
-}
-
-bool is_f64(const Tensor& stats) { return stats.scalar_type() == at::kDouble; }
 
 void set(const Tensor& scalar, double value) {
   if (is_f64(scalar)) {
@@ -326,6 +225,18 @@ Tensor distill_loss_backward_cpu(const Tensor& grad_total, const Tensor& student
   return grad;
 }
 
+JointOutputs dafl_losses_cpu(const Tensor& teacher_logits, const std::optional<Tensor>& features,
+                             const Tensor& student_logits, double one_hot, double entropy,
+                             double activation, double log_base, double temperature,
+                             bool scale_by_t2) {
+  check_generator(teacher_logits, features, one_hot, entropy, activation, log_base);
+  check_distill(student_logits, teacher_logits, temperature);
+  return compose_joint<generator_loss_cpu, generator_loss_backward_cpu, distill_loss_cpu,
+                       distill_loss_backward_cpu>(teacher_logits, features, student_logits, one_hot,
+                                                  entropy, activation, log_base, temperature,
+                                                  scale_by_t2);
+}
+
 // ---- Meta --------------------------------------------------------------------------------------
 
 GeneratorOutputs generator_loss_meta(const Tensor& teacher_logits,
@@ -351,6 +262,20 @@ DistillOutputs distill_loss_meta(const Tensor& student_logits, const Tensor& tea
 Tensor distill_loss_backward_meta(const Tensor&, const Tensor& student_logits, const Tensor&,
                                   const Tensor&, double, bool) {
   return empty_grad(student_logits);
+}
+
+JointOutputs dafl_losses_meta(const Tensor& teacher_logits, const std::optional<Tensor>& features,
+                              const Tensor& student_logits, double one_hot, double entropy,
+                              double activation, double log_base, double temperature, bool) {
+  check_generator(teacher_logits, features, one_hot, entropy, activation, log_base);
+  check_distill(student_logits, teacher_logits, temperature);
+  auto [total, one_hot_part, entropy_part, activation_part, row_stats, class_mean] =
+      allocate_generator(teacher_logits);
+  auto [distill_total, kl, agreement, pair_stats] =
+      allocate_distill(student_logits, teacher_logits);
+  auto [grad_teacher, grad_features] = allocate_generator_grads(teacher_logits, features);
+  return {total, one_hot_part, entropy_part, activation_part, distill_total,
+          kl,    agreement,    grad_teacher, grad_features,   empty_grad(student_logits)};
 }
 
 // ---- Through the dispatcher --------------------------------------------------------------------
@@ -392,6 +317,14 @@ Tensor distill_loss_backward(const Tensor& grad_total, const Tensor& student_log
                              double temperature, bool scale_by_t2) {
   static auto op = find<decltype(distill_loss_backward)>("dafl_fast::distill_loss_backward");
   return op.call(grad_total, student_logits, teacher_logits, row_stats, temperature, scale_by_t2);
+}
+
+JointOutputs dafl_losses(const Tensor& teacher_logits, const std::optional<Tensor>& features,
+                         const Tensor& student_logits, double one_hot, double entropy,
+                         double activation, double log_base, double temperature, bool scale_by_t2) {
+  static auto op = find<decltype(dafl_losses)>("dafl_fast::dafl_losses");
+  return op.call(teacher_logits, features, student_logits, one_hot, entropy, activation, log_base,
+                 temperature, scale_by_t2);
 }
 
 // ---- Autograd ----------------------------------------------------------------------------------

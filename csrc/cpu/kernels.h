@@ -8,17 +8,10 @@
 
 #include <cstdint>
 
+#include "../matrix.h"
+
 namespace dafl {
 namespace cpu {
-
-enum class Dtype { f32, f64, bf16, f16 };
-
-struct Matrix {
-  const void* data;
-  int64_t row_stride;  // in elements, like col_stride
-  int64_t col_stride;
-  Dtype dtype;
-};
 
 // Up to here a vector lane is a row; above, a column.
 constexpr int64_t kTileClasses = 32;
