@@ -28,7 +28,8 @@ endif
 CXX_FILES := $(shell find csrc -type f -name '*.[chi]*')
 BUILD_FILES := $(shell find csrc) setup.py pyproject.toml dafl_fast/_version.py
 
-.PHONY: help demo test bench lint format build cuda-build-check dist clean
+.PHONY: help demo test bench lint format build cuda-check cuda-build-check gpu-check sanitize dist \
+    clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -56,6 +57,16 @@ format: $(STAMPS)/lint ## rewrite the sources in the project's style
 
 build: $(STAMPS)/build ## compile the extension and say how it was built
 	@$(PY) -c 'import dafl_fast; print(dafl_fast.build_info())'
+
+cuda-check: ## compile every CUDA kernel with warnings as errors and list registers and spills
+	@echo '== Compiling the kernels for three architectures, no GPU needed (about 1 minute)'
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) csrc/cuda/check.py $(ARGS)
+
+gpu-check: ## build, test and measure on the visible GPU (below 9 minutes); without one a dry run
+	$(PY) bench/gpu_check.py $(ARGS)
+
+sanitize: ## compute-sanitizer's memcheck and racecheck over every kernel, on the visible GPU
+	$(PY) bench/gpu_check.py --sanitize $(ARGS)
 
 cuda-build-check: $(STAMPS)/torch ## compile with CUDA in a throw-away folder, warnings are errors
 	@echo '== Compiling with CUDA, warnings are errors (1 to 3 minutes)'

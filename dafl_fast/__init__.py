@@ -9,15 +9,24 @@ from ._C import build_info
 from ._version import __version__
 from .config import Config, make_config
 from .engine.teacher import FrozenTeacher
-from .losses import DistillLoss, GeneratorLoss, distill_loss, generator_loss
+from .losses import (
+    DaflLosses,
+    DistillLoss,
+    GeneratorLoss,
+    dafl_losses,
+    distill_loss,
+    generator_loss,
+)
 
 __all__ = [
     "Config",
+    "DaflLosses",
     "DistillLoss",
     "FrozenTeacher",
     "GeneratorLoss",
     "__version__",
     "build_info",
+    "dafl_losses",
     "distill_loss",
     "generator_loss",
     "make_config",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import DistillLoss, GeneratorLoss
+from .losses import DaflLosses, DistillLoss, GeneratorLoss
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -67,3 +67,34 @@ def distill_loss(
     total = temperature**2 * kl if scale_by_t2 else kl
     agreement = (s.argmax(dim=1) == t.argmax(dim=1)).to(kl.dtype).mean()
     return DistillLoss(total, kl.detach(), agreement)
+
+
+def dafl_losses(
+    teacher_logits: Tensor,
+    features: Tensor | None,
+    student_logits: Tensor,
+    *,
+    one_hot: float = 1.0,
+    entropy: float = 5.0,
+    activation: float = 0.1,
+    log_base: float = 10,
+    temperature: float = 1.0,
+    scale_by_t2: bool = True,
+) -> DaflLosses:
+    """What :func:`dafl_fast.losses.dafl_losses` computes, with autograd's gradients."""
+    with torch.enable_grad():
+        t, s = (x.detach().requires_grad_() for x in (teacher_logits, student_logits))
+        f = None if features is None else features.detach().requires_grad_()
+        generator = generator_loss(
+            t, f, one_hot=one_hot, entropy=entropy, activation=activation, log_base=log_base
+        )
+        distill = distill_loss(s, t, temperature=temperature, scale_by_t2=scale_by_t2)
+        grads = torch.autograd.grad(generator.total, [t] if f is None else [t, f])
+        (grad_student,) = torch.autograd.grad(distill.total, s)
+    return DaflLosses(
+        generator._replace(total=generator.total.detach()),
+        distill._replace(total=distill.total.detach()),
+        grads[0],
+        None if f is None else grads[1],
+        grad_student,
+    )

@@ -18,11 +18,29 @@ SHAPES = [
 ]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAN, INF = math.nan, math.inf
+ABOUT_THE_CPU = {
+    "test_same_bits_at_any_number_of_threads", "test_threads_are_torchs_own",
+    "test_errors_name_the_argument", "test_teacher_that_requires_grad_is_fine_without_autograd",
+    "test_cuda_tensors_are_refused_with_a_sentence", "test_every_instruction_set",
+    "test_instruction_set_is_the_one_asked_for",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _all_tensors_on(device, request):
+    """Every test runs on every device there is, but for those that are about the CPU."""
+    if device.type == "cuda" and request.function.__name__ in ABOUT_THE_CPU:
+        pytest.skip("is about the CPU")
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
 
 
 def randn(*shape, scale=3.0, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    """The same numbers on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * scale
+    return x.to(dtype).to(torch.get_default_device())
 
 
 def leaf(x):
@@ -589,5 +607,9 @@ def test_cuda_tensors_are_refused_with_a_sentence():
     """Reached by its dispatch key, so that no GPU is needed."""
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     operator = torch.ops.dafl_fast.distill_loss.default
-    with pytest.raises(NotImplementedError, match="has no CUDA kernels in this build"):
+    if _C.build_info()["cuda"]:
+        error, message = ValueError, "need tensors on a GPU, got .* on cpu"
+    else:
+        error, message = NotImplementedError, "has no CUDA kernels in this build"
+    with pytest.raises(error, match=message):
         operator.redispatch(cuda, X, X, 1.0, True)

@@ -77,60 +77,71 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   }
 }
 
-// ---- Rows in registers -------------------------------------------------------------------------
+// ---- Rows shared by a warp, a block or a cluster -----------------------------------------------
 
+// body(column, s, t) for a thread's own columns of a row.
+template <int kGroup, class Body>
+__device__ void for_pairs(const DistillForward& a, bool quads, int64_t row, Columns own,
+                          Body body) {
+  const int64_t start_s = row * a.student.row_stride, start_t = row * a.teacher.row_stride;
+  if (quads) {
+#pragma unroll 2
+    for (int k = own.first; k < own.limit; k += 4 * kGroup) {
+      const float4 s = load_quad(a.student.data, a.student.dtype, start_s + k);
+      const float4 t = load_quad(a.teacher.data, a.teacher.dtype, start_t + k);
+      body(k, s.x, t.x);
+      body(k + 1, s.y, t.y);
+      body(k + 2, s.z, t.z);
+      body(k + 3, s.w, t.w);
+    }
+  } else {
+    for (int k = own.first; k < own.limit; k += 4 * kGroup) {
+      for (int i = k; i < min(k + 4, own.limit); ++i) {
+        body(i, load<float>(a.student, row, i), load<float>(a.teacher, row, i));
+      }
+    }
+  }
+}
+
+// Three passes over both rows: maxima, sums, divergence. The first comes from memory, the others
+// from the L1 cache, which holds what a multiprocessor works on; two rows in registers would not
+// leave enough of them.
 template <class R>
-__global__ void __launch_bounds__(R::kThreads, (R::kBlocks + 1) / 2)
+__global__ void __launch_bounds__(R::kThreads, R::kBlocks)
     distill_forward_rows_kernel(DistillForward a, int64_t part_rows) {
   const int C = static_cast<int>(a.C);
   Group<R::kGroup, R::kCluster> group(block_shared());
   const PartOfRows<R> rows(a.N, C, part_rows);
-  const bool quads_s = has_quads(a.student, C), quads_t = has_quads(a.teacher, C);
+  const bool quads = has_quads(a.student, C) && has_quads(a.teacher, C);
   const float scale = static_cast<float>(a.inverse_temperature);
   float* stats = static_cast<float*>(a.row_stats);
   double kl = 0, agreeing = 0;
 
   for (int64_t row = rows.first; row < rows.end; row += R::kGroups) {
-    float s[R::kValues], t[R::kValues];
-    load_row<R::kGroup, R::kQuads>(a.student, quads_s, row, rows.own, s);
-    load_row<R::kGroup, R::kQuads>(a.teacher, quads_t, row, rows.own, t);
-    const int64_t next = row + R::kGroups;
-    if (next < rows.end) {
-      prefetch_row<R::kGroup, R::kQuads>(a.student, quads_s, next, rows.own);
-      prefetch_row<R::kGroup, R::kQuads>(a.teacher, quads_t, next, rows.own);
-    }
-    const int first = column_of<R::kGroup>(0, rows.own.first);
+    const int first = rows.own.first;
     BestPair best{{lowest(0.0f), first}, {lowest(0.0f), first}};
-#pragma unroll
-    for (int i = 0; i < R::kValues; ++i) {
-      const int column = column_of<R::kGroup>(i, rows.own.first);
-      if (s[i] > best.a.value) best.a = {s[i], column};
-      if (t[i] > best.b.value) best.b = {t[i], column};
-    }
+    for_pairs<R::kGroup>(a, quads, row, rows.own, [&](int column, float s, float t) {
+      if (s > best.a.value) best.a = {s, column};
+      if (t > best.b.value) best.b = {t, column};
+    });
     best = group.reduce(best, BetterPairs());
-    float best_s = best.a.value, best_t = best.b.value;
+    const float best_s = best.a.value, best_t = best.b.value;
     Pair sums{0, 0};
-#pragma unroll
-    for (int i = 0; i < R::kValues; ++i) {
-      sums.a += exp_of((s[i] - best_s) * scale);
-      sums.b += exp_of((t[i] - best_t) * scale);
-    }
+    for_pairs<R::kGroup>(a, quads, row, rows.own, [&](int, float s, float t) {
+      sums.a += exp_of((s - best_s) * scale);
+      sums.b += exp_of((t - best_t) * scale);
+    });
     sums = group.reduce(sums, AddPairs());
     const float inverse_s = reciprocal(sums.a), inverse_t = reciprocal(sums.b);
     const float log_s = log_of(sums.a), log_t = log_of(sums.b);
-    keep_apart(best_s);  // exponentials are formed anew: 64 more registers would hold them
-    keep_apart(best_t);
+    const float shift = best_t - best_s, log_sum_ratio = log_t - log_s;
     float row_kl = 0;
-#pragma unroll
-    for (int i = 0; i < R::kValues; ++i) {
-      const float q_s = exp_of((s[i] - best_s) * scale) * inverse_s;
-      const float q_t = exp_of((t[i] - best_t) * scale) * inverse_t;
-      const float ratio =
-          row_math::log_ratio<float>(t[i], s[i], best_t - best_s, log_t - log_s, scale);
-      const float term = row_math::kl_term<float>(q_t, q_s, ratio);
-      if (column_of<R::kGroup>(i, rows.own.first) < rows.own.limit) row_kl += term;
-      if (i % 4 == 3) keep_apart(row_kl);
-    }
+    for_pairs<R::kGroup>(a, quads, row, rows.own, [&](int, float s, float t) {
+      const float q_s = exp_of((s - best_s) * scale) * inverse_s;
+      const float q_t = exp_of((t - best_t) * scale) * inverse_t;
+      const float ratio = row_math::log_ratio<float>(t, s, shift, log_sum_ratio, scale);
+      row_kl += row_math::kl_term<float>(q_t, q_s, ratio);
+    });
     kl += static_cast<double>(row_kl);
     if (group.thread == 0) {
       agreeing += best.a.index == best.b.index ? 1 : 0;

@@ -166,7 +166,9 @@ __global__ void __launch_bounds__(R::kThreads, R::kBlocks)
     for (int i = 0; i < R::kValues; ++i) {
       const float shifted = x[i] - best.value;
       x[i] = exp_of(shifted);
-      const bool is_argmax = column_of<R::kGroup>(i, rows.own.first) == best.index;
+      const int column = column_of<R::kGroup>(i, rows.own.first);
+      // In a cluster, what is padding behind one block's columns is a column of the next.
+      const bool is_argmax = column == best.index && (!R::kCluster || column < rows.own.limit);
       others += row_math::others_term(is_argmax, shifted, x[i]);
     }
     others = group.sum(others);
@@ -219,7 +221,7 @@ __global__ void __launch_bounds__(R::kThreads, R::kBlocks)
 }
 
 template <class R>
-__global__ void __launch_bounds__(R::kThreads, R::kBlocks)
+__global__ void __launch_bounds__(R::kThreads, R::kBlocks > 2 ? R::kBlocks - 1 : R::kBlocks)
     generator_backward_rows_kernel(GeneratorBackward a, int64_t part_rows) {
   const int C = static_cast<int>(a.C);
   Group<R::kGroup, R::kCluster> group(block_shared());
@@ -259,7 +261,6 @@ __global__ void __launch_bounds__(R::kThreads, R::kBlocks)
     for (int i = 0; i < R::kValues; ++i) {
       x[i] = exp_of(x[i] - maximum) * inverse;
       mean_slope += x[i] * slope[i];
-      if (i % 4 == 3) keep_apart(mean_slope);
     }
     mean_slope = group.sum(mean_slope);
 #pragma unroll

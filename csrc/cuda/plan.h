@@ -50,7 +50,8 @@ constexpr int kWarpsPerBlock = 8;
 constexpr int kMaxCluster = 8;    // the largest that every GPU with clusters can run
 constexpr int kRowsPerSum = 512;  // rows that a running fp32 sum may span
 constexpr int kStreamThreads = 256;
-constexpr int kColumnsPerBlock = 32;  // of the kernel that adds the parts
+constexpr int64_t kStreamScratch = 64 << 20;  // about; below 8 parts a GPU would stand idle
+constexpr int kColumnsPerBlock = 32;          // of the kernel that adds the parts
 
 // Every part has the sums of p over its rows [C], then of up to four scalars. Behind the parts,
 // the kernel that adds them leaves one number per 32 columns.
@@ -116,6 +117,9 @@ inline Plan make_plan(int64_t N, int64_t C, bool f64, Device device) {
     most = kRowsPerSum;
   } else {
     wanted = 4 * device.multiprocessors;
+  }
+  if (plan.regime == Regime::stream) {
+    wanted = smallest(wanted, largest(8, kStreamScratch / (8 * (C + kPartScalars))));
   }
   plan.rows = smallest(ceil_div(N, wanted), most);
   plan.rows = ceil_div(plan.rows, step) * step;

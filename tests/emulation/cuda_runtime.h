@@ -7,6 +7,7 @@
 // barrier changes results.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -70,11 +71,11 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-static dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace dafl::cuda {
 constexpr size_t kMostShared = 48 << 10, kGuard = 4096;
-__attribute__((aligned(16))) char dafl_shared[kMostShared + kGuard];
+extern __attribute__((aligned(16))) char dafl_shared[kMostShared + kGuard];
 }  // namespace dafl::cuda
 
 namespace emulation {
@@ -85,23 +86,29 @@ using dafl::cuda::kMostShared;
 
 enum Wait { kRunnable, kWarp, kBlock, kCluster, kDone };
 
+// A fiber starts through its ucontext; from then on switches are jumps, which save no signal mask
+// and so cost no system call.
 struct Fiber {
   ucontext_t context;
+  jmp_buf at;
+  bool started;
   unsigned block, thread;  // block: its rank in the cluster
   Wait wait;
   int turn;  // of the shuffle slots
 };
 
-static bool reversed = false;
-static std::vector<Fiber> fibers;
-static std::vector<std::vector<char>> shared;  // of the cluster's blocks that are switched out
-static std::vector<unsigned> slots;            // [turn][fiber]
-static std::vector<char> stacks;
-static ucontext_t scheduler;
-static Fiber* current;
-static int resident;  // whose shared memory stands in dafl_shared
-static std::function<void()> body;
-static unsigned blocks, threads, first_block;
+inline bool reversed = false;
+inline std::vector<Fiber> fibers;
+inline std::vector<std::vector<char>> shared;  // of the cluster's blocks that are switched out
+inline std::vector<unsigned> slots;            // [turn][fiber]
+inline std::vector<char> stacks;
+inline ucontext_t scheduler_context;
+inline jmp_buf scheduler;
+inline Fiber* current;
+inline int resident;  // whose shared memory stands in dafl_shared
+inline std::function<void()> body;
+inline unsigned blocks, threads, first_block;
+inline size_t used;  // dynamic shared memory of the launch
 constexpr size_t kStack = 32 << 10;
 
 inline void fail(const char* what) {
@@ -112,17 +119,17 @@ inline void fail(const char* what) {
 inline void wait(Wait kind) {
   Fiber* self = current;
   self->wait = kind;
-  swapcontext(&self->context, &scheduler);
+  if (_setjmp(self->at) == 0) _longjmp(scheduler, 1);
 }
 
 inline void entry() {
   body();
   current->wait = kDone;
-  swapcontext(&current->context, &scheduler);
+  _longjmp(scheduler, 1);
 }
 
 inline void check_guard() {
-  for (size_t i = kMostShared; i < kMostShared + kGuard; ++i) {
+  for (size_t i = used; i < kMostShared + kGuard; ++i) {
     if (dafl_shared[i] != 0x5a) fail("shared memory written behind its end");
   }
 }
@@ -130,14 +137,17 @@ inline void check_guard() {
 inline void resume(Fiber& fiber) {
   current = &fiber;
   if (resident != static_cast<int>(fiber.block)) {
-    memcpy(shared[resident].data(), dafl_shared, kMostShared);
-    memcpy(dafl_shared, shared[fiber.block].data(), kMostShared);
+    memcpy(shared[resident].data(), dafl_shared, used);
+    memcpy(dafl_shared, shared[fiber.block].data(), used);
     resident = fiber.block;
   }
   threadIdx = dim3(fiber.thread, 0, 0);
   const unsigned block = first_block + fiber.block;
   blockIdx = dim3(block % gridDim.x, block / gridDim.x, 0);
-  swapcontext(&scheduler, &fiber.context);
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.at, 1);
+  fiber.started = true;
+  swapcontext(&scheduler_context, &fiber.context);
 }
 
 // Lets a group's fibers go on if all of them wait for one another.
@@ -149,16 +159,14 @@ inline bool release(size_t begin, size_t end, Wait kind) {
   return true;
 }
 
-inline void run_cluster(size_t used) {
+inline void run_cluster() {
   const size_t count = static_cast<size_t>(blocks) * threads;
   fibers.assign(count, Fiber{});
   slots.assign(2 * count, 0);
-  shared.assign(blocks, std::vector<char>(kMostShared, '\xff'));
+  shared.assign(blocks, std::vector<char>(used, '\xff'));
   if (stacks.size() < count * kStack) stacks.resize(count * kStack);
-  memset(dafl_shared, 0xff, kMostShared);
-  // From the end of what the launch asked for on, nothing may be touched.
-  (void)used;
-  memset(dafl_shared + kMostShared, 0x5a, kGuard);
+  memset(dafl_shared, 0x5a, kMostShared + kGuard);
+  memset(dafl_shared, 0xff, used);
   resident = 0;
   for (size_t i = 0; i < count; ++i) {
     Fiber& fiber = fibers[i];
@@ -198,6 +206,7 @@ inline void run_cluster(size_t used) {
 inline void run(const cudaLaunchConfig_t& config) {
   blocks = config.numAttrs > 0 ? config.attrs[0].val.clusterDim.x : 1;
   threads = config.blockDim.x;
+  used = config.dynamicSmemBytes;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   const unsigned total = gridDim.x * gridDim.y;
@@ -207,7 +216,7 @@ inline void run(const cudaLaunchConfig_t& config) {
     abort();
   }
   for (first_block = 0; first_block < total; first_block += blocks) {
-    run_cluster(config.dynamicSmemBytes);
+    run_cluster();
   }
 }
 

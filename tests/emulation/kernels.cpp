@@ -1,7 +1,11 @@
-// The kernels, compiled for the emulation, behind functions that ctypes can call.
-#include "../../csrc/cuda/distill_loss.cu"
-#include "../../csrc/cuda/generator_loss.cu"
-#include "../../csrc/cuda/joint_losses.cu"
+// The launchers, compiled with the emulation, behind functions that ctypes can call.
+#include "cuda_runtime.h"
+
+#include "../../csrc/cuda/launch.h"
+
+namespace dafl::cuda {
+char dafl_shared[kMostShared + kGuard];
+}
 
 using namespace dafl;
 using namespace dafl::cuda;
@@ -31,8 +35,8 @@ int64_t scratch_bytes(int64_t N, int64_t C, bool f64, int sms, int capability) {
 
 void generator(int64_t N, int64_t C, int64_t F, const Matrix* logits, const Matrix* features,
                const double* weights, const void* upstream, bool f64, int sms, int capability,
-               void** losses, void* row_stats, void* class_mean, double* scratch,
-               void* grad_logits, void* grad_features) {
+               void** losses, void* row_stats, void* class_mean, double* scratch, void* grad_logits,
+               void* grad_features) {
   const Plan plan = make_plan(N, C, f64, {sms, capability});
   launch_generator_forward({N,
                             C,
@@ -49,9 +53,9 @@ void generator(int64_t N, int64_t C, int64_t F, const Matrix* logits, const Matr
                             plan, nullptr);
 }
 
-void distill(int64_t N, int64_t C, const Matrix* student, const Matrix* teacher,
-             double temperature, const void* upstream, bool f64, int sms, int capability,
-             void** losses, void* row_stats, double* scratch, void* grad) {
+void distill(int64_t N, int64_t C, const Matrix* student, const Matrix* teacher, double temperature,
+             const void* upstream, bool f64, int sms, int capability, void** losses,
+             void* row_stats, double* scratch, void* grad) {
   const Plan plan = make_plan(N, C, f64, {sms, capability});
   launch_distill_forward({N,
                           C,
@@ -72,8 +76,8 @@ void distill(int64_t N, int64_t C, const Matrix* student, const Matrix* teacher,
 
 void joint(int64_t N, int64_t C, int64_t F, const Matrix* teacher, const Matrix* student,
            const Matrix* features, const double* weights, double temperature, int sms,
-           int capability, void** losses, double* scratch, void* grad_teacher,
-           void* grad_features, void* grad_student) {
+           int capability, void** losses, double* scratch, void* grad_teacher, void* grad_features,
+           void* grad_student) {
   JointLosses args{N,
                    C,
                    *teacher,
