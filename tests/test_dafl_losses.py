@@ -87,7 +87,9 @@ def test_strides_and_mixed_dtypes(device, shape):
     f = randn(N, 42, seed=1, dtype=torch.bfloat16).to(device)[:, ::2]
     s = randn(N, C + 3, seed=2, dtype=torch.float16).to(device)[:, 3:]
     ours, plain = dafl_losses(t, f, s), dafl_losses(*(x.contiguous() for x in (t, f, s)))
-    assert all(torch.equal(a, b) for a, b in zip(tensors(ours), tensors(plain), strict=True))
+    for a, b in zip(tensors(ours), tensors(plain), strict=True):
+        rtol = 1e-5 if a.dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-7)
 
 
 def test_gradients_can_be_handed_to_autograd(device):

@@ -13,7 +13,7 @@
 //   otherwise: two launches. The second starts when all sums are written; each of its blocks adds
 //     them for itself, in the same order, and forms the rows anew from logits that the L2 cache
 //     still has. 5 E bytes.
-// The features are read once and their gradient written once, in the first launch.
+// In the first launch the features are read, and again from the cache, and their gradient written.
 #include "distill_row.cuh"
 #include "generator_row.cuh"
 
