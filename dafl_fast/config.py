@@ -185,7 +185,7 @@ _PUBLISHED_MNIST: dict[str, Any] = {
 _FAST_MNIST: dict[str, Any] = {
     "max_seconds": 90.0,
     "generator_width": 32,
-    "batch_size": 128,
+    "batch_size": 256,
     "generator_lr": 2e-2,
     "generator_beta1": 0.5,
     "generator_restart_every": 60,
@@ -194,7 +194,7 @@ _FAST_MNIST: dict[str, Any] = {
     "student_batch_size": 256,
     "student_lr": 4e-3,
     "student_schedule": "cosine",
-    "temperature": 3.0,
+    "temperature": 4.0,
     "ema_decay": 0.999,
     "bank_images": 400_000,
 }
