@@ -97,6 +97,18 @@ def test_a_run_folder_is_complete(tmp_path, monkeypatch, capsys):
     assert json.loads((out / "environment.json").read_text())["torch"] == torch.__version__
 
 
+def test_the_clock_stands_still_while_paused():
+    clock = loop.Clock(5.0, torch.device("cpu"))
+    time.sleep(0.02)
+    with clock.paused():
+        before = clock.seconds
+        time.sleep(0.05)
+        assert clock.seconds == before
+    assert 5.02 <= before < 5.05
+    time.sleep(0.01)
+    assert before + 0.01 <= clock.seconds < before + 0.04
+
+
 def test_same_seed_same_student(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(tiny(tmp_path / name, seed=seed, steps=4))
