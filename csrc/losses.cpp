@@ -4,12 +4,16 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -18,7 +22,8 @@
 namespace dafl {
 namespace {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 // ---- CPU ---------------------------------------------------------------------------------------
@@ -341,64 +346,93 @@ struct SkipAutograd {
   }
 };
 
-struct GeneratorLoss : torch::autograd::Function<GeneratorLoss> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& teacher_logits,
-                               const std::optional<Tensor>& features, double one_hot,
-                               double entropy, double activation, double log_base) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [total, one_hot_part, entropy_part, activation_part, row_stats, class_mean] =
-        generator_loss(teacher_logits, features, one_hot, entropy, activation, log_base);
-    ctx->save_for_backward({teacher_logits, features.value_or(Tensor()), row_stats, class_mean});
-    ctx->mark_non_differentiable(
-        {one_hot_part, entropy_part, activation_part, row_stats, class_mean});
-    ctx->saved_data["weights"] = std::vector<double>{one_hot, entropy, activation, log_base};
-    return {total, one_hot_part, entropy_part, activation_part, row_stats, class_mean};
-  }
+// Nodes of the autograd graph, written out because torch::autograd::Function costs as much as the
+// kernels at the method's own sizes (1024 x 10).
+struct GeneratorLossNode : Node {
+  SavedVariable teacher_logits, features, row_stats, class_mean;
+  double one_hot, entropy, activation, log_base;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  variable_list apply(variable_list&& grads) override {
+    if (!grads[0].defined()) return {Tensor(), Tensor()};
     SkipAutograd skip;
-    variable_list saved = ctx->get_saved_variables();
-    auto weights = ctx->saved_data["weights"].toDoubleVector();
+    Tensor f = features.unpack();
     auto [grad_logits, grad_features] = generator_loss_backward(
-        grads[0], saved[0], saved[1].defined() ? std::make_optional(saved[1]) : std::nullopt,
-        saved[2], saved[3], weights[0], weights[1], weights[2], weights[3]);
-    return {grad_logits, saved[1].defined() ? grad_features : Tensor(),
-            Tensor(),    Tensor(),
-            Tensor(),    Tensor()};
+        grads[0], teacher_logits.unpack(), f.defined() ? std::make_optional(f) : std::nullopt,
+        row_stats.unpack(), class_mean.unpack(), one_hot, entropy, activation, log_base);
+    return {grad_logits, f.defined() ? grad_features : Tensor()};
   }
+
+  void release_variables() override {
+    for (SavedVariable* saved : {&teacher_logits, &features, &row_stats, &class_mean}) {
+      saved->reset_data();
+    }
+  }
+
+  std::string name() const override { return "GeneratorLossBackward"; }
 };
 
-struct DistillLoss : torch::autograd::Function<DistillLoss> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& student_logits,
-                               const Tensor& teacher_logits, double temperature, bool scale_by_t2) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [total, kl, agreement, row_stats] =
-        distill_loss(student_logits, teacher_logits, temperature, scale_by_t2);
-    ctx->save_for_backward({student_logits, teacher_logits, row_stats});
-    ctx->mark_non_differentiable({kl, agreement, row_stats});
-    ctx->saved_data["temperature"] = temperature;
-    ctx->saved_data["scale_by_t2"] = scale_by_t2;
-    return {total, kl, agreement, row_stats};
-  }
+struct DistillLossNode : Node {
+  SavedVariable student_logits, teacher_logits, row_stats;
+  double temperature;
+  bool scale_by_t2;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  variable_list apply(variable_list&& grads) override {
+    if (!grads[0].defined()) return {Tensor()};
     SkipAutograd skip;
-    variable_list saved = ctx->get_saved_variables();
-    return {distill_loss_backward(grads[0], saved[0], saved[1], saved[2],
-                                  ctx->saved_data["temperature"].toDouble(),
-                                  ctx->saved_data["scale_by_t2"].toBool()),
-            Tensor(), Tensor(), Tensor()};
+    return {distill_loss_backward(grads[0], student_logits.unpack(), teacher_logits.unpack(),
+                                  row_stats.unpack(), temperature, scale_by_t2)};
   }
+
+  void release_variables() override {
+    for (SavedVariable* saved : {&student_logits, &teacher_logits, &row_stats}) {
+      saved->reset_data();
+    }
+  }
+
+  std::string name() const override { return "DistillLossBackward"; }
 };
+
+// How this torch holds a node: by std::shared_ptr, or in newer ones by c10::intrusive_ptr.
+using NodePointer = decltype(torch::autograd::Edge::function);
+
+// A node that returns the gradients of `inputs`.
+template <class T>
+auto make_node(torch::autograd::edge_list&& inputs) {
+  auto node = [] {
+    if constexpr (std::is_same_v<NodePointer, std::shared_ptr<Node>>) {
+      return std::make_shared<T>();
+    } else {
+      return c10::make_intrusive<T>();
+    }
+  }();
+  node->set_next_edges(std::move(inputs));
+  return node;
+}
 
 }  // namespace
 
 GeneratorOutputs generator_loss_autograd(const Tensor& teacher_logits,
                                          const std::optional<Tensor>& features, double one_hot,
                                          double entropy, double activation, double log_base) {
-  variable_list out =
-      GeneratorLoss::apply(teacher_logits, features, one_hot, entropy, activation, log_base);
-  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+  GeneratorOutputs out = [&] {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return generator_loss(teacher_logits, features, one_hot, entropy, activation, log_base);
+  }();
+  Tensor f = features.value_or(Tensor());
+  if (torch::autograd::compute_requires_grad(teacher_logits, f)) {
+    auto node =
+        make_node<GeneratorLossNode>(torch::autograd::collect_next_edges(teacher_logits, f));
+    node->teacher_logits = SavedVariable(teacher_logits, false);
+    node->features = SavedVariable(f, false);
+    node->row_stats = SavedVariable(std::get<4>(out), false);
+    node->class_mean = SavedVariable(std::get<5>(out), false);
+    node->one_hot = one_hot;
+    node->entropy = entropy;
+    node->activation = activation;
+    node->log_base = log_base;
+    torch::autograd::set_history(std::get<0>(out), node);
+  }
+  return out;
 }
 
 DistillOutputs distill_loss_autograd(const Tensor& student_logits, const Tensor& teacher_logits,
@@ -406,8 +440,20 @@ DistillOutputs distill_loss_autograd(const Tensor& student_logits, const Tensor&
   TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && teacher_logits.requires_grad()),
                     "teacher_logits must not require grad, since distill_loss has a gradient for "
                     "student_logits only: pass teacher_logits.detach()");
-  variable_list out = DistillLoss::apply(student_logits, teacher_logits, temperature, scale_by_t2);
-  return {out[0], out[1], out[2], out[3]};
+  DistillOutputs out = [&] {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return distill_loss(student_logits, teacher_logits, temperature, scale_by_t2);
+  }();
+  if (torch::autograd::compute_requires_grad(student_logits)) {
+    auto node = make_node<DistillLossNode>(torch::autograd::collect_next_edges(student_logits));
+    node->student_logits = SavedVariable(student_logits, false);
+    node->teacher_logits = SavedVariable(teacher_logits, false);
+    node->row_stats = SavedVariable(std::get<3>(out), false);
+    node->temperature = temperature;
+    node->scale_by_t2 = scale_by_t2;
+    torch::autograd::set_history(std::get<0>(out), node);
+  }
+  return out;
 }
 
 }  // namespace dafl

@@ -25,6 +25,9 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
         except (UserError, TrainingStopped) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
 
     return run
 

@@ -22,7 +22,7 @@ def parse(arguments: list[str]) -> Config:
     flag = _value_of(arguments, "--resume")
     if flag is not None:
         return _resumed(Path(flag), arguments)
-    preset = "mnist"
+    preset = _value_of(arguments, "--preset") or "mnist"
     if arguments and not arguments[0].startswith("-"):
         preset, arguments = arguments[0], arguments[1:]
     defaults = make_config(preset, _value_of(arguments, "--recipe") or "fast")

@@ -40,6 +40,12 @@ def test_a_full_disk_while_saving_a_checkpoint(tmp_path, monkeypatch):
     assert files.load_checkpoint(path) == {"step": 1}
 
 
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not write .*weights: (Not a directory|File exists)"):
+        files.write_text(tmp_path / "file" / "weights", "x")
+
+
 def test_weights_round_trip_exactly(tmp_path):
     one, two = LeNet5(), LeNet5()
     files.save_weights(tmp_path / "w.safetensors", one.state_dict())

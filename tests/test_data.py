@@ -29,8 +29,8 @@ def test_mnist_5k_is_whole():
     assert images.float().mean() == pytest.approx(33.3, abs=0.5)
 
 
-def test_mnist_5k_is_left_out_of_teacher_training(dafl_data):
-    images, labels = data.mnist("train", dafl_data)
+def test_mnist_5k_is_left_out_of_teacher_training(data_dir):
+    images, labels = data.mnist("train", data_dir)
     kept, kept_labels = data.without(images, labels, data.mnist_5k()[0])
     assert len(kept) == len(kept_labels) == 55_000
     rows = {row.tobytes() for row in kept.flatten(1).numpy()}
@@ -47,11 +47,11 @@ def test_normalise_is_torchvisions_pipeline():
         torch.testing.assert_close(mine, theirs, atol=0.0128, rtol=0)
 
 
-def test_bundled_teacher_is_as_good_as_its_note_says(dafl_data):
+def test_bundled_teacher_is_as_good_as_its_note_says(data_dir):
     note = json.loads((ASSETS / "lenet5-mnist.json").read_text())
     teacher = load_weights(build("LeNet5"), ASSETS / "lenet5-mnist.safetensors", "teacher")
     for name, key in (("mnist-5k", "accuracy_mnist_5k"), ("mnist", "accuracy_mnist_10000")):
-        held_out = data.eval_set(name, MNIST, dafl_data)
+        held_out = data.eval_set(name, MNIST, data_dir)
         assert held_out is not None
         got = accuracy(teacher, *held_out)
         assert got >= 0.99

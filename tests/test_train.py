@@ -97,6 +97,18 @@ def test_a_run_folder_is_complete(tmp_path, monkeypatch, capsys):
     assert json.loads((out / "environment.json").read_text())["torch"] == torch.__version__
 
 
+def test_the_clock_stands_still_while_paused():
+    clock = loop.Clock(5.0, torch.device("cpu"))
+    time.sleep(0.02)
+    with clock.paused():
+        before = clock.seconds
+        time.sleep(0.05)
+        assert clock.seconds == before
+    assert 5.02 <= before < 5.05
+    time.sleep(0.01)
+    assert before + 0.01 <= clock.seconds < before + 0.04
+
+
 def test_same_seed_same_student(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(tiny(tmp_path / name, seed=seed, steps=4))
@@ -169,7 +181,7 @@ def test_kill_nine_at_random_moments(tmp_path):
         assert process.wait(60) in (0, -signal.SIGKILL)
     assert kills >= 2
     assert_same_student(tmp_path / "whole", out)
-    leftovers = {p.name for p in out.iterdir() if not p.name.startswith(".")}
+    leftovers = {p.name for p in out.iterdir()}
     assert leftovers == {"config.yaml", "metrics.jsonl", "summary.json", "environment.json",
                          "checkpoint.pt", "bank", "student.safetensors", "samples"}  # fmt: skip
 
@@ -216,12 +228,15 @@ def test_resume_refuses_another_teacher(tmp_path):
 
 
 def test_collapse_stops_the_run_with_the_checkpoint_kept(tmp_path, monkeypatch):
-    # Without the entropy term's pull, but watched for: the weight is tiny, not zero.
-    monkeypatch.setattr(loop, "COLLAPSED_STEPS", 20)
-    config = tiny(tmp_path / "run", steps=400, entropy=-5.0, generator_lr=0.05, log_every=5)
-    with pytest.raises(TrainingStopped, match="collapsed: for .* steps .* one class.*checkpoint"):
+    monkeypatch.setattr(loop, "COLLAPSED_STEPS", 6)
+    state = LeNet5().state_dict()
+    state["fc2.bias"][3] = 60.0  # to this teacher everything is a three
+    save_file(state, tmp_path / "one-class.safetensors")
+    config = tiny(tmp_path / "run", teacher=tmp_path / "one-class.safetensors")
+    with pytest.raises(TrainingStopped, match="collapsed: for 6 steps .* one class.*checkpoint"):
         train(config)
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["step"]["steps"] == 4
 
 
 def test_non_finite_loss_stops_the_run_with_the_checkpoint_kept(tmp_path):
@@ -273,10 +288,14 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["imagenet"], "unknown preset 'imagenet': choose one of mnist"),
+        (["imagenet"], "unknown preset 'imagenet': choose one of mnist, hintonnet"),
         (
             ["mnist", "--teacher", "nowhere.safetensors"],
             "nowhere.safetensors does not exist",
+        ),
+        (
+            ["hintonnet"],
+            "no bundled teacher: train one with `python -m dafl_fast.train_teacher",
         ),
         (["mnist", "--batch-size", "0"], "--batch-size must be at least 2"),
         (["mnist", "--batch-size", "1"], "--batch-size must be at least 2"),
@@ -357,6 +376,23 @@ def test_a_mistake_in_a_real_process_has_no_traceback(tmp_path):
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "error: unknown preset 'nosuch': choose one of mnist\n"
+    assert done.stderr == "error: unknown preset 'nosuch': choose one of mnist, hintonnet\n"
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hintonnet_distils_at_its_own_image_size(tmp_path):
+    from dafl_fast.models import build
+
+    save_file(build("HintonNet1200").state_dict(), tmp_path / "teacher.safetensors")
+    config = make_config(
+        "hintonnet", "fast", **{
+            **{name: getattr(tiny(tmp_path / "run"), name) for name in (
+                "batch_size", "generator_width", "student_batch_size", "student_updates",
+                "bank_images", "log_every", "eval", "out_dir", "precision")},
+            "steps": 2, "teacher": tmp_path / "teacher.safetensors",
+        }
+    )  # fmt: skip
+    summary = train(config)
+    assert (summary["teacher_parameters"], summary["student_parameters"]) == (2_395_210, 1_276_810)
+    assert student_of(tmp_path / "run")["fc1.weight"].shape == (800, 28 * 28)

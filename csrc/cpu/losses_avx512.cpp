@@ -3,6 +3,9 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
+#define DAFL_AVX512_INTRINSICS
 #define DAFL_ISA avx512
 #define DAFL_VECTOR_BYTES 64
 #if defined(__clang__)

@@ -38,7 +38,7 @@ __device__ double upstream_of(const GeneratorBackward& a) {
 __device__ void finish_tile(const GeneratorForward& a, double sum_of_p, double one_hot_sum,
                             double abs_sum) {
   const int lane = threadIdx.x;
-  const double mean = sum_of_p * a.terms.per_row;
+  const double mean = sum_of_p / static_cast<double>(a.N);
   if (lane < a.C) static_cast<float*>(a.class_mean)[lane] = static_cast<float>(mean);
   const double p_log_p = warp_reduce(lane < a.C ? mean * log_or_zero(mean) : 0.0, Add());
   if (lane == 0) {
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(8 * kColumnsPerBlock)
   const int lane = threadIdx.x % kWarp;
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kColumnsPerBlock + lane;
   const double mean =
-      add_parts(a.scratch, parts, width, k < a.C ? k : -1, shared) * a.terms.per_row;
+      add_parts(a.scratch, parts, width, k < a.C ? k : -1, shared) / static_cast<double>(a.N);
   const double p_log_p = warp_reduce(k < a.C ? mean * log_or_zero(mean) : 0.0, Add());
   if (threadIdx.x < kWarp && k < a.C) static_cast<S*>(a.class_mean)[k] = static_cast<S>(mean);
   if (gridDim.x > 1) {

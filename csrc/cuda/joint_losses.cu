@@ -29,7 +29,7 @@ __device__ void finish(const JointLosses& a, double sum_of_p, const double (&sca
                        float* slope) {
   const int lane = threadIdx.x;
   const GeneratorFactors factors(1.0, a.terms);
-  const double mean = lane < a.C ? sum_of_p * a.terms.per_row : 0.0;
+  const double mean = lane < a.C ? sum_of_p / static_cast<double>(a.N) : 0.0;
   slope[lane] = lane_slope(static_cast<float>(mean), static_cast<float>(factors.slope));
   if (blockIdx.x != 0) return;  // the whole warp
   const double p_log_p = warp_reduce(mean * log_or_zero(mean), Add());

@@ -21,8 +21,8 @@ namespace cuda {
 // cudaErrorNoKernelImageForDevice means that the build has nothing for this GPU.
 cudaError_t device_traits(int index, Device* device);
 
-// What the generator loss is made of beside the logits. Reciprocals, so that no thread divides or
-// takes a logarithm in fp64.
+// What the generator loss is made of beside the logits. Reciprocals, so that threads need not
+// divide or take a logarithm in fp64.
 struct GeneratorTerms {
   double one_hot, entropy, activation;  // weights
   double per_row;                       // 1 / N

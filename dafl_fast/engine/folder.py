@@ -105,6 +105,8 @@ class RunFolder:
 
     def restore(self, step: Step) -> dict[str, Any] | None:
         """Loads the last checkpoint into `step`; None when the run had not yet written one."""
+        for path in self.path.glob(".*"):
+            path.unlink()  # what a killed process was about to write
         if not self.checkpoint.exists():
             self.metrics.unlink(missing_ok=True)
             return None

@@ -120,22 +120,24 @@ def keep_freed_memory() -> None:
             libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-class _Clock:
+class Clock:
     """Seconds of training: runs except inside `paused()`."""
 
     def __init__(self, seconds: float, device: torch.device) -> None:
         self._device = device
-        self._before, self._since = seconds, time.perf_counter()
+        self._before = seconds
+        self._since: float | None = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        return self._before + time.perf_counter() - self._since
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._before + running
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._before = self.seconds
+        self._before, self._since = self.seconds, None
         try:
             yield
         finally:
@@ -165,7 +167,7 @@ class _Loop:
         self.collapsed_steps: int = progress.get("collapsed_steps", 0)
         self.logged = progress.get("logged", 0)  # steps up to the last look at the losses
         self.stop = threading.Event()
-        self.clock = _Clock(progress.get("train_seconds", 0.0), step.device)
+        self.clock = Clock(progress.get("train_seconds", 0.0), step.device)
         self.logged_at = self.saved_at = self.evaluated_at = self.clock.seconds
 
     def run(self) -> dict[str, Any]:

@@ -25,8 +25,9 @@ class LeNet5(nn.Module):
         self.fc2 = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.relu(self.conv1(x)))
-        x = self.pool(self.relu(self.conv2(x)))
+        # Pooling first gives the same values as ReLU first, with a quarter of the ReLU's work.
+        x = self.relu(self.pool(self.conv1(x)))
+        x = self.relu(self.pool(self.conv2(x)))
         features = self.relu(self.conv3(x)).flatten(1)
         return self.fc2(self.relu(self.fc1(features)))
 
