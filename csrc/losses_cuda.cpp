@@ -171,7 +171,6 @@ DistillOutputs distill_loss_cuda(const Tensor& student_logits, const Tensor& tea
       matrix(student_logits),
       matrix(teacher_logits),
       1 / temperature,
-      1.0 / static_cast<double>(N),
       scale_by_t2 ? temperature * temperature : 1.0,
       {total.mutable_data_ptr(), kl.mutable_data_ptr(), agreement.mutable_data_ptr()},
       row_stats.mutable_data_ptr(),

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     __syncthreads();  // sums[] is complete
     gather_sums(shared, kWidth);
     if (blockIdx.x == 0 && threadIdx.x == 0) {
-      write_distill_losses<float>(a.per_row, a.scale, gathered_sum(shared, kKl),
+      write_distill_losses<float>(a.N, a.scale, gathered_sum(shared, kKl),
                                   gathered_sum(shared, kAgreeing), a.losses);
     }
   } else if (threadIdx.x == 0) {
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(8 * kColumnsPerBlock)
   const int lane = threadIdx.x % kWarp;
   const double sum = add_parts(a.scratch, parts, kWidth, lane < kWidth ? lane : -1, shared);
   const double agreeing = __shfl_sync(0xffffffffu, sum, kAgreeing);
-  if (threadIdx.x == 0) write_distill_losses<S>(a.per_row, a.scale, sum, agreeing, a.losses);
+  if (threadIdx.x == 0) write_distill_losses<S>(a.N, a.scale, sum, agreeing, a.losses);
 }
 
 }  // namespace

@@ -43,12 +43,12 @@ __device__ float distill_row_kl(float* s, const float* t, int C, const DistillRo
 }
 
 template <class S>
-__device__ void write_distill_losses(double per_row, double scale, double kl_sum, double agreeing,
+__device__ void write_distill_losses(int64_t N, double scale, double kl_sum, double agreeing,
                                      void* const* losses) {
-  const double kl = kl_sum * per_row;
+  const double kl = kl_sum / static_cast<double>(N);
   *static_cast<S*>(losses[0]) = static_cast<S>(scale * kl);
   *static_cast<S*>(losses[1]) = static_cast<S>(kl);
-  *static_cast<S*>(losses[2]) = static_cast<S>(agreeing * per_row);
+  *static_cast<S*>(losses[2]) = static_cast<S>(agreeing / static_cast<double>(N));
 }
 
 }  // namespace cuda

@@ -35,7 +35,7 @@ __device__ void finish(const JointLosses& a, double sum_of_p, const double (&sca
   const double p_log_p = warp_reduce(mean * log_or_zero(mean), Add());
   if (lane == 0) {
     write_generator_losses<float>(a.terms, scalars[kOneHot], scalars[kAbs], p_log_p, a.losses);
-    write_distill_losses<float>(a.terms.per_row, a.distill_scale, scalars[kKl], scalars[kAgreeing],
+    write_distill_losses<float>(a.N, a.distill_scale, scalars[kKl], scalars[kAgreeing],
                                 a.losses + 4);
   }
 }

@@ -60,7 +60,6 @@ struct DistillForward {
   int64_t N, C;
   Matrix student, teacher;  // [N, C]
   double inverse_temperature;
-  double per_row;   // 1 / N
   double scale;     // total = scale * KL
   void* losses[3];  // S: total, kl, agreement
   void* row_stats;  // S [4, N]: m_s, log d_s, m_t, log d_t
