@@ -321,7 +321,7 @@ class _Loop:
             "generator_images": generator_images,
             "student_images": images - generator_images,
             "wall_seconds": round(self._wall_seconds(), 2),
-            "train_seconds": round(train_seconds, 2),
+            "train_seconds": round(train_seconds, 4),
             "images_per_second": round(images / max(train_seconds, 1e-9), 1),
             "teacher_accuracy": teacher,
             "student_accuracy": student,
