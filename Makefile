@@ -25,6 +25,9 @@ else
   BUILD := $(PY) setup.py --quiet build_ext --inplace
 endif
 
+# For what must run offline: the environment's Python if there is one already, else the machine's.
+PY_AS_IS = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+
 CXX_FILES := $(shell find csrc -type f -name '*.[chi]*')
 BUILD_FILES := $(shell find csrc) setup.py pyproject.toml dafl_fast/_version.py
 
@@ -60,13 +63,13 @@ build: $(STAMPS)/build ## compile the extension and say how it was built
 
 cuda-check: ## compile every CUDA kernel with warnings as errors and list registers and spills
 	@echo '== Compiling the kernels for three architectures, no GPU needed (about 1 minute)'
-	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) csrc/cuda/check.py $(ARGS)
+	@$(PY_AS_IS) csrc/cuda/check.py $(ARGS)
 
 gpu-check: ## build, test and measure on the visible GPU (below 9 minutes); without one a dry run
-	$(PY) bench/gpu_check.py $(ARGS)
+	$(PY_AS_IS) bench/gpu_check.py $(ARGS)
 
 sanitize: ## compute-sanitizer's memcheck and racecheck over every kernel, on the visible GPU
-	$(PY) bench/gpu_check.py --sanitize $(ARGS)
+	$(PY_AS_IS) bench/gpu_check.py --sanitize $(ARGS)
 
 cuda-build-check: $(STAMPS)/torch ## compile with CUDA in a throw-away folder, warnings are errors
 	@echo '== Compiling with CUDA, warnings are errors (1 to 3 minutes)'

@@ -12,7 +12,8 @@
 //   cluster  C <= 131072, where the GPU has clusters: a cluster a row.
 //   stream   everything else, and fp64: a block a row that is read more than once.
 //
-// In warp, block and cluster every thread owns the same columns of all its rows, in registers.
+// In warp, block and cluster every thread owns the same columns of all its rows. The generator
+// loss holds them in registers.
 #pragma once
 
 #include <cstdint>
