@@ -18,6 +18,7 @@ import torch
 
 import dafl_fast.losses as fused
 from dafl_fast import reference
+from dafl_fast.engine.loop import keep_freed_memory
 
 ROUNDS = 30
 
@@ -85,6 +86,7 @@ CASES = [
     ids=[f"{loss}-{n}x{c}-features{f}-threads{k}" for loss, n, c, f, k in CASES],
 )
 def test_losses(benchmark, capsys, loss, rows, classes, features, threads):
+    keep_freed_memory()  # as in training, and for all contenders: no page is cleared anew
     steps = contenders(loss, rows, classes, features)
     # Several calls in a row, so that each contender meets its own memory again, as in training.
     calls = 10 if classes <= 32 else 6
