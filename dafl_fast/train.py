@@ -113,8 +113,7 @@ def describe(summary: dict[str, Any]) -> str:
             f"{summary['teacher_accuracy']:.2%} on {summary['eval_count']:,} held-out images "
             f"({summary['eval_set']})"
         )
-    if summary["agreement"] is not None:
-        lines.append(f"agreement with the teacher on generated images {summary['agreement']:.2%}")
+    lines.append(f"agreement with the teacher on generated images {summary['agreement']:.2%}")
     lines.append(
         f"student of {summary['student_parameters']:,} parameters (teacher "
         f"{summary['teacher_parameters']:,}): {summary['run']}/student.safetensors"

@@ -217,6 +217,16 @@ def test_resume_may_extend_but_not_change_the_run(tmp_path, monkeypatch, capsys)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 6
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    first = train(tiny(tmp_path / "run", steps=3))
+    before = student_of(tmp_path / "run")
+    again = train(command.parse(["--resume", str(tmp_path / "run")]))
+    assert again["steps"] == 3
+    assert again["agreement"] == first["agreement"]
+    for name, tensor in student_of(tmp_path / "run").items():
+        assert torch.equal(tensor, before[name])
+
+
 def test_resume_refuses_another_teacher(tmp_path):
     train(tiny(tmp_path / "run", steps=2))
     save_file(LeNet5().state_dict(), tmp_path / "other.safetensors")

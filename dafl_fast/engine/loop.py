@@ -307,7 +307,8 @@ class _Loop:
         if not torch.stack([p.isfinite().all() for p in step.result.parameters()]).all():
             raise TrainingStopped("the student's weights are not finite" + self._kept())
         save_weights(folder.path / "student.safetensors", step.result.state_dict())
-        student = self._evaluate() if step.steps else None
+        step.newest = step.fresh()
+        student = self._evaluate()
         teacher = accuracy(step.teacher.network, *self.held_out) if self.held_out else None
         generator_images = step.steps * config.batch_size
         images = step.steps * self._images_per_step()
@@ -325,7 +326,7 @@ class _Loop:
             "images_per_second": round(images / max(train_seconds, 1e-9), 1),
             "teacher_accuracy": teacher,
             "student_accuracy": student,
-            "agreement": step.fresh_agreement() if step.steps else None,
+            "agreement": step.fresh_agreement(),
             "eval_set": config.eval,
             "eval_count": len(self.held_out[1]) if self.held_out else 0,
             "teacher_parameters": _parameters(step.teacher),

@@ -128,14 +128,15 @@ class Step:
         return agree.float().mean().item()
 
     @torch.no_grad()
+    def fresh(self) -> tuple[Tensor, Tensor]:
+        """A newly generated batch and the teacher's logits for it. Draws noise, so it belongs at
+        the end of a run, after the last checkpoint."""
+        images = self.generator(self.noise(self.config.batch_size))
+        return images, self.teacher(images)[0]
+
     def fresh_agreement(self, batches: int = 8) -> float:
-        """`agreement` on newly generated images: the signal that needs no data. Draws noise, so
-        it belongs at the end of a run."""
-        shares = []
-        for _ in range(batches):
-            images = self.generator(self.noise(self.config.batch_size))
-            shares.append(self.agreement(images, self.teacher(images)[0]))
-        return sum(shares) / batches
+        """`agreement` on newly generated images: the signal that needs no data."""
+        return sum(self.agreement(*self.fresh()) for _ in range(batches)) / batches
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision not in _AUTOCAST:
@@ -155,10 +156,7 @@ class Step:
                 activation=config.activation,
                 log_base=config.log_base,
             )
-        self.generator_optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss.total).backward()
-        scaler.step(self.generator_optimizer)
-        scaler.update()
+        self._descend(loss.total, self.generator_optimizer, scaler)
         return images.detach(), logits.detach(), [part.detach().float() for part in loss]
 
     def _update_student(self, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,13 +170,19 @@ class Step:
                 temperature=config.temperature,
                 scale_by_t2=config.scale_by_t2,
             )
-        self.student_optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss.total).backward()
-        scaler.step(self.student_optimizer)
-        scaler.update()
+        self._descend(loss.total, self.student_optimizer, scaler)
         if self.average is not None:
             self.average.update(self.student)
         return loss.total.detach().float(), loss.agreement.float()
+
+    @staticmethod
+    def _descend(
+        loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
     def _restart_generator(self) -> None:
         """A fresh generator in the same memory, with its optimizer's memory wiped."""
