@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 START = time.monotonic()
 
-# N, C, F, what is measured. The first two are the tool's own daily sizes.
+# N, C, F, what is measured. The first two are the method's own sizes.
 SIZES = [
     (1024, 10, 84), (65536, 10, 84), (32768, 256, 0), (32768, 1024, 0), (32768, 4096, 0),
     (32768, 16384, 0), (16384, 131072, 0),
