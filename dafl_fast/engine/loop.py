@@ -109,8 +109,8 @@ def pick_precision(name: str, device: torch.device) -> str:
 def keep_freed_memory() -> None:
     """Lets glibc keep freed memory: a step frees and takes the same hundreds of megabytes.
 
-    By default every large tensor is mapped anew, and the kernel clears its pages each time, a
-    quarter of the MNIST step on two cores.
+    By default every large tensor is mapped anew, and the kernel clears its pages each time, about
+    a sixth of the MNIST step on two cores.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
