@@ -83,7 +83,7 @@ def fit(network: nn.Module, images: Tensor, labels: Tensor, config: TeacherConfi
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, total_steps=config.epochs * batches, pct_start=0.2
     )
-    average = Average(network, config.ema_decay)
+    average, updates = Average(network, config.ema_decay), 0
     for epoch in range(config.epochs):
         order = torch.randperm(len(images), generator=draw)[: batches * config.batch_size]
         losses = []
@@ -98,7 +98,9 @@ def fit(network: nn.Module, images: Tensor, labels: Tensor, config: TeacherConfi
             loss.backward()
             optimizer.step()
             schedule.step()
+            average.ramp(updates)
             average.update(network)
+            updates += 1
             losses.append(loss.detach())
         print(f"epoch {epoch + 1}/{config.epochs}: loss {torch.stack(losses).mean():.4f}")
     return average.module.eval()
