@@ -51,11 +51,11 @@ def student_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "student.safetensors")
 
 
-def assert_same_student(one: Path, two: Path) -> None:
+def assert_same_student(one: Path, two: Path, tolerance: float = 0) -> None:
     a, b = student_of(one), student_of(two)
     assert a.keys() == b.keys()
     for name in a:
-        assert torch.equal(a[name], b[name]), name
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 def test_a_run_folder_is_complete(tmp_path, monkeypatch, capsys):
@@ -189,9 +189,7 @@ def test_kill_nine_at_twenty_random_moments(tmp_path):
     settings = dict(steps=150, generator_restart_every=25, eval_every=1e-9)
     torch.set_num_threads(1)
     train(tiny(tmp_path / "whole", **settings))
-    # A server that has imported everything forks the processes, so that each starts at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dafl_fast.engine.loop", __name__])
     out, draw = tmp_path / "killed", random.Random(0)
     checkpoint, kills, at = out / "checkpoint.pt", 0, []
     while not (out / "summary.json").exists():

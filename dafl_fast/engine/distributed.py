@@ -8,6 +8,7 @@ how many processes it is split into, except by rounding.
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -17,6 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
+
+# The option's name before and after PyTorch 2.14.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 class World:
@@ -100,8 +108,10 @@ class World:
             for plain, shared in _SHARED.items():
                 if type(module) is plain:
                     module.__class__ = shared  # the same layer, parameters and names
-        # Static: a parameter that takes no part (a bias before BatchNorm) never will.
-        return DistributedDataParallel(network, broadcast_buffers=False, static_graph=True)
+        # Buffers are equal anyway. Static: a parameter that takes no part (a bias before
+        # BatchNorm) never will.
+        options: dict[str, Any] = {"static_graph": True, _SYNC_BUFFERS: False}
+        return DistributedDataParallel(network, **options)
 
 
 def is_lost_contact(error: RuntimeError) -> bool:
