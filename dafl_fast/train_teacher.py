@@ -115,9 +115,9 @@ def train(config: TeacherConfig) -> int:
     if config.preset not in PRESETS:
         raise UserError(f"unknown preset {config.preset!r}: choose one of {', '.join(PRESETS)}")
     preset = PRESETS[config.preset]
-    images, labels = data.mnist("train", config.data_dir, config.download)
+    images, labels, _ = data.load("mnist", "train", config.data_dir, config.download)
     if config.exclude == "mnist-5k":
-        images, labels = data.without(images, labels, data.mnist_5k()[0])
+        images, labels = data.without(images, labels, data.load("mnist-5k", "test").images)
     torch.manual_seed(config.seed)
     network = build(preset.teacher)
     print(f"{preset.teacher} on {len(images):,} images, {config.epochs} epochs")

