@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..config import PRESETS, Config, Preset
@@ -30,7 +30,7 @@ from .distributed import World, is_lost_contact
 from .evaluation import accuracy
 from .folder import RunFolder
 from .graph import use_graph
-from .step import STATISTICS, Step
+from .step import AUTOCAST, STATISTICS, Step
 from .teacher import FrozenTeacher
 from .watchdog import Watchdog
 
@@ -62,42 +62,93 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
     held_out = None
     if world.first:
         held_out = eval_set(config.eval, preset, config.data_dir, config.download)
-    step = prepare(config, preset, device, precision, world)
+    teacher, student = load_networks(config, preset)
+    image_shape = (preset.channels, preset.image_size, preset.image_size)
+    step = prepare(
+        config, teacher, student, image_shape, device, precision, preset.feature_layer, world
+    )
     path = config.resume
     if path is None and world.first:
         path = RunFolder.create(config)
     folder = RunFolder(Path(world.decide_text(str(path))))
-    summary = _Loop(config, preset, step, folder, held_out, report).run()
+    summary = _Loop(config, step, folder, teacher, held_out, report).run()
     world.leave()
     return summary
 
 
+def load_networks(config: Config, preset: Preset) -> tuple[nn.Module, nn.Module]:
+    """The teacher with its weights, and the student, freshly initialised."""
+    teacher = load_weights(build(preset.teacher), teacher_path(config, preset), "teacher")
+    torch.manual_seed(config.seed)
+    return teacher, build(preset.student)
+
+
 def prepare(
     config: Config,
-    preset: Preset,
+    teacher: nn.Module,
+    student: nn.Module,
+    image_shape: tuple[int, int, int],
     device: torch.device,
     precision: str,
+    feature_layer: str | None = None,
     world: World | None = None,
 ) -> Step:
-    """Teacher, student and generator of `config`, checked against each other, as a Step."""
+    """Networks and generator, checked against each other, as a Step on `device`.
+
+    Args:
+        config: all settings.
+        teacher: the classifier; a frozen copy of it is used.
+        student: to train; moved to `device`.
+        image_shape: channels, height and width of the images that both take.
+        device, precision: see `pick_device` and `pick_precision`.
+        feature_layer: name of the teacher's layer whose input is the feature vector; the last
+            linear layer if None.
+        world: the processes of this job.
+
+    Raises:
+        UserError: a network does not take such images, or they differ in the number of classes.
+    """
     torch.manual_seed(config.seed)
-    # Shapes never change, so it pays to look for the fastest convolutions once.
-    torch.backends.cudnn.benchmark = True
-    generator = Generator(
-        config.latent_dim, preset.image_size, preset.channels, config.generator_width
-    )
-    student = build(preset.student)
-    network = load_weights(build(preset.teacher), teacher_path(config, preset), "teacher")
-    teacher = FrozenTeacher(network, preset.feature_layer)
-    for module in (generator, student, teacher):
+    channels, size, _ = image_shape
+    generator = Generator(config.latent_dim, size, channels, config.generator_width)
+    frozen = FrozenTeacher(teacher, feature_layer)
+    for module in (generator, student, frozen):
         # Convolutions are faster with the channels innermost, on CPUs and on GPUs.
         module.to(device).to(memory_format=torch.channels_last)
-    shape = (preset.channels, preset.image_size, preset.image_size)
-    teacher.check(torch.randn(16, *shape, device=device))
+    num_classes = frozen.check(torch.randn(16, *image_shape, device=device))
+    check_student(student, torch.randn(2, *image_shape, device=device), num_classes)
+    if precision in AUTOCAST:
+        frozen.cast(AUTOCAST[precision])
+    # Shapes never change, so it pays to look for the fastest convolutions once.
+    torch.backends.cudnn.benchmark = True
     if config.compile:
-        for module in (generator, student, teacher):
+        for module in (generator, student, frozen):
             module.compile()
-    return Step(config, generator, teacher, student, preset.num_classes, device, precision, world)
+    return Step(config, generator, frozen, student, num_classes, device, precision, world)
+
+
+@torch.no_grad()
+def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
+    """Tries the student on a batch, so that a misfit shows before anything is trained.
+
+    Raises:
+        UserError: it does not take the images, or does not return logits [N, num_classes].
+    """
+    shape = list(images.shape)
+    training = student.training
+    try:
+        logits = student.eval()(images)
+    except Exception as error:  # whatever the network says of images that do not fit
+        raise UserError(
+            f"the student does not take images of shape {shape}: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        student.train(training)
+    if list(logits.shape) != [len(images), num_classes]:
+        raise UserError(
+            f"the student must return logits {[len(images), num_classes]} for images {shape}, as "
+            f"many classes as the teacher, got {list(logits.shape)}"
+        )
 
 
 def teacher_path(config: Config, preset: Preset) -> Path:
@@ -196,13 +247,13 @@ class _Loop:
     def __init__(
         self,
         config: Config,
-        preset: Preset,
         step: Step,
         folder: RunFolder,
+        teacher: nn.Module,
         held_out: tuple[Tensor, Tensor] | None,
         report: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self.config, self.preset, self.step, self.folder = config, preset, step, folder
+        self.config, self.step, self.folder, self.teacher = config, step, folder, teacher
         self.world = step.world
         self.held_out, self.report = held_out, report or (lambda row: None)
         self.wall_start = time.perf_counter()
@@ -322,8 +373,8 @@ class _Loop:
         self._write_row(row)
 
     def _watch_for_collapse(self, entropy: float, count: int) -> None:
-        classes = self.preset.num_classes
-        if classes < 2 or self.config.entropy == 0:
+        classes = self.step.num_classes
+        if self.config.entropy == 0:
             return
         share = -entropy * math.log(self.config.log_base) / math.log(classes)
         self.collapsed_steps = self.collapsed_steps + count if share < COLLAPSED_ENTROPY else 0
@@ -395,7 +446,7 @@ class _Loop:
             save_weights(folder.path / "student.safetensors", step.result.state_dict())
             student = self._evaluate()
             folder.flush()
-            teacher = accuracy(step.teacher.network, *self.held_out) if self.held_out else None
+            teacher = accuracy(self.teacher.to(step.device), *self.held_out) if self.held_out else None
         generator_images = step.steps * config.batch_size
         images = step.steps * self._images_per_step()
         summary = {
@@ -418,7 +469,7 @@ class _Loop:
             "agreement": agreement,
             "eval_set": config.eval,
             "eval_count": len(self.held_out[1]) if self.held_out else 0,
-            "teacher_parameters": _parameters(step.teacher),
+            "teacher_parameters": _parameters(self.teacher),
             "student_parameters": _parameters(step.student),
             "bank_bytes": step.bank.bytes if step.bank is not None else 0,
             **peak_memory(step.device),
@@ -453,5 +504,5 @@ class _Loop:
                 signal.signal(number, handler)
 
 
-def _parameters(module: torch.nn.Module) -> int:
+def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())

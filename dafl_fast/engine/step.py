@@ -29,7 +29,8 @@ from .teacher import FrozenTeacher
 # What `Step.statistics` sums up, in this order.
 STATISTICS = ("generator_loss", "one_hot", "entropy", "activation", "distill_loss", "agreement")
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# What each precision but fp32 computes in.
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Step:
@@ -63,6 +64,7 @@ class Step:
         world: World | None = None,
     ) -> None:
         self.config, self.device, self.precision = config, device, precision
+        self.num_classes = num_classes
         self.world = world = world or World()
         self.generator, self.teacher, self.student = generator.train(), teacher, student.train()
         self.average = Average(student, config.ema_decay) if config.ema_decay else None
@@ -185,9 +187,9 @@ class Step:
         return sum(self.agreement(*self.fresh()) for _ in range(batches)) / batches
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision not in _AUTOCAST:
+        if self.precision not in AUTOCAST:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, _AUTOCAST[self.precision])
+        return torch.autocast(self.device.type, AUTOCAST[self.precision])
 
     def _update_generator(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         config = self.config
@@ -208,7 +210,7 @@ class Step:
 
     def _update_student(self, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        if self.precision not in _AUTOCAST:
+        if self.precision not in AUTOCAST:
             images = images.to(self.dtype)  # the bank may store fewer bits
         with self._autocast():
             loss = distill_loss(

@@ -122,10 +122,13 @@ class FrozenTeacher(nn.Module):
         folding and casting: a resumed run must meet the same teacher."""
         return self._fingerprint
 
-    def check(self, images: Tensor) -> None:
+    def check(self, images: Tensor) -> int:
         """Looks at the outputs for a batch of images before any training.
 
         Outputs between 0 and 1, as of a sigmoid, are only warned of: logits may be so too.
+
+        Returns:
+            The number of classes.
 
         Raises:
             UserError: the network does not take such images, its outputs are not [N, C] with
@@ -163,6 +166,7 @@ class FrozenTeacher(nn.Module):
                 "look for torch.no_grad() or detach() in its forward"
             )
         _refuse_probabilities(logits.detach())
+        return logits.shape[1]
 
 
 class _Autocast(nn.Module):
