@@ -446,7 +446,9 @@ class _Loop:
             save_weights(folder.path / "student.safetensors", step.result.state_dict())
             student = self._evaluate()
             folder.flush()
-            teacher = accuracy(self.teacher.to(step.device), *self.held_out) if self.held_out else None
+            teacher = (
+                accuracy(self.teacher.to(step.device), *self.held_out) if self.held_out else None
+            )
         generator_images = step.steps * config.batch_size
         images = step.steps * self._images_per_step()
         summary = {
