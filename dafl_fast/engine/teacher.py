@@ -263,12 +263,7 @@ def _batch_norm(node: fx.Node, root: nn.Module) -> _BatchNorm | None:
     """The BatchNorm that `node` is, if it is one with fixed statistics."""
     if node.op == "call_module":
         layer: Any = root.get_submodule(str(node.target))
-        if (
-            type(layer) not in _BATCH_NORMS
-            or _has_hooks(layer)
-            or layer.training
-            or not layer.track_running_stats
-        ):
+        if type(layer) not in _BATCH_NORMS or _has_hooks(layer) or layer.training:
             return None
         source = node.all_input_nodes[0]
         values = [layer.running_mean, layer.running_var, layer.weight, layer.bias]
