@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +130,38 @@ def test_a_stalled_step_is_named(tmp_path, caplog):
     caplog.clear()
     train(tiny(tmp_path / "runs", steps=4, stall_seconds=60))
     assert caplog.records == []
+
+
+class AsksForTensors(torch.nn.Module):
+    """Takes another way when torch.fx shows it a symbol instead of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(1, 10, 32), torch.nn.BatchNorm2d(10)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x)).flatten(1)
+        return y if isinstance(x, torch.Tensor) else -y
+
+
+def test_a_teacher_that_folding_would_change_is_not_folded(caplog):
+    teacher, images = AsksForTensors(), torch.randn(4, 1, 32, 32)
+    frozen = loop.freeze(teacher, None, images)
+    torch.testing.assert_close(frozen(images)[0], teacher.eval()(images))
+    assert "it would answer differently" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("student", "sentence"),
+    [
+        (LeNet5(num_classes=7), "logits [2, 10] for images [2, 1, 32, 32], as many classes as"),
+        (torch.nn.Linear(3, 10), "the student does not take images of shape [2, 1, 32, 32]"),
+    ],
+)
+def test_a_student_that_does_not_fit(student, sentence):
+    config = make_config("mnist", "published")
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        loop.prepare(config, LeNet5(), student, (1, 32, 32), torch.device("cpu"), "fp32")
 
 
 def test_same_seed_same_student(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import resource
@@ -33,6 +34,8 @@ from .graph import use_graph
 from .step import AUTOCAST, STATISTICS, Step
 from .teacher import FrozenTeacher
 from .watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 # A batch whose classes carry less than this share of the largest possible entropy has collapsed
 # to one class; training stops after so many steps of it (a young generator may pass through).
@@ -111,7 +114,7 @@ def prepare(
     torch.manual_seed(config.seed)
     channels, size, _ = image_shape
     generator = Generator(config.latent_dim, size, channels, config.generator_width)
-    frozen = FrozenTeacher(teacher, feature_layer)
+    frozen = freeze(teacher, feature_layer, torch.randn(16, *image_shape))
     for module in (generator, student, frozen):
         # Convolutions are faster with the channels innermost, on CPUs and on GPUs.
         module.to(device).to(memory_format=torch.channels_last)
@@ -125,6 +128,25 @@ def prepare(
         for module in (generator, student, frozen):
             module.compile()
     return Step(config, generator, frozen, student, num_classes, device, precision, world)
+
+
+@torch.no_grad()
+def freeze(teacher: nn.Module, feature_layer: str | None, images: Tensor) -> FrozenTeacher:
+    """A FrozenTeacher, its BatchNorm folded unless it would then answer differently.
+
+    torch.fx can misread a network whose code asks what kind of tensor it is given.
+    """
+    frozen = FrozenTeacher(teacher, feature_layer)
+    if not frozen.folded:
+        return frozen
+    unfolded = FrozenTeacher(teacher, feature_layer, fold=False)
+    images = images.to(next(teacher.parameters()).device)
+    with contextlib.suppress(RuntimeError):  # the check will say more of images that do not fit
+        expected, got = unfolded.network(images), frozen.network(images)
+        if not torch.allclose(got, expected, 1e-3, 1e-3 * expected.abs().max().item(), True):
+            log.warning("the teacher's BatchNorm is not folded: it would answer differently")
+            return unfolded
+    return frozen
 
 
 @torch.no_grad()

@@ -77,6 +77,7 @@ class FrozenTeacher(nn.Module):
                 )
             layers[self._feature_layer].register_forward_pre_hook(self._keep_features)
         self.network = fold_batch_norm(network) if fold else network
+        self.folded = self.network is not network
 
     def _keep_features(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._features = inputs[0]
