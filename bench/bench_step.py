@@ -28,7 +28,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dafl_fast.config import make_config
-from dafl_fast.engine.graph import use_graph
+from dafl_fast.engine.graph import make_ready
 from dafl_fast.engine.loop import keep_freed_memory, pick_precision, prepare
 from dafl_fast.engine.step import AUTOCAST
 from dafl_fast.models import build
@@ -87,7 +87,7 @@ def make_step(contender: str, case: Case):
         step = prepare(
             config, build(case.teacher), build(case.student), case.image_shape, DEVICE, precision
         )
-        use_graph(step)
+        make_ready(step)
         return step
     step = case.published()
     if contender != "published":

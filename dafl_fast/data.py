@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UserError, require
 
@@ -293,11 +293,20 @@ def resized(images: Tensor, size: int) -> Tensor:
     return torch.cat(parts)
 
 
-def scale_and_shift(form: ImageFormat, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """a and b, each [1, C, 1, 1] fp32, for which a x + b are uint8 images x in normalised units."""
-    mean = torch.tensor(form.mean, dtype=torch.float64, device=device).view(1, -1, 1, 1)
-    std = torch.tensor(form.std, dtype=torch.float64, device=device).view(1, -1, 1, 1)
-    return (1 / (255 * std)).float(), (-mean / std).float()
+class Normaliser(nn.Module):
+    """uint8 images [N, C, H, W] -> fp32 in normalised units, (x / 255 - mean) / std per channel."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, form: ImageFormat) -> None:
+        super().__init__()
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (form.mean, form.std))
+        self.register_buffer("scale", (1 / (255 * std)).float().view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", (-mean / std).float().view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, images.float(), self.scale)
 
 
 def normalise(images: Tensor, form: ImageFormat) -> Tensor:
@@ -307,8 +316,7 @@ def normalise(images: Tensor, form: ImageFormat) -> Tensor:
         UserError: the images have another number of channels.
     """
     check_channels(images, form.channels)
-    scale, shift = scale_and_shift(form, images.device)
-    return resized(images, form.image_size).float().mul_(scale).add_(shift)
+    return Normaliser(form)(resized(images, form.image_size))
 
 
 def check_channels(images: Tensor, channels: int) -> None:

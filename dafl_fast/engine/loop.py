@@ -30,7 +30,7 @@ from .checkpoint import load_weights, save_weights
 from .distributed import World, is_lost_contact
 from .evaluation import accuracy
 from .folder import RunFolder
-from .graph import use_graph
+from .graph import make_ready
 from .step import AUTOCAST, STATISTICS, Step
 from .teacher import FrozenTeacher
 from .watchdog import Watchdog
@@ -288,7 +288,7 @@ class _Loop:
         self.logged = progress.get("logged", 0)  # steps up to the last look at the losses
         self.signalled = threading.Event()
         self.watchdog = Watchdog(config.stall_seconds)
-        self.no_graph = use_graph(step)
+        self.no_graph = make_ready(step)
         self.clock = Clock(
             progress.get("train_seconds", 0.0), step.device, progress.get("seconds_apart")
         )
