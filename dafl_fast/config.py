@@ -43,6 +43,12 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the networks; losses are always accumulated in fp32. auto: bf16 where the
     processor has it, else fp32."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Capture the whole step as one CUDA graph, so that the GPU never waits for Python. auto:
+    where that works, else step by step with the reason said."""
+    compile: bool = False
+    """Compile the three networks with torch.compile: a minute at the start, faster steps where
+    their layers can be fused."""
     seed: int = 0
     """Seed of every random number of the run."""
 
@@ -79,10 +85,15 @@ class Config:
     """Student updates per generator step; more than one needs the bank."""
     student_batch_size: int | None = None
     """Images per student update; the generator's batch size when not given."""
+    student_optimizer: Literal["adam", "sgd"] = "adam"
+    """sgd: with momentum 0.9, as the published code trains its CIFAR students."""
     student_lr: float = 2e-3
-    """Adam learning rate of the student (its peak, with a schedule)."""
-    student_schedule: Literal["constant", "cosine"] = "constant"
-    """cosine: warm up over the first 2 % of the run, then fall to zero at its end."""
+    """Learning rate of the student (its peak, with a schedule)."""
+    student_weight_decay: float = 0.0
+    """Weight decay of the student's optimizer."""
+    student_schedule: Literal["constant", "cosine", "multistep"] = "constant"
+    """cosine: warm up over the first 2 % of the run, then fall to zero at its end. multistep:
+    divide by ten after 40 % and 80 % of it, the published CIFAR code's epochs 800 and 1600."""
     temperature: float = 1.0
     """Softmax temperature of the distillation loss."""
     scale_by_t2: bool = True
@@ -93,6 +104,10 @@ class Config:
     """Images that the replay bank holds; when full, the oldest make room."""
     bank_dtype: Literal["uint8", "bf16", "fp32"] = "bf16"
     """How the bank stores images: uint8 (1 byte a pixel), bf16 (2) or fp32 (4)."""
+    bank_crop: int = 0
+    """Move images drawn from the bank by up to so many pixels, where the data allow it."""
+    bank_flip: bool = False
+    """Mirror every other image drawn from the bank, where the data allow it."""
 
     # --- watching -----------------------------------------------------------------------------
     eval: EvalName = "mnist-5k"
@@ -108,6 +123,8 @@ class Config:
     """Seconds of training between checkpoints."""
     log_every: int = 20
     """Steps between two looks at the losses; the device is never waited for in between."""
+    stall_seconds: float = 120.0
+    """Say which step the run stands at when nothing has moved for so long (0: never)."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, want: str) -> None:
@@ -134,7 +151,10 @@ class Config:
             check(getattr(self, name) > 0, name, "positive")
         for name in ("one_hot", "entropy", "activation"):
             check(math.isfinite(getattr(self, name)), name, "a finite number")
-        for name in ("generator_restart_every", "bank_images", "eval_every"):
+        for name in (
+            "generator_restart_every", "bank_images", "bank_crop", "eval_every", "stall_seconds",
+            "student_weight_decay",
+        ):  # fmt: skip
             check(getattr(self, name) >= 0, name, "zero or positive")
         check(
             self.generator_width >= 2 and self.generator_width % 2 == 0,

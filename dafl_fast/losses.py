@@ -10,12 +10,16 @@ Notation: t, s teacher and student logits, f features, N rows, C classes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _C
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class GeneratorLoss(NamedTuple):
@@ -53,6 +57,7 @@ def generator_loss(
     entropy: float = 5.0,
     activation: float = 0.1,
     log_base: float = 10,
+    group: ProcessGroup | None = None,
 ) -> GeneratorLoss:
     """The generator's loss, ``one_hot * L_oh + entropy * L_ie + activation * L_a`` (equation 5).
 
@@ -68,6 +73,8 @@ def generator_loss(
         features: [N, F], what enters the teacher's last layer; without them ``L_a`` is 0.
         one_hot, entropy, activation: weights of the three parts.
         log_base: base of the logarithm in ``L_ie``, greater than 1.
+        group: processes with shares of equal size of one batch: p is the mean over all of it, and
+            the mean of their losses and of their gradients is that of the whole batch.
 
     Returns:
         ``GeneratorLoss(total, one_hot, entropy, activation)``: the differentiable total and the
@@ -77,15 +84,52 @@ def generator_loss(
         ValueError: a shape, device, weight or base that does not fit.
         TypeError: a dtype that is not floating point, or a floating point type not named above.
     """
+    weights = (one_hot, entropy, activation, log_base)
+    if group is not None:
+        return GeneratorLoss(
+            *_SharedGeneratorLoss.apply(teacher_logits, features, weights, group)  # type: ignore
+        )
     if torch.compiler.is_compiling():
         return GeneratorLoss(
-            *torch.ops.dafl_fast.generator_loss(
-                teacher_logits, features, one_hot, entropy, activation, log_base
-            )[:4]
+            *torch.ops.dafl_fast.generator_loss(teacher_logits, features, *weights)[:4]
         )
-    return GeneratorLoss(
-        *_C.generator_loss(teacher_logits, features, one_hot, entropy, activation, log_base)
-    )
+    return GeneratorLoss(*_C.generator_loss(teacher_logits, features, *weights))
+
+
+class _SharedGeneratorLoss(torch.autograd.Function):
+    """The fused operators with the mean prediction of all processes put between them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        teacher_logits: Tensor,
+        features: Tensor | None,
+        weights: tuple[float, float, float, float],
+        group: ProcessGroup,
+    ) -> tuple[Tensor, ...]:
+        import torch.distributed as dist
+
+        _, one_hot, entropy, activation, row_stats, mean = torch.ops.dafl_fast.generator_loss(
+            teacher_logits, features, *weights
+        )
+        dist.all_reduce(mean, group=group)
+        mean.div_(group.size())
+        entropy = torch.special.entr(mean).sum().neg() / math.log(weights[3])
+        total = weights[0] * one_hot + weights[1] * entropy + weights[2] * activation
+        ctx.save_for_backward(teacher_logits, features, row_stats, mean)
+        ctx.weights = weights
+        ctx.mark_non_differentiable(one_hot, entropy, activation)
+        return total, one_hot, entropy, activation
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_total: Tensor, *unused: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        teacher_logits, features, row_stats, mean = ctx.saved_tensors
+        grad_logits, grad_features = torch.ops.dafl_fast.generator_loss_backward(
+            grad_total, teacher_logits, features, row_stats, mean, *ctx.weights
+        )
+        return grad_logits, None if features is None else grad_features, None, None
 
 
 def distill_loss(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -127,10 +129,12 @@ def describe(summary: dict[str, Any]) -> str:
 @command
 def main() -> int:
     config = parse(sys.argv[1:])
+    logging.basicConfig(format="%(message)s")
     progress = Progress()
     with progress.bar:
         summary = train(config, progress)
-    print(describe(summary))
+    if os.environ.get("RANK", "0") == "0":  # one voice for all processes that torchrun started
+        print(describe(summary))
     return 130 if summary["interrupted"] else 0
 
 

@@ -288,6 +288,7 @@ class Training:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.average.ramp(self.steps)
         self.average.update(self.network)
         self.steps += 1
         return torch.stack([loss.detach(), (logits.detach().argmax(1) == y).float().mean()])
@@ -298,7 +299,6 @@ class Training:
             "settings": _settings(self.config),
             "network": self.network.state_dict(),
             "average": self.average.module.state_dict(),
-            "average_updates": self.average.updates,
             "optimizer": self.optimizer.state_dict(),
             "random": self.random.get_state(),
             "steps": self.steps,
@@ -320,7 +320,6 @@ class Training:
                 )
         self.network.load_state_dict(state["network"])
         self.average.module.load_state_dict(state["average"])
-        self.average.updates = state["average_updates"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.random.set_state(state["random"])
         self.steps, self.seconds = state["steps"], state["seconds"]

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the devices there are, reproducible randomness, local data."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# Tests that start processes fork them from a server that has imported everything.
+multiprocessing.set_forkserver_preload(["dafl_fast.engine.loop", "pytest"])
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU is visible")
 
 

@@ -40,10 +40,10 @@ def test_draws_pair_images_with_their_logits_and_reach_everything():
 def test_storage_keeps_what_it_promises(dtype, tolerance):
     bank = ReplayBank(64, (2, 8, 8), 10, dtype)
     images, logits = torch.randn(64, 2, 8, 8), torch.randn(64, 10)
+    logits[:, 0] = torch.arange(64)
     bank.add(images, logits)
-    generator = torch.Generator().manual_seed(1)
-    which = torch.randint(64, (64,), generator=torch.Generator().manual_seed(1))
-    drawn, drawn_logits = bank.draw(64, generator)
+    drawn, drawn_logits = bank.draw(64, torch.Generator().manual_seed(1))
+    which = drawn_logits[:, 0].long()
     assert torch.equal(drawn_logits, logits[which])
     error = (drawn.float() - images[which]).abs()
     if tolerance is None:
@@ -70,8 +70,56 @@ def test_span_and_restore_are_exact_across_the_wrap(dtype):
         one.add(*batch(4, first))
     two.restore(6, one.span(6, 12))
     two.restore(12, one.span(12, 16))
-    two.added = one.added
+    two.count.copy_(one.count)
     assert torch.equal(one.images, two.images)
     assert torch.equal(one.logits, two.logits)
     draws = [bank.draw(20, torch.Generator().manual_seed(3))[0] for bank in (one, two)]
     assert torch.equal(*draws)
+
+
+def test_shares_are_parts_of_the_same_draw():
+    bank = ReplayBank(50, (1, 4, 4), 2, "fp32")
+    bank.add(*batch(30))
+    options = dict(crop=2, flip=True)
+    whole = bank.draw(12, torch.Generator().manual_seed(4), **options)
+    for share in (slice(0, 4), slice(4, 12)):
+        part = bank.draw(12, torch.Generator().manual_seed(4), share, **options)
+        for mine, all_of_it in zip(part, whole, strict=True):
+            assert torch.equal(mine, all_of_it[share])
+
+
+def moved(image: torch.Tensor, dy: int, dx: int, flip: bool) -> torch.Tensor:
+    """What a crop with the border repeated shows of `image` [C, H, W], step by step."""
+    padded = torch.nn.functional.pad(image[None], (2, 2, 2, 2), mode="replicate")[0]
+    height, width = image.shape[1:]
+    cut = padded[:, 2 + dy : 2 + dy + height, 2 + dx : 2 + dx + width]
+    return cut.flip(2) if flip else cut
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "uint8"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_crop_and_flip_give_every_position_equally_often(dtype, flip):
+    torch.manual_seed(2)
+    bank = ReplayBank(3, (2, 5, 6), 2, dtype)
+    images = torch.randn(3, 2, 5, 6)
+    bank.add(images, torch.arange(6.0).view(3, 2))
+    drawn, logits = bank.draw(3000, torch.Generator().manual_seed(0), crop=2, flip=flip)
+    plain = bank.draw(200, torch.Generator().manual_seed(0))
+    stored = {row[0].item(): image for image, row in zip(*plain, strict=True)}
+    counts: dict[tuple[int, int, bool], int] = {}
+    mirrors = (False, True) if flip else (False,)
+    candidates = {
+        (number, dy, dx, mirror): moved(image, dy, dx, mirror)
+        for number, image in stored.items()
+        for dy in range(-2, 3) for dx in range(-2, 3) for mirror in mirrors
+    }  # fmt: skip
+    for image, row in zip(drawn, logits, strict=True):
+        found = [
+            key[1:] for key, candidate in candidates.items()
+            if key[0] == row[0].item() and torch.equal(candidate, image)
+        ]  # fmt: skip
+        assert len(found) == 1, "not a moved copy of the image that belongs to these logits"
+        counts[found[0]] = counts.get(found[0], 0) + 1
+    expected = 3000 / (50 if flip else 25)
+    assert len(counts) == (50 if flip else 25)
+    assert max(abs(count - expected) for count in counts.values()) < 5 * expected**0.5

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from dafl_fast.config import make_config
+from dafl_fast.engine.distributed import World
+from dafl_fast.engine.ema import Average
 from dafl_fast.engine.step import STATISTICS, Step
 from dafl_fast.engine.teacher import FrozenTeacher
 from dafl_fast.models import Generator, LeNet5, LeNet5Half
@@ -16,15 +20,23 @@ from .published import PublishedGenerator, PublishedLeNet5, PublishedStep
 CPU = torch.device("cpu")
 
 
-def make_step(recipe: str, dtype: torch.dtype = torch.float64, **overrides) -> Step:
+def make_step(
+    recipe: str,
+    dtype: torch.dtype = torch.float64,
+    precision: str = "fp32",
+    device: torch.device = CPU,
+    world: World | None = None,
+    **overrides,
+) -> Step:
     overrides = {"batch_size": 16, "generator_width": 8, "seed": 5, **overrides}
     config = make_config("mnist", recipe, **overrides)
     torch.manual_seed(1)
     generator = Generator(config.latent_dim, 32, 1, config.generator_width)
     teacher, student = LeNet5(), LeNet5Half()
     for module in (generator, teacher, student):
-        module.to(dtype, memory_format=torch.channels_last)
-    return Step(config, generator, FrozenTeacher(teacher, "fc1"), student, 10, CPU)
+        module.to(device, dtype, memory_format=torch.channels_last)
+    teacher = FrozenTeacher(teacher, "fc1")
+    return Step(config, generator, teacher, student, 10, device, precision, world)
 
 
 def witness_of(step: Step) -> PublishedStep:
@@ -175,11 +187,74 @@ def _saved(state):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_follows_fp32(precision):
     exact = make_step("published", torch.float32, generator_lr=1e-3)
-    mixed = make_step("published", torch.float32, generator_lr=1e-3)
-    mixed.precision = precision
-    if precision == "fp16":
-        mixed.scalers = [torch.amp.GradScaler("cpu") for _ in range(2)]
+    mixed = make_step("published", torch.float32, precision, generator_lr=1e-3)
     for _ in range(5):
         exact()
         mixed()
     torch.testing.assert_close(mixed.statistics, exact.statistics, rtol=0.05, atol=0.05)
+
+
+def test_an_fp16_overflow_skips_the_update_and_halves_the_scale():
+    step = make_step("published", torch.float32, "fp16", generator_lr=1e-3)
+    step()
+    before = [copy.deepcopy(network.state_dict()) for network in (step.generator, step.student)]
+    for scaler in step.scalers:
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**40})
+    step()  # gradients of that size do not fit fp16
+    for scaler in step.scalers:
+        assert scaler.get_scale() == 2.0**39
+    for network, state in zip((step.generator, step.student), before, strict=True):
+        for name, parameter in network.named_parameters():
+            assert torch.equal(parameter, state[name]), name
+    for scaler in step.scalers:
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 1024.0})
+    step()
+    for network, state in zip((step.generator, step.student), before, strict=True):
+        moved = [not torch.equal(p, state[name]) for name, p in network.named_parameters()]
+        assert sum(moved) >= len(moved) - 2  # biases before BatchNorm have no gradient
+
+
+def test_students_with_sgd_follow_torch():
+    step = make_step(
+        "published", student_optimizer="sgd", student_lr=0.1, student_weight_decay=5e-4
+    )
+    witness = witness_of(step)
+    witness.optimizer_s = torch.optim.SGD(
+        witness.student.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4
+    )
+    for z in noises(step, 3):
+        step()
+        witness(z)
+    assert_same_weights(step.student, witness.student, 1e-9)
+
+
+def test_learning_rates_written_between_steps_are_used():
+    step = make_step("published")
+    before = copy.deepcopy(step.student.state_dict())
+    step.set_student_lr(0.0)
+    step()
+    assert_same_weights(step.student, _with(LeNet5Half().double(), before), 0)
+    step.set_student_lr(1e-3)
+    step()
+    # Adam moves each weight by about the learning rate.
+    moved = (step.student.fc2.weight - before["fc2.weight"]).abs()
+    assert 5e-4 < moved.mean() < 2e-3
+
+
+def test_the_average_forgets_the_start_and_then_moves_slowly():
+    network = nn.Linear(2, 1, bias=False).double()
+    average = Average(network, 0.95)
+    expected = network.weight.detach().clone()
+    for k in range(300):
+        with torch.no_grad():
+            network.weight.fill_(float(k))
+        average.ramp(k)
+        average.update(network)
+        decay = min(0.95, (1 + k) / (10 + k))
+        expected = decay * expected + (1 - decay) * k
+        torch.testing.assert_close(average.module.weight, expected, rtol=1e-6, atol=1e-6)
+
+
+def _with(network: nn.Module, state) -> nn.Module:
+    network.load_state_dict(state)
+    return network

@@ -1,12 +1,18 @@
-"""FrozenTeacher: frozen, hooked, and wary of networks that would silently fail."""
+"""FrozenTeacher: frozen, folded, hooked, and wary of networks that would silently fail."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import logging
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dafl_fast import FrozenTeacher
+from dafl_fast import FrozenTeacher, generator_loss
 from dafl_fast.errors import UserError
 from dafl_fast.models import LeNet5
 
@@ -27,7 +33,7 @@ def test_logits_features_and_image_gradient():
     (logits.sum() + features.abs().sum()).backward()
     (expected_logits.sum() + expected_features.abs().sum()).backward()
     torch.testing.assert_close(x.grad, y.grad)
-    assert all(p.grad is None for p in network.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_features_default_to_the_input_of_the_last_linear_layer():
@@ -37,30 +43,507 @@ def test_features_default_to_the_input_of_the_last_linear_layer():
     torch.testing.assert_close(features, network[:3](x))
 
 
-def test_unknown_or_missing_feature_layer():
+def test_the_last_linear_layer_may_be_a_subclass_but_not_within_attention():
+    class Head(nn.Linear):
+        pass
+
+    class Attentive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.attention = Head(4, 3), nn.MultiheadAttention(4, 2)
+
+        def forward(self, x):
+            x = x.flatten(2)
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    network = Attentive()
+    x = torch.randn(5, 3, 2, 2)
+    tokens = x.flatten(2)
+    _, features = FrozenTeacher(network)(x)
+    torch.testing.assert_close(features, network.attention(tokens, tokens, tokens)[0].mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torchscript_teacher_has_no_features(tmp_path):
+    network = LeNet5()
+    torch.jit.trace(network, torch.randn(16, 1, 32, 32)).save(tmp_path / "teacher.pt")
+    teacher = FrozenTeacher(torch.jit.load(tmp_path / "teacher.pt"))
+    x = torch.randn(16, 1, 32, 32, requires_grad=True)
+    teacher.check(x)
+    logits, features = teacher(x)
+    assert features is None
+    torch.testing.assert_close(logits, network(x))
+    (gradient,) = torch.autograd.grad(logits.sum(), x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(network(x).sum(), x)[0])
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_unknown_feature_layer():
     with pytest.raises(UserError, match=r"no layer 'fc9'; it has .*fc1"):
         FrozenTeacher(LeNet5(), "fc9")
-    with pytest.raises(UserError, match="no linear layer"):
-        FrozenTeacher(nn.Sequential(nn.Conv2d(1, 10, 32), nn.Flatten()))
 
 
-def sequential(*tail: nn.Module) -> nn.Sequential:
+def test_feature_layer_that_does_not_run():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    network[1].register_module("unused", nn.Linear(3, 3))
+    teacher = FrozenTeacher(network, "1.unused")
+    teacher._features = torch.zeros(1)  # what an earlier call may have left must not pass for it
+    with pytest.raises(UserError, match="'1.unused' did not run"):
+        teacher(torch.randn(2, 1, 2, 2))
+
+
+def test_without_a_linear_layer_there_are_no_features(caplog):
+    network = nn.Sequential(nn.Conv2d(1, 10, 32), nn.Flatten())
+    teacher = FrozenTeacher(network)
+    assert "the activation loss is off" in caplog.text
+    x = torch.randn(16, 1, 32, 32)
+    logits, features = teacher(x)
+    assert features is None
+    torch.testing.assert_close(logits, network(x))
+    teacher.check(x)
+    assert generator_loss(logits, features).activation == 0
+    _, features = FrozenTeacher(network, "1")(x)
+    torch.testing.assert_close(features, network[0](x).flatten(1))
+
+
+# -- what becomes of BatchNorm ---------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """As in the published code: features on demand, which a tracer must not stumble over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 3, 2, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.shortcut = nn.Sequential(nn.Conv2d(6, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x, out_feature=False):
+        x = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(x)))))
+        feature = F.relu(y + self.shortcut(x)).mean((2, 3))
+        x = self.linear(feature)
+        return (x, feature) if out_feature else x
+
+
+class Dense(nn.Module):
+    """BatchNorm before its convolution, and outputs that more than BatchNorm reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0, self.norm1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv1, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.norm3 = nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.conv0(x)
+        x = torch.cat([x, self.conv1(F.relu(self.norm1(x)))], 1)
+        x = self.norm3(self.conv2(F.relu(self.norm2(x))))
+        return self.linear(x.amax((2, 3)))
+
+
+class Shared(nn.Module):
+    """One convolution run twice, one whose weight another reads, one normalisation of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.twice, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.read, self.norm_read = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.tied, self.tied_too = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.tied_too.weight = self.tied.weight
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(self.norm(self.twice(x)))
+        x = self.twice(x) + self.norm_read(self.read(x)) + F.conv2d(x, self.read.weight, padding=1)
+        x = self.norm(self.tied(x)) + self.tied_too(x)
+        return self.linear(x.mean((2, 3)))
+
+
+class NormAct(nn.BatchNorm2d):
+    """A class of its own with an activation, and a look at the shape, as in timm."""
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, "expected 4D input")
+        return F.relu6(
+            F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+                0.1, self.eps,
+            )
+        )  # fmt: skip
+
+
+def conv(norm: nn.Module, *args, **options) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(*args, bias=False, **options), norm, nn.ReLU6()
+
+
+def mobile() -> nn.Module:
+    return nn.Sequential(
+        *conv(nn.BatchNorm2d(8, momentum=None), 3, 8, 3, stride=2, padding=1),
+        *conv(nn.BatchNorm2d(8, eps=0.8, momentum=0.9), 8, 8, 3, padding=1, groups=8),
+        *conv(nn.BatchNorm2d(16, affine=False), 8, 16, 3, groups=2),
+        *conv(nn.SyncBatchNorm(12), 16, 12, 1),
+        *conv(NormAct(10), 12, 10, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(10, 5),
+    )
+
+
+def vgg() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3, padding_mode="reflect", padding=1), nn.BatchNorm2d(8), nn.ReLU(True),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 12), nn.BatchNorm1d(12), nn.ReLU(True),
+        nn.Dropout(), nn.Linear(12, 7, bias=False), nn.BatchNorm1d(7),
+    )  # fmt: skip
+
+
+def every_dimension() -> nn.Module:
+    return nn.Sequential(
+        nn.ConvTranspose2d(3, 6, 3, groups=3), nn.BatchNorm2d(6), nn.Tanh(),
+        nn.Unflatten(2, (2, 5)), nn.Conv3d(6, 4, 2, groups=2), nn.BatchNorm3d(4), nn.Tanh(),
+        nn.ConvTranspose3d(4, 6, (1, 2, 2), groups=2, bias=False), nn.BatchNorm3d(6), nn.Flatten(2),
+        nn.Conv1d(6, 4, 3), nn.BatchNorm1d(4), nn.Tanh(),
+        nn.ConvTranspose1d(4, 8, 2, stride=2, groups=4), nn.BatchNorm1d(8), nn.Tanh(),
+        nn.Flatten(), nn.Linear(768, 5),
+    )  # fmt: skip
+
+
+def left_alone() -> nn.Module:
+    """BatchNorm of the batch, layers with hooks and parametrizations, BatchNorm after others."""
+    convolutions = [nn.Conv2d(3, 3, 3, padding=1) for _ in range(4)]
+    nn.utils.spectral_norm(convolutions[1])
+    nn.utils.parametrizations.weight_norm(convolutions[2])
+    norms = [nn.BatchNorm2d(3) for _ in range(4)]
+    norms[0] = nn.BatchNorm2d(3, track_running_stats=False)
+    norms[3].register_forward_hook(lambda layer, inputs, output: output.sin())
+    stages = [layer for pair in zip(convolutions, norms, strict=True) for layer in pair]
+    return nn.Sequential(
+        *stages, nn.ReLU(), nn.BatchNorm2d(3), nn.Flatten(), nn.LayerNorm(192), nn.Linear(192, 5)
+    )
+
+
+def torchvision(name: str) -> nn.Module:
+    network = getattr(pytest.importorskip("torchvision").models, name)(num_classes=7)
+    # Smooth, because so many fp32 values may well have one that rounding moves across a kink.
+    for parent in list(network.modules()):
+        for child, layer in parent.named_children():
+            if isinstance(layer, (nn.ReLU, nn.Hardswish)):
+                setattr(parent, child, nn.GELU())
+    return network
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """With statistics and affine parameters that are not those of a fresh BatchNorm."""
+    for layer in network.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            if layer.running_mean is not None:
+                layer.running_mean.normal_(0, 0.3)
+                layer.running_var.uniform_(0.3, 2)
+            if layer.affine:
+                nn.init.uniform_(layer.weight, 0.5, 1.5)
+                layer.weight.data[::3] *= -1
+                nn.init.normal_(layer.bias, 0, 0.3)
+    return network
+
+
+class BatchNormRuns(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "batch_norm" in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def batch_norms_run(network: nn.Module, images: torch.Tensor) -> int:
+    with BatchNormRuns() as runs, torch.no_grad():
+        network(images)
+    return runs.count
+
+
+def assert_same_teacher(one: FrozenTeacher, two: FrozenTeacher, images, tolerance: float) -> None:
+    """Logits, features and the gradient to the images agree, relative to their largest value."""
+    results = []
+    for teacher in (one, two):
+        x = images.clone().requires_grad_()
+        torch.manual_seed(1)
+        logits, features = teacher(x)
+        (gradient,) = torch.autograd.grad((logits * torch.randn_like(logits)).sum(), x,
+                                          retain_graph=True)  # fmt: skip
+        (through_features,) = torch.autograd.grad(features.square().sum(), x)
+        results.append((logits, features, gradient, through_features))
+    for a, b in zip(*results, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * b.abs().max().item())
+
+
+FOLDED = {  # network, BatchNorm runs before and after
+    "residual": (Residual, 4, 0),
+    "mobile": (mobile, 5, 0),
+    "vgg": (vgg, 4, 1),  # not the one after the last linear layer, which carries the hook
+    "dense": (Dense, 3, 2),
+    "shared": (Shared, 4, 2),
+    "every dimension": (every_dimension, 5, 0),
+    "left alone": (left_alone, 5, 5),
+    "resnet18": (lambda: torchvision("resnet18"), 20, 0),
+    "mobilenet_v3_small": (lambda: torchvision("mobilenet_v3_small"), 34, 0),
+}
+
+
+@pytest.mark.parametrize(("build", "before", "after"), FOLDED.values(), ids=FOLDED)
+def test_folding_changes_nothing_but_the_number_of_layers(build, before, after):
+    network = randomised(build())
+    untouched = copy.deepcopy(network)
+    size = 32 if before > 10 else 8
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        network, untouched = network.to(dtype), untouched.to(dtype)
+        x = torch.randn(3, 3, size, size, dtype=dtype)
+        folded, plain = FrozenTeacher(network), FrozenTeacher(network, fold=False)
+        assert batch_norms_run(plain.network, x) == before
+        assert batch_norms_run(folded.network, x) == after
+        assert_same_teacher(folded, plain, x, tolerance)
+        expected = untouched.eval()(x)
+        torch.testing.assert_close(folded.network(x), expected, rtol=0,
+                                   atol=tolerance * expected.abs().max().item())  # fmt: skip
+        assert folded.fingerprint() == plain.fingerprint()
+    assert network.training and all(layer.training for layer in network.modules())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    for (name, mine), (_, theirs) in zip(
+        network.state_dict().items(), untouched.state_dict().items(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize(("layer", "after"), [
+    ("conv3", 1),  # its own BatchNorm stays: a hooked layer is left as it is
+    ("bn3", 1),  # features are what enters it, so it must not become part of conv3
+    ("shortcut", 1),  # the hooked container stays whole
+    ("conv1", 1),
+])  # fmt: skip
+def test_features_of_any_layer_survive_folding(layer, after):
+    network = randomised(Residual()).double()
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    folded = FrozenTeacher(network, layer)
+    assert batch_norms_run(folded.network, x) == after
+    assert_same_teacher(folded, FrozenTeacher(network, layer, fold=False), x, 1e-10)
+
+
+def test_feature_layer_by_its_second_name():
+    network = randomised(Residual()).double()
+    network.head = network.linear
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    assert_same_teacher(FrozenTeacher(network, "head"), FrozenTeacher(network, "linear"), x, 0)
+
+
+def test_without_batch_norm_the_network_stays_itself():
+    teacher = FrozenTeacher(LeNet5(), "fc1")
+    assert type(teacher.network) is LeNet5
+
+
+class DataDependent(Residual):
+    def forward(self, x):
+        return super().forward(x if x.mean() > 0 else -x)
+
+
+def test_untraceable_network_is_logged_and_not_folded(caplog):
+    network = randomised(DataDependent()).double()
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    teacher = FrozenTeacher(network)
+    assert "BatchNorm is not folded, torch.fx cannot trace it" in caplog.text
+    assert batch_norms_run(teacher.network, x) == 4
+    expected = copy.deepcopy(network).eval()
+    for images in (x, -x):
+        torch.testing.assert_close(teacher(images)[0], expected(images))
+
+
+def test_batch_norm_that_stays_in_training_mode_is_not_folded():
+    class BatchStatistics(nn.Sequential):
+        def train(self, mode=True):
+            return super().train(True)
+
+    network = randomised(BatchStatistics(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten()))
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(FrozenTeacher(network, "2")(x)[0], network(x))
+
+
+def test_folding_is_logged(caplog):
+    with caplog.at_level(logging.INFO):
+        FrozenTeacher(Dense())
+    assert "folded 1 of the teacher's 3 BatchNorm layers" in caplog.text
+
+
+def test_hooks_and_replaced_forward_of_the_network_itself():
+    network = randomised(Residual()).double()
+    network.register_forward_hook(lambda layer, inputs, output: 2 * output)
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    expected = copy.deepcopy(network).eval()
+    torch.testing.assert_close(FrozenTeacher(network)(x)[0], expected(x))
+
+
+def test_linear_layer_normalised_over_another_dimension():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm, self.head = (
+                nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)
+            )  # fmt: skip
+
+        def forward(self, x):  # [N, 1, 8, 8]: eight tokens of eight values
+            return self.head(self.norm(self.linear(x.flatten(0, 1))).mean(1))
+
+    network = randomised(Tokens())
+    with pytest.raises(UserError, match="use fold=False"):
+        FrozenTeacher(network).check(torch.randn(3, 1, 8, 8))
+    FrozenTeacher(network, fold=False).check(torch.randn(3, 1, 8, 8))
+
+
+def test_network_that_cannot_be_copied():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    network.state = network[1].weight * 2
+    with pytest.raises(UserError, match="the teacher cannot be copied; remove its weight_norm"):
+        FrozenTeacher(network)
+
+
+# -- moving, casting, compiling --------------------------------------------------------------------
+
+
+def test_moves_as_any_module():
+    network = randomised(mobile())
+    x = torch.randn(3, 3, 8, 8)
+    logits, features = FrozenTeacher(network)(x)
+    moved = FrozenTeacher(network).to("cpu").to(memory_format=torch.channels_last)
+    weights = [p for p in moved.parameters() if p.dim() == 4]
+    assert weights and all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    for a, b in zip(moved(x.to(memory_format=torch.channels_last)), (logits, features)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    double = FrozenTeacher(network).double()(x.double())
+    torch.testing.assert_close(double[0], logits.double(), rtol=1e-5, atol=1e-5)
+    copied = copy.deepcopy(moved)
+    for a, b in zip(copied(x), (logits, features)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("build", [mobile, left_alone, Shared])
+def test_cast_equals_autocast(build, dtype):
+    network = randomised(build())
+    x = torch.randn(3, 3, 8, 8)
+    plain, cast = FrozenTeacher(network), FrozenTeacher(network).cast(dtype)
+    kept = {p.dtype for p in cast.parameters()}
+    assert dtype in kept
+    results = []
+    for teacher, outside in ((plain, True), (cast, False), (cast, True)):
+        images = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=outside):
+            logits, features = teacher(images)
+        (logits.float().sum() + features.float().square().sum()).backward()
+        results.append((logits, features, images.grad))
+    for mine in results[1:]:
+        for a, b in zip(mine, results[0]):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert cast.fingerprint() == plain.fingerprint()
+    torch.testing.assert_close(cast.network(x), results[0][0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_whole_and_gives_the_features_of_this_call(dtype):
+    network = randomised(Residual())
+    teacher, compiled, inner = (FrozenTeacher(network) for _ in range(3))
+    if dtype != torch.float32:
+        for each in (teacher, compiled, inner):
+            each.cast(dtype)
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    inner.network.compile(backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(3, 3, 8, 8)
+        for each in (compiled, inner):
+            assert_same_teacher(each, teacher, x, 1e-6)
+            each.network(torch.randn(2, 3, 8, 8))  # leaves nothing that the next call could meet
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU is visible")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_inside_a_cuda_graph(dtype):
+    network = randomised(mobile()).cuda()
+    teacher = FrozenTeacher(network).to(memory_format=torch.channels_last)
+    if dtype != torch.float32:
+        teacher.cast(dtype)
+    images = torch.randn(3, 3, 8, 8, device="cuda", requires_grad=True)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        logits, features = teacher(images)
+        loss = logits.float().sum() + features.float().square().sum()
+        return logits, features, *torch.autograd.grad(loss, images)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        images.copy_(torch.randn_like(images))
+    graph.replay()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for a, b in zip(captured, run()):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# -- what a look at the outputs finds --------------------------------------------------------------
+
+
+def sequential(*tail: nn.Module, classes: int = 10, scale: float = 1.0) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 10), *tail)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(1024, classes), *tail)
+    network[1].weight.data *= scale
+    return network
+
+
+class Call(nn.Module):
+    """A function of logits as a layer."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, t):
+        return self.function(t)
 
 
 @pytest.mark.parametrize(
     ("network", "sentence"),
     [
         (sequential(nn.Softmax(1)), "ends in softmax; the losses need logits"),
+        (sequential(nn.Softmax(1), classes=2), "ends in softmax"),
+        (sequential(nn.Softmax(1), scale=1e4), "ends in softmax"),  # all of them 0 or 1
+        (sequential(nn.Softmax(1)).bfloat16(), "ends in softmax"),
         (sequential(nn.LogSoftmax(1)), "ends in log-softmax; the losses need logits"),
+        (sequential(nn.LogSoftmax(1), classes=2), "ends in log-softmax"),
+        (sequential(nn.LogSoftmax(1), scale=1e4), "ends in log-softmax"),
+        (sequential(nn.LogSoftmax(1), classes=1000).bfloat16(), "ends in log-softmax"),
+        (sequential(nn.LogSoftmax(1)).half(), "ends in log-softmax"),
         (sequential(nn.Unflatten(1, (2, 5))), r"must return logits \[N, C\], got \[16, 2, 5\]"),
+        (sequential(classes=1), "has a single output"),
+        (sequential(Call(torch.Tensor.detach)), "gives no gradient to its images"),
         (nn.Sequential(nn.Flatten(), nn.Linear(7, 10)), "does not take images of shape"),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(4, 2)),
+         "does not take images of shape .*: expected 2D or 3D input"),
     ],
-)
+)  # fmt: skip
 def test_check_names_what_is_wrong(network, sentence):
+    images = torch.randn(16, 1, 32, 32, dtype=next(network.parameters()).dtype)
     with pytest.raises(UserError, match=sentence):
-        FrozenTeacher(network).check(torch.randn(16, 1, 32, 32))
+        FrozenTeacher(network, fold=False).check(images)
 
 
 @pytest.mark.parametrize(("layer", "name"), [("fc2", "logits"), ("conv3", "features")])
@@ -74,15 +557,49 @@ def test_check_finds_nan(layer, name):
         FrozenTeacher(network, "fc1").check(torch.randn(16, 1, 32, 32))
 
 
-def test_check_accepts_an_honest_teacher():
-    FrozenTeacher(sequential()).check(torch.randn(16, 1, 32, 32))
-    FrozenTeacher(LeNet5(), "fc1").check(torch.randn(16, 1, 32, 32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "network",
+    [
+        sequential(),
+        sequential(classes=2),
+        sequential(classes=2, scale=1e-2),
+        sequential(classes=1000),
+        sequential(nn.ReLU()),
+        sequential(Call(lambda t: t - t.mean(1, keepdim=True) + 0.1)),  # rows sum to 1, some < 0
+        sequential(Call(lambda t: t - t.amax(1, keepdim=True))),  # none above 0, as log-softmax
+        LeNet5(),
+    ],
+)
+def test_check_accepts_an_honest_teacher(network, dtype, caplog):
+    teacher = FrozenTeacher(network)
+    if dtype != torch.float32:
+        teacher.cast(dtype)
+    teacher.check(torch.randn(16, 1, 32, 32))
+    assert "sigmoid" not in caplog.text
+
+
+def test_check_warns_of_a_sigmoid(caplog):
+    FrozenTeacher(sequential(nn.Sigmoid())).check(torch.randn(16, 1, 32, 32))
+    assert "between 0 and 1, as those of a sigmoid" in caplog.text
+
+
+def test_fingerprint_is_that_of_the_unfolded_weights():
+    network = LeNet5()
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    teacher = FrozenTeacher(network).to(memory_format=torch.channels_last).cast(torch.bfloat16)
+    assert teacher.fingerprint() == digest.hexdigest()
 
 
 def test_fingerprint_follows_the_weights():
-    network = LeNet5()
-    before = FrozenTeacher(network, "fc1").fingerprint()
-    assert before == FrozenTeacher(network, "fc1").fingerprint()
-    with torch.no_grad():
-        network.fc2.bias[0] += 1e-3
-    assert FrozenTeacher(network, "fc1").fingerprint() != before
+    network = Residual()
+    before = FrozenTeacher(network).fingerprint()
+    assert before == FrozenTeacher(network).fingerprint()
+    for tensor in (network.linear.bias, network.bn1.running_mean, network.bn1.num_batches_tracked):
+        with torch.no_grad():
+            tensor.view(-1)[0] += 1
+        after = FrozenTeacher(network).fingerprint()
+        assert after != before
+        before = after

@@ -12,8 +12,11 @@ class ReplayBank:
     """A ring of images [C, H, W] with their teacher logits [num_classes].
 
     `add` overwrites the oldest entries once the ring is full; `draw` returns uniformly chosen
-    entries, with replacement. The storage is allocated once, and neither call waits for the
-    device.
+    entries, with replacement. The storage is allocated once, positions and counts are on the
+    device, and neither call waits for it, so both may be part of a CUDA graph.
+
+    Memory: ``capacity * (C * H * W * b + 4 * num_classes)`` bytes with b = 1, 2 or 4 for uint8,
+    bf16 and fp32, and 8 more an image for uint8.
 
     Args:
         capacity: images held.
@@ -32,11 +35,26 @@ class ReplayBank:
         device: torch.device | str = "cpu",
     ) -> None:
         self.capacity = capacity
-        self.images = torch.empty((capacity, *image_shape), dtype=_DTYPES[dtype], device=device)
+        channels, height, width = image_shape
+        # Channels innermost, as the networks like their images.
+        self._pixels = torch.empty(
+            (capacity, height, width, channels), dtype=_DTYPES[dtype], device=device
+        )
         self.logits = torch.empty((capacity, num_classes), device=device)
         # Per image: its minimum and the size of a grey level (uint8 only).
         self.levels = torch.empty((capacity, 2), device=device) if dtype == "uint8" else None
-        self.added = 0  # images ever added; the next one goes to added % capacity
+        # Images ever added; the next one goes to count % capacity.
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def images(self) -> Tensor:
+        """The ring's images [capacity, C, H, W] as they are stored."""
+        return self._pixels.permute(0, 3, 1, 2)
+
+    @property
+    def added(self) -> int:
+        """Images ever added. Waits for the device."""
+        return int(self.count)
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
@@ -44,46 +62,89 @@ class ReplayBank:
     @property
     def bytes(self) -> int:
         """Memory of the whole ring in bytes."""
-        stored = [self.images, self.logits, *([] if self.levels is None else [self.levels])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in stored)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._stored().values())
 
-    def slots(self, start: int, stop: int) -> Tensor:
-        """Ring positions of the images that were added as number `start` to `stop` - 1."""
-        return torch.arange(start, stop, device=self.images.device) % self.capacity
+    def _stored(self) -> dict[str, Tensor]:
+        stored = {"images": self._pixels, "logits": self.logits}
+        return stored if self.levels is None else {**stored, "levels": self.levels}
 
     @torch.no_grad()
     def add(self, images: Tensor, logits: Tensor) -> None:
         """Stores a batch: images [N, C, H, W] in normalised units, logits [N, num_classes]."""
-        where = self.slots(self.added, self.added + len(images))
+        where = (self.count + torch.arange(len(images), device=images.device)) % self.capacity
         if self.levels is not None:
             low = images.amin((1, 2, 3), keepdim=True).float()
             level = (images.amax((1, 2, 3), keepdim=True).float() - low).clamp_min(1e-8) / 255
-            self.levels[where] = torch.cat([low.flatten(1), level.flatten(1)], 1)
+            self.levels.index_copy_(0, where, torch.cat([low.flatten(1), level.flatten(1)], 1))
             images = ((images.float() - low) / level).round()
-        self.images[where] = images.to(self.images.dtype)
-        self.logits[where] = logits.float()
-        self.added += len(images)
+        pixels = images.permute(0, 2, 3, 1).to(self._pixels.dtype).contiguous()
+        self._pixels.index_copy_(0, where, pixels)
+        self.logits.index_copy_(0, where, logits.float())
+        self.count += len(images)
 
     @torch.no_grad()
-    def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draws `count` entries: images [count, C, H, W] (fp32 or bf16) and logits, fp32."""
-        which = torch.randint(len(self), (count,), device=self.images.device, generator=generator)
-        images = self.images[which]
+    def draw(
+        self,
+        count: int,
+        generator: torch.Generator | None = None,
+        share: slice | None = None,
+        crop: int = 0,
+        flip: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Draws `count` entries: images [count, C, H, W] (fp32 or bf16) and logits, fp32.
+
+        Args:
+            generator: source of randomness, on the ring's device.
+            share: take only these of the drawn entries (the others are other processes').
+            crop: move each image by up to so many pixels, repeating those at its edge.
+            flip: mirror every other image, left to right.
+        """
+        device, part = self._pixels.device, share or slice(count)
+
+        def random(*more: int) -> Tensor:
+            shape, high = (count, *more), torch.iinfo(torch.int64).max
+            return torch.randint(high, shape, device=device, generator=generator)[part]
+
+        # The number of entries is on the device, so randint cannot have it as its bound; the bias
+        # of the remainder is below 1e-12.
+        which = random() % self.count.clamp(max=self.capacity)
+        logits = self.logits.index_select(0, which)
+        if crop or flip:
+            images = self._moved(which, random(3), crop, flip)
+        else:
+            images = self._pixels.index_select(0, which)
         if self.levels is not None:
-            low, level = self.levels[which].view(count, 2, 1, 1, 1).unbind(1)
+            low, level = self.levels.index_select(0, which).view(-1, 2, 1, 1, 1).unbind(1)
             images = images.float() * level + low
-        return images, self.logits[which]
+        return images.permute(0, 3, 1, 2), logits
+
+    def _moved(self, which: Tensor, random: Tensor, crop: int, flip: bool) -> Tensor:
+        """Entries `which` [n], cropped and flipped by random numbers [n, 3], in a single gather."""
+        _, height, width, channels = self._pixels.shape
+        dy, dx, mirror = random.unsqueeze(2).unbind(1)
+        rows = torch.arange(height, device=which.device) + dy % (2 * crop + 1) - crop
+        columns = torch.arange(width, device=which.device).expand(len(which), -1)
+        if flip:
+            columns = torch.where(mirror % 2 == 0, columns, width - 1 - columns)
+        columns = columns + dx % (2 * crop + 1) - crop
+        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+        pixel = (which.view(-1, 1, 1) * height + rows.unsqueeze(2)) * width + columns.unsqueeze(1)
+        flat = self._pixels.view(-1, channels).index_select(0, pixel.view(-1))
+        return flat.view(len(which), height, width, channels)
 
     def span(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Copies of the entries that were added as number `start` to `stop` - 1, for saving."""
-        where = self.slots(start, stop)
-        entries = {"images": self.images[where], "logits": self.logits[where]}
-        if self.levels is not None:
-            entries["levels"] = self.levels[where]
-        return {name: tensor.cpu() for name, tensor in entries.items()}
+        """Copies of the entries that were added as number `start` to `stop` - 1, on the device.
+
+        Images are [stop - start, H, W, C].
+        """
+        where = self._slots(start, stop)
+        return {name: tensor[where] for name, tensor in self._stored().items()}
 
     def restore(self, start: int, entries: dict[str, Tensor]) -> None:
         """Puts back what `span` gave."""
-        where = self.slots(start, start + len(entries["images"]))
-        for name, tensor in entries.items():
-            getattr(self, name)[where] = tensor.to(self.images.device)
+        where = self._slots(start, start + len(entries["images"]))
+        for name, tensor in self._stored().items():
+            tensor[where] = entries[name].to(tensor.device)
+
+    def _slots(self, start: int, stop: int) -> Tensor:
+        return torch.arange(start, stop, device=self._pixels.device) % self.capacity

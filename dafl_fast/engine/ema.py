@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-import copy
+from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Average:
-    """A copy of a network whose parameters follow it slowly: a <- decay a + (1 - decay) w.
+    """A copy of a network whose parameters follow it slowly: a <- a + weight (w - a).
 
-    The first updates weigh the network more, by decay_k = min(decay, (1 + k) / (10 + k)), so that
-    the average forgets the random initialisation. Buffers (BatchNorm statistics) are copied.
+    Buffers (BatchNorm statistics) are copied.
+
+    Args:
+        network: to follow.
+        decay: 1 - weight, once the average has begun to matter; see `ramp`.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(network).requires_grad_(False).eval()
+        self.module = deepcopy(network).requires_grad_(False).eval()
         self.decay = decay
-        self.updates = 0
+        # On the device, so that a captured update sees the value that is written in between.
+        self.weight: Tensor = torch.zeros((), device=next(network.parameters()).device)
+
+    def ramp(self, updates: int) -> None:
+        """Sets the weight for the updates after `updates` of them.
+
+        The first ones weigh the network more, decay = min(decay, (1 + k) / (10 + k)), so that the
+        average forgets the random initialisation.
+        """
+        self.weight.fill_(1 - min(self.decay, (1 + updates) / (10 + updates)))
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """Moves the average one step towards `network`."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        torch._foreach_lerp_(
-            list(self.module.parameters()), list(network.parameters()), 1.0 - decay
-        )
-        for mine, theirs in zip(self.module.buffers(), network.buffers(), strict=True):
-            mine.copy_(theirs)
+        mine: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(network.parameters())
+        steps = list(torch._foreach_sub(theirs, mine))
+        torch._foreach_mul_(steps, self.weight)
+        torch._foreach_add_(mine, steps)
+        for own, buffer in zip(self.module.buffers(), network.buffers(), strict=True):
+            own.copy_(buffer)

@@ -10,11 +10,14 @@ import dataclasses
 import json
 import os
 import platform
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from .. import __version__, build_info
 from ..config import Config
@@ -32,7 +35,7 @@ from .step import Step
 # What may differ when a run is resumed: how long it lasts and how it is watched.
 RESUMABLE = (
     "steps", "max_seconds", "resume", "device", "eval", "data_dir", "download", "eval_every",
-    "save_every", "log_every", "teacher",
+    "save_every", "log_every", "stall_seconds", "cuda_graph", "compile", "teacher",
 )  # fmt: skip
 
 
@@ -41,6 +44,7 @@ class RunFolder:
 
     Every file is replaced atomically, metrics.jsonl is only appended to, and the checkpoint names
     the bank files that belong to it: whenever a run is killed, the last checkpoint is complete.
+    Large files are written by a thread of their own while training goes on.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,10 +53,12 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         # Bank entries that are on disk, as (first, last + 1) numbers of addition.
         self._shards: list[tuple[int, int]] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="dafl_fast-writer")
+        self._pending: list[Future[None]] = []
 
     @classmethod
-    def create(cls, config: Config) -> RunFolder:
-        """A folder for a new run.
+    def create(cls, config: Config) -> Path:
+        """Makes the folder for a new run.
 
         Raises:
             UserError: there is a run in it already, or it cannot be made.
@@ -72,7 +78,7 @@ class RunFolder:
         folder = cls(path)
         folder.write_config(config)
         folder.write_json("environment.json", environment())
-        return folder
+        return path
 
     def write_config(self, config: Config) -> None:
         """Writes config.yaml, from which a run can be resumed."""
@@ -95,20 +101,67 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"could not write {self.metrics}: {error.strerror}") from error
 
+    def later(self, write: Callable[[], None], device: torch.device) -> None:
+        """Has `write` run by the writing thread, after what is queued on `device` by now.
+
+        It may read only tensors that nobody changes any more.
+        """
+        if device.type != "cuda":
+            self._pending.append(self._writer.submit(write))
+            return
+        queued = torch.cuda.current_stream(device).record_event()
+
+        def write_on_side_stream() -> None:
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                queued.wait()
+                write()
+
+        self._pending.append(self._writer.submit(write_on_side_stream))
+
+    def flush(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            UserError: something could not be written.
+        """
+        while self._pending:
+            self._pending.pop(0).result()
+
+    def close(self) -> None:
+        """Waits until everything is written, or has failed to be."""
+        self._writer.shutdown()
+
     def save(self, step: Step, progress: dict[str, Any]) -> None:
-        """Writes the checkpoint, and before it only those bank entries that are new."""
+        """Takes copies of the step's state and of those bank entries that are new, on the device;
+        they are written while training goes on, after what was saved before.
+
+        Raises:
+            UserError: something that was to be written earlier could not be.
+        """
+        self.flush()
+        shard, entries = None, None
         if step.bank is not None:
-            self._save_bank(step.bank)
-        state = {"step": step.state_dict(), "progress": progress, "bank_shards": self._shards}
-        save_checkpoint(self.checkpoint, state)
-        self._remove_other_shards()
+            shard, entries = self._new_entries(step.bank)
+        state = _copied(
+            {"step": step.state_dict(), "progress": progress, "bank_shards": self._shards}
+        )
+
+        def write() -> None:
+            if shard is not None and entries is not None:
+                save_weights(shard, entries)
+            save_checkpoint(self.checkpoint, _on_host(state))
+            self._remove_other_shards(state["bank_shards"])
+
+        self.later(write, step.device)
 
     def restore(self, step: Step) -> dict[str, Any] | None:
         """Loads the last checkpoint into `step`; None when the run had not yet written one."""
-        for path in self.path.glob(".*"):
-            path.unlink()  # what a killed process was about to write
+        if step.world.first:
+            for path in self.path.glob(".*"):
+                path.unlink()  # what a killed process was about to write
         if not self.checkpoint.exists():
-            self.metrics.unlink(missing_ok=True)
+            if step.world.first:
+                self.metrics.unlink(missing_ok=True)
             return None
         state = load_checkpoint(self.checkpoint)
         step.load_state_dict(state["step"])
@@ -116,8 +169,9 @@ class RunFolder:
         if step.bank is not None:
             for start, stop in self._shards:
                 step.bank.restore(start, load_tensors(self._shard(start, stop), "replay bank"))
-        self._remove_other_shards()
-        if self.metrics.exists():
+        if step.world.first:
+            self._remove_other_shards(self._shards)
+        if step.world.first and self.metrics.exists():
             # Rows after the checkpoint (and a half-written last one) will be written again.
             rows = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
             kept = [row for row in rows if json.loads(row)["step"] <= step.steps]
@@ -128,20 +182,42 @@ class RunFolder:
     def _shard(self, start: int, stop: int) -> Path:
         return self.path / "bank" / f"{start:09d}-{stop:09d}.safetensors"
 
-    def _save_bank(self, bank: ReplayBank) -> None:
+    def _new_entries(self, bank: ReplayBank) -> tuple[Path | None, dict[str, Tensor] | None]:
+        """Copies of the entries that are not on disk yet, and the file for them."""
         oldest = bank.added - len(bank)
         saved = self._shards[-1][1] if self._shards else 0
         start = max(saved, oldest)
         self._shards = [shard for shard in self._shards if shard[1] > oldest]
-        if bank.added > start:
-            save_weights(self._shard(start, bank.added), bank.span(start, bank.added))
-            self._shards.append((start, bank.added))
+        if bank.added == start:
+            return None, None
+        self._shards.append((start, bank.added))
+        return self._shard(start, bank.added), bank.span(start, bank.added)
 
-    def _remove_other_shards(self) -> None:
-        wanted = {self._shard(*shard) for shard in self._shards}
+    def _remove_other_shards(self, shards: list[tuple[int, int]]) -> None:
+        wanted = {self._shard(*shard) for shard in shards}
         for path in (self.path / "bank").glob("*"):
             if path not in wanted:
                 path.unlink(missing_ok=True)
+
+
+def _copied(value: Any) -> Any:
+    """Nested dicts and lists with copies of their tensors."""
+    return _map(value, lambda tensor: tensor.detach().clone())
+
+
+def _on_host(value: Any) -> Any:
+    """Nested dicts and lists with their tensors on the host."""
+    return _map(value, lambda tensor: tensor.cpu())
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map(item, change) for item in value]
+    return value
 
 
 def read_config(path: Path) -> dict[str, Any]:

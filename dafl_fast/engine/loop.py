@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
+import os
+import resource
 import signal
 import sys
 import threading
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..config import PRESETS, Config, Preset
@@ -24,10 +27,15 @@ from ..errors import TrainingStopped, UserError
 from ..models import Generator, build
 from ..report import save_samples
 from .checkpoint import load_weights, save_weights
+from .distributed import World, is_lost_contact
 from .evaluation import accuracy
 from .folder import RunFolder
-from .step import STATISTICS, Step
+from .graph import make_ready
+from .step import AUTOCAST, STATISTICS, Step
 from .teacher import FrozenTeacher
+from .watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 # A batch whose classes carry less than this share of the largest possible entropy has collapsed
 # to one class; training stops after so many steps of it (a young generator may pass through).
@@ -37,7 +45,8 @@ COLLAPSED_ENTROPY, COLLAPSED_STEPS = 0.02, 300
 def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Runs (or resumes) the run that `config` describes, and returns its summary.
 
-    SIGINT and SIGTERM end it after the current step with everything saved.
+    SIGINT and SIGTERM end it after the current step with everything saved. Under torchrun every
+    process calls it, each trains on its share of the batches, and the first one writes.
 
     Args:
         config: all settings.
@@ -45,34 +54,123 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
 
     Raises:
         UserError: something in `config`, the teacher or the folder is not usable.
-        TrainingStopped: the generator collapsed or a loss is not finite; the run's last good
-            checkpoint is kept.
+        TrainingStopped: the generator collapsed, a loss is not finite, or another process is gone;
+            the run's last good checkpoint is kept.
     """
     preset = PRESETS[config.preset]
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     keep_freed_memory()
-    held_out = eval_set(config.eval, preset, config.data_dir, config.download)
-    step = prepare(config, preset, device, precision)
-    folder = RunFolder(config.resume) if config.resume else RunFolder.create(config)
-    return _Loop(config, preset, step, folder, held_out, report).run()
-
-
-def prepare(config: Config, preset: Preset, device: torch.device, precision: str) -> Step:
-    """Teacher, student and generator of `config`, checked against each other, as a Step."""
-    torch.manual_seed(config.seed)
-    generator = Generator(
-        config.latent_dim, preset.image_size, preset.channels, config.generator_width
+    world = World.join(device)
+    held_out = None
+    if world.first:
+        held_out = eval_set(config.eval, preset, config.data_dir, config.download)
+    teacher, student = load_networks(config, preset)
+    image_shape = (preset.channels, preset.image_size, preset.image_size)
+    step = prepare(
+        config, teacher, student, image_shape, device, precision, preset.feature_layer, world
     )
-    student = build(preset.student)
-    network = load_weights(build(preset.teacher), teacher_path(config, preset), "teacher")
-    teacher = FrozenTeacher(network, preset.feature_layer)
-    for module in (generator, student, teacher):
+    path = config.resume
+    if path is None and world.first:
+        path = RunFolder.create(config)
+    folder = RunFolder(Path(world.decide_text(str(path))))
+    summary = _Loop(config, step, folder, teacher, held_out, report).run()
+    world.leave()
+    return summary
+
+
+def load_networks(config: Config, preset: Preset) -> tuple[nn.Module, nn.Module]:
+    """The teacher with its weights, and the student, freshly initialised."""
+    teacher = load_weights(build(preset.teacher), teacher_path(config, preset), "teacher")
+    torch.manual_seed(config.seed)
+    return teacher, build(preset.student)
+
+
+def prepare(
+    config: Config,
+    teacher: nn.Module,
+    student: nn.Module,
+    image_shape: tuple[int, int, int],
+    device: torch.device,
+    precision: str,
+    feature_layer: str | None = None,
+    world: World | None = None,
+) -> Step:
+    """Networks and generator, checked against each other, as a Step on `device`.
+
+    Args:
+        config: all settings.
+        teacher: the classifier; a frozen copy of it is used.
+        student: to train; moved to `device`.
+        image_shape: channels, height and width of the images that both take.
+        device, precision: see `pick_device` and `pick_precision`.
+        feature_layer: name of the teacher's layer whose input is the feature vector; the last
+            linear layer if None.
+        world: the processes of this job.
+
+    Raises:
+        UserError: a network does not take such images, or they differ in the number of classes.
+    """
+    torch.manual_seed(config.seed)
+    channels, size, _ = image_shape
+    generator = Generator(config.latent_dim, size, channels, config.generator_width)
+    frozen = freeze(teacher, feature_layer, torch.randn(16, *image_shape))
+    for module in (generator, student, frozen):
         # Convolutions are faster with the channels innermost, on CPUs and on GPUs.
         module.to(device).to(memory_format=torch.channels_last)
-    shape = (preset.channels, preset.image_size, preset.image_size)
-    teacher.check(torch.randn(16, *shape, device=device))
-    return Step(config, generator, teacher, student, preset.num_classes, device, precision)
+    num_classes = frozen.check(torch.randn(16, *image_shape, device=device))
+    check_student(student, torch.randn(2, *image_shape, device=device), num_classes)
+    if precision in AUTOCAST:
+        frozen.cast(AUTOCAST[precision])
+    # Shapes never change, so it pays to look for the fastest convolutions once.
+    torch.backends.cudnn.benchmark = True
+    if config.compile:
+        for module in (generator, student, frozen):
+            module.compile()
+    return Step(config, generator, frozen, student, num_classes, device, precision, world)
+
+
+@torch.no_grad()
+def freeze(teacher: nn.Module, feature_layer: str | None, images: Tensor) -> FrozenTeacher:
+    """A FrozenTeacher, its BatchNorm folded unless it would then answer differently.
+
+    torch.fx can misread a network whose code asks what kind of tensor it is given.
+    """
+    frozen = FrozenTeacher(teacher, feature_layer)
+    if not frozen.folded:
+        return frozen
+    unfolded = FrozenTeacher(teacher, feature_layer, fold=False)
+    images = images.to(next(teacher.parameters()).device)
+    with contextlib.suppress(RuntimeError):  # the check will say more of images that do not fit
+        expected, got = unfolded.network(images), frozen.network(images)
+        if not torch.allclose(got, expected, 1e-3, 1e-3 * expected.abs().max().item(), True):
+            log.warning("the teacher's BatchNorm is not folded: it would answer differently")
+            return unfolded
+    return frozen
+
+
+@torch.no_grad()
+def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
+    """Tries the student on a batch, so that a misfit shows before anything is trained.
+
+    Raises:
+        UserError: it does not take the images, or does not return logits [N, num_classes].
+    """
+    shape = list(images.shape)
+    training = student.training
+    try:
+        logits = student.eval()(images)
+    except Exception as error:  # whatever the network says of images that do not fit
+        raise UserError(
+            f"the student does not take images of shape {shape}: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        student.train(training)
+    if list(logits.shape) != [len(images), num_classes]:
+        raise UserError(
+            f"the student must return logits {[len(images), num_classes]} for images {shape}, as "
+            f"many classes as the teacher, got {list(logits.shape)}"
+        )
 
 
 def teacher_path(config: Config, preset: Preset) -> Path:
@@ -93,6 +191,11 @@ def pick_device(name: str) -> torch.device:
         raise UserError("--device cuda was asked for, but PyTorch sees no CUDA GPU here")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        # torchrun numbers the processes of a machine; each has a GPU of its own.
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
     return torch.device(name)
 
 
@@ -120,13 +223,27 @@ def keep_freed_memory() -> None:
             libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-class Clock:
-    """Seconds of training: runs except inside `paused()`."""
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """The most memory this process has held so far, in bytes: on the host and on the device."""
+    on_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "peak_host_bytes": on_host * (1 if sys.platform == "darwin" else 1024),
+        "peak_device_bytes": (
+            torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+        ),
+    }
 
-    def __init__(self, seconds: float, device: torch.device) -> None:
+
+class Clock:
+    """Seconds of training: runs except inside `paused(what)`, whose seconds are kept apart."""
+
+    def __init__(
+        self, seconds: float, device: torch.device, apart: dict[str, float] | None = None
+    ) -> None:
         self._device = device
         self._before = seconds
         self._since: float | None = time.perf_counter()
+        self.apart = {"evaluation": 0.0, "saving": 0.0, **(apart or {})}
 
     @property
     def seconds(self) -> float:
@@ -134,14 +251,16 @@ class Clock:
         return self._before + running
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, what: str) -> Iterator[None]:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._before, self._since = self.seconds, None
+        start = time.perf_counter()
         try:
             yield
         finally:
             self._since = time.perf_counter()
+            self.apart[what] += self._since - start
 
 
 class _Loop:
@@ -150,13 +269,14 @@ class _Loop:
     def __init__(
         self,
         config: Config,
-        preset: Preset,
         step: Step,
         folder: RunFolder,
+        teacher: nn.Module,
         held_out: tuple[Tensor, Tensor] | None,
         report: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self.config, self.preset, self.step, self.folder = config, preset, step, folder
+        self.config, self.step, self.folder, self.teacher = config, step, folder, teacher
+        self.world = step.world
         self.held_out, self.report = held_out, report or (lambda row: None)
         self.wall_start = time.perf_counter()
         self.teacher_hash = step.teacher.fingerprint()
@@ -166,27 +286,49 @@ class _Loop:
         self.wall_before: float = progress.get("wall_seconds", 0.0)
         self.collapsed_steps: int = progress.get("collapsed_steps", 0)
         self.logged = progress.get("logged", 0)  # steps up to the last look at the losses
-        self.stop = threading.Event()
-        self.clock = Clock(progress.get("train_seconds", 0.0), step.device)
+        self.signalled = threading.Event()
+        self.watchdog = Watchdog(config.stall_seconds)
+        self.no_graph = make_ready(step)
+        self.clock = Clock(
+            progress.get("train_seconds", 0.0), step.device, progress.get("seconds_apart")
+        )
         self.logged_at = self.saved_at = self.evaluated_at = self.clock.seconds
 
     def run(self) -> dict[str, Any]:
-        config, step = self.config, self.step
-        with self._stop_on_signals():
-            while self._done() < 1 and not self.stop.is_set():
-                step.set_student_lr(config.student_lr * self._schedule(self._done()))
-                step()
-                # A stop shows the losses early and must not change when later rows are written.
-                if step.steps % config.log_every == 0:
-                    self._log()
-                    if self.clock.seconds - self.saved_at >= config.save_every:
-                        self._save()
-                    due = self.clock.seconds - self.evaluated_at >= config.eval_every
-                    if config.eval_every and due:
-                        with self.clock.paused():
-                            self._evaluate()
-                        self.evaluated_at = self.clock.seconds
-            return self._finish()
+        try:
+            with self._stop_on_signals(), self.watchdog:
+                interrupted = self._train()
+                return self._finish(interrupted)
+        except RuntimeError as error:
+            if self.world.size == 1 or not is_lost_contact(error):
+                raise
+            raise TrainingStopped(
+                f"process {self.world.rank} of {self.world.size} has lost contact with another "
+                f"one at step {self.step.steps}; start again with --resume {self.folder.path}"
+                f"{self._kept()}"
+            ) from error
+        finally:
+            self.folder.close()
+
+    def _train(self) -> bool:
+        """Steps until the run is over; whether it was a signal that ended it."""
+        config, step, world = self.config, self.step, self.world
+        while True:
+            done, signalled = world.decide(self._done(), self.signalled.is_set())
+            if done >= 1 or signalled:
+                return done < 1
+            self.watchdog.beat(f"step {step.steps + 1}")
+            step.set_student_lr(config.student_lr * self._schedule(done))
+            step()
+            # A stop shows the losses early and must not change when later rows are written.
+            if step.steps % config.log_every == 0:
+                self._log(done)
+                if world.first and self.clock.seconds - self.saved_at >= config.save_every:
+                    self._save()
+                due = self.clock.seconds - self.evaluated_at >= config.eval_every
+                if world.first and config.eval_every and due:
+                    self._evaluate()
+                    self.evaluated_at = self.clock.seconds
 
     def _done(self) -> float:
         """Share of the run that is behind us, by steps or by time, whichever is further."""
@@ -202,6 +344,8 @@ class _Loop:
         """Factor on the student's learning rate when the share `done` of the run is over."""
         if self.config.student_schedule == "constant":
             return 1.0
+        if self.config.student_schedule == "multistep":
+            return 1.0 if done < 0.4 else 0.1 if done < 0.8 else 0.01
         warm_up = min(1.0, done / 0.02 + 0.01)
         return warm_up * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
@@ -210,6 +354,7 @@ class _Loop:
             "teacher": self.teacher_hash,
             "train_seconds": self.clock.seconds,
             "wall_seconds": self._wall_seconds(),
+            "seconds_apart": self.clock.apart,
             "collapsed_steps": self.collapsed_steps,
             "logged": self.logged,
         }
@@ -217,13 +362,16 @@ class _Loop:
     def _wall_seconds(self) -> float:
         return self.wall_before + time.perf_counter() - self.wall_start
 
-    def _log(self) -> None:
+    def _log(self, done: float) -> None:
         """Reads the statistics off the device, judges them, and writes a row of metrics."""
         step = self.step
         count = step.steps - self.logged
         if count == 0:
             return
-        means = dict(zip(STATISTICS, (step.statistics / count).tolist(), strict=True))
+        self.watchdog.beat(f"the end of step {step.steps}")
+        means = dict(
+            zip(STATISTICS, self.world.mean(step.statistics / count).tolist(), strict=True)
+        )
         step.statistics.zero_()
         self.logged = step.steps
         broken = [name for name, value in means.items() if not math.isfinite(value)]
@@ -241,15 +389,14 @@ class _Loop:
             **{name: round(value, 6) for name, value in means.items()},
             "steps_per_second": round(count / max(seconds - self.logged_at, 1e-9), 3),
             "images_per_second": round(images / max(seconds - self.logged_at, 1e-9), 1),
-            "done": round(self._done(), 4),
+            "done": round(done, 4),
         }
         self.logged_at = seconds
-        self.folder.append_metrics(row)
-        self.report(row)
+        self._write_row(row)
 
     def _watch_for_collapse(self, entropy: float, count: int) -> None:
-        classes = self.preset.num_classes
-        if classes < 2 or self.config.entropy == 0:
+        classes = self.step.num_classes
+        if self.config.entropy == 0:
             return
         share = -entropy * math.log(self.config.log_base) / math.log(classes)
         self.collapsed_steps = self.collapsed_steps + count if share < COLLAPSED_ENTROPY else 0
@@ -260,7 +407,13 @@ class _Loop:
                 f"--seed{self._kept()}"
             )
 
+    def _write_row(self, row: dict[str, Any]) -> None:
+        if self.world.first:
+            self.folder.append_metrics(row)
+            self.report(row)
+
     def _kept(self) -> str:
+        self.folder.close()
         if not self.folder.checkpoint.exists():
             return ""
         return f" (the last good checkpoint is kept: {self.folder.checkpoint})"
@@ -271,45 +424,53 @@ class _Loop:
         return config.batch_size + config.student_updates * count
 
     def _save(self) -> None:
-        with self.clock.paused():
+        self.watchdog.beat(f"saving after step {self.step.steps}")
+        with self.clock.paused("saving"):
             self.folder.save(self.step, self._progress())
         self.saved_at = self.clock.seconds
 
     def _evaluate(self) -> float | None:
         """Accuracy of the student that would be saved now, and a grid of the newest images."""
         step = self.step
-        images, logits = step.newest
-        save_samples(self.folder.path / "samples" / f"step-{step.steps:07d}.png", images, logits)
-        if self.held_out is None:
-            return None
-        student = accuracy(step.result, *self.held_out)
+        self.watchdog.beat(f"evaluating after step {step.steps}")
+        with self.clock.paused("evaluation"):
+            images, logits = (tensor.clone() for tensor in step.newest)
+            path = self.folder.path / "samples" / f"step-{step.steps:07d}.png"
+            self.folder.later(lambda: save_samples(path, images, logits), step.device)
+            if self.held_out is None:
+                return None
+            student = accuracy(step.result, *self.held_out)
+            agreement = step.agreement(images, logits)
         row = {
             "step": step.steps,
             "train_seconds": round(self.clock.seconds, 3),
             "accuracy": student,
-            "agreement_fresh": step.agreement(images, logits),
+            "agreement_fresh": agreement,
         }
-        self.folder.append_metrics(row)
-        self.report(row)
+        self._write_row(row)
         return student
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, interrupted: bool) -> dict[str, Any]:
         step, config, folder = self.step, self.config, self.folder
-        interrupted = self.stop.is_set()
-        if interrupted:
-            # Saved as it stands, statistics included: the resumed run looks at them when the
-            # uninterrupted one would have.
-            self._save()
-        else:
-            self._log()
+        if not interrupted:
+            self._log(1.0)
+        # An interrupted run is saved as it stands, statistics included: the resumed run looks at
+        # them when the uninterrupted one would have.
+        if self.world.first:
             self._save()
         train_seconds = self.clock.seconds
         if not torch.stack([p.isfinite().all() for p in step.result.parameters()]).all():
             raise TrainingStopped("the student's weights are not finite" + self._kept())
-        save_weights(folder.path / "student.safetensors", step.result.state_dict())
         step.newest = step.fresh()
-        student = self._evaluate()
-        teacher = accuracy(step.teacher.network, *self.held_out) if self.held_out else None
+        agreement = step.fresh_agreement()
+        student = teacher = None
+        if self.world.first:
+            save_weights(folder.path / "student.safetensors", step.result.state_dict())
+            student = self._evaluate()
+            folder.flush()
+            teacher = (
+                accuracy(self.teacher.to(step.device), *self.held_out) if self.held_out else None
+            )
         generator_images = step.steps * config.batch_size
         images = step.steps * self._images_per_step()
         summary = {
@@ -317,27 +478,32 @@ class _Loop:
             "recipe": config.recipe,
             "device": step.device.type,
             "precision": step.precision,
+            "processes": self.world.size,
+            "cuda_graph": self.no_graph is None,
             "seed": config.seed,
             "steps": step.steps,
             "generator_images": generator_images,
             "student_images": images - generator_images,
             "wall_seconds": round(self._wall_seconds(), 2),
             "train_seconds": round(train_seconds, 4),
+            **{f"{what}_seconds": round(value, 4) for what, value in self.clock.apart.items()},
             "images_per_second": round(images / max(train_seconds, 1e-9), 1),
             "teacher_accuracy": teacher,
             "student_accuracy": student,
-            "agreement": step.fresh_agreement(),
+            "agreement": agreement,
             "eval_set": config.eval,
             "eval_count": len(self.held_out[1]) if self.held_out else 0,
-            "teacher_parameters": _parameters(step.teacher),
+            "teacher_parameters": _parameters(self.teacher),
             "student_parameters": _parameters(step.student),
-            "bank_bytes": step.bank.bytes if step.bank else 0,
+            "bank_bytes": step.bank.bytes if step.bank is not None else 0,
+            **peak_memory(step.device),
             "teacher_sha256": self.teacher_hash,
             "interrupted": interrupted,
             "run": str(folder.path),
             "version": __version__,
         }
-        folder.write_json("summary.json", summary)
+        if self.world.first:
+            folder.write_json("summary.json", summary)
         return summary
 
     @contextlib.contextmanager
@@ -349,7 +515,7 @@ class _Loop:
         previous: dict[signal.Signals, Any] = {}
 
         def on_signal(number: int, frame: object) -> None:
-            self.stop.set()
+            self.signalled.set()
             for known, handler in previous.items():
                 signal.signal(known, handler)
 
@@ -362,5 +528,5 @@ class _Loop:
                 signal.signal(number, handler)
 
 
-def _parameters(module: torch.nn.Module) -> int:
+def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())

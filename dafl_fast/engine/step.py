@@ -11,6 +11,7 @@ freshly drawn ones (the paper's text), or draws from the replay bank (`fast`).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,13 +21,16 @@ from ..config import Config
 from ..losses import distill_loss, generator_loss
 from ..models import Generator
 from .bank import ReplayBank
+from .distributed import World
 from .ema import Average
+from .evaluation import accuracy
 from .teacher import FrozenTeacher
 
 # What `Step.statistics` sums up, in this order.
 STATISTICS = ("generator_loss", "one_hot", "entropy", "activation", "distill_loss", "agreement")
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# What each precision but fp32 computes in.
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Step:
@@ -36,11 +40,16 @@ class Step:
     named in `STATISTICS` (those of the student averaged over its updates) until the caller
     clears it.
 
+    What the host decides from step to step (learning rate, weight of the moving average, a new
+    generator) it writes into tensors on the device before the step, so `body`, which is the step
+    itself, can be captured as a CUDA graph: see `graph`.
+
     Args:
         config: sizes, weights and rates; the only thing in which recipes differ.
         generator, teacher, student: on `device`, in the dtype to train in.
         device: of all tensors.
         precision: "fp32" (no autocast; also right for fp64 networks), "bf16" or "fp16".
+        world: the processes that share each batch; all hold the same networks and the same bank.
     """
 
     def __init__(
@@ -52,24 +61,54 @@ class Step:
         num_classes: int,
         device: torch.device,
         precision: str = "fp32",
+        world: World | None = None,
     ) -> None:
         self.config, self.device, self.precision = config, device, precision
+        self.num_classes = num_classes
+        self.world = world = world or World()
         self.generator, self.teacher, self.student = generator.train(), teacher, student.train()
         self.average = Average(student, config.ema_decay) if config.ema_decay else None
+        # Of each batch, noise and draws are the same in all processes; each takes its share.
+        self._count = config.student_batch_size or config.batch_size
+        self._share = world.share("batch-size", config.batch_size)
+        self._student_share = world.share("student-batch-size", self._count)
+        self._generator, self._student = world.replicate(generator), world.replicate(student)
         self.bank: ReplayBank | None = None
         if config.student_source == "bank":
             self.bank = ReplayBank(
                 config.bank_images, generator.image_shape, num_classes, config.bank_dtype, device
             )
-        self.generator_optimizer = torch.optim.Adam(
+        # Learning rates are tensors, which a captured step reads anew. Those of CUDA's fused
+        # optimizers must be fp32.
+        rates = torch.float32 if device.type == "cuda" else torch.float64
+        self._generator_lr = torch.tensor(config.generator_lr, dtype=rates, device=device)
+        self._student_lr = torch.tensor(config.student_lr, dtype=rates, device=device)
+        self.generator_optimizer: torch.optim.Optimizer = torch.optim.Adam(
             generator.parameters(),
-            lr=config.generator_lr,
+            lr=self._generator_lr,
             betas=(config.generator_beta1, 0.999),
             fused=True,
+            capturable=device.type == "cuda",
         )
-        self.student_optimizer = torch.optim.Adam(
-            student.parameters(), lr=config.student_lr, fused=True
-        )
+        self.student_optimizer: torch.optim.Optimizer
+        if config.student_optimizer == "adam":
+            self.student_optimizer = torch.optim.Adam(
+                student.parameters(),
+                lr=self._student_lr,
+                weight_decay=config.student_weight_decay,
+                fused=True,
+                capturable=device.type == "cuda",
+            )
+        else:
+            self.student_optimizer = torch.optim.SGD(
+                student.parameters(),
+                lr=self._student_lr,
+                momentum=0.9,
+                weight_decay=config.student_weight_decay,
+                fused=True,
+            )
+        for optimizer in (self.generator_optimizer, self.student_optimizer):
+            _begin(optimizer)
         # bf16 has fp32's range; only fp16 gradients need scaling.
         self.scalers = [
             torch.amp.GradScaler(device.type, enabled=precision == "fp16") for _ in range(2)
@@ -80,32 +119,42 @@ class Step:
         # The last generated batch and the teacher's logits for it.
         self.newest = (torch.empty(0), torch.empty(0))
         self.steps = 0
+        # What runs a step: `body`, or the replay of its CUDA graph.
+        self.run: Callable[[], None] = self.body
 
     def __call__(self) -> None:
-        config = self.config
-        every = config.generator_restart_every
+        every = self.config.generator_restart_every
         if every and self.steps and self.steps % every == 0:
             self._restart_generator()
+        if self.average is not None:
+            self.average.ramp(self.steps * self.config.student_updates)
+        self.run()
+        self.steps += 1
+
+    def body(self) -> None:
+        """The step proper: work for the device only, the same every time."""
+        config = self.config
         images, logits, parts = self._update_generator()
         self.newest = (images, logits)
         if self.bank is not None:
-            self.bank.add(images, logits)
-        count = config.student_batch_size or config.batch_size
+            self.bank.add(self.world.gather(images), self.world.gather(logits))
         learned = torch.zeros(2, device=self.device)
         for _ in range(config.student_updates):
             if self.bank is not None:
-                images, logits = self.bank.draw(count, self.random)
+                images, logits = self.bank.draw(
+                    self._count, self.random, self._student_share, config.bank_crop,
+                    config.bank_flip,
+                )  # fmt: skip
             elif config.student_source == "fresh":
                 with torch.no_grad(), self._autocast():
-                    images = self.generator(self.noise(count))
+                    images = self.generator(self.noise(self._count)[self._student_share])
                     logits, _ = self.teacher(images)
             loss, agreement = self._update_student(images, logits)
             learned += torch.stack([loss, agreement])
         self.statistics += torch.cat([torch.stack(parts), learned / config.student_updates])
-        self.steps += 1
 
     def noise(self, count: int) -> Tensor:
-        """z [count, latent_dim], drawn on the device."""
+        """z [count, latent_dim], drawn on the device; the same in all processes."""
         return torch.randn(
             count, self.config.latent_dim, device=self.device, dtype=self.dtype,
             generator=self.random,
@@ -113,40 +162,39 @@ class Step:
 
     def set_student_lr(self, lr: float) -> None:
         """Sets the learning rate for the student's next updates."""
-        for group in self.student_optimizer.param_groups:
-            group["lr"] = lr
+        self._student_lr.fill_(lr)
 
     @property
     def result(self) -> nn.Module:
         """The student to evaluate and save: its average if there is one."""
         return self.average.module if self.average else self.student
 
-    @torch.no_grad()
     def agreement(self, images: Tensor, logits: Tensor) -> float:
         """Share of images [N, C, H, W] for which the result chooses the class of logits [N, C]."""
-        agree = self.result(images.to(self.dtype)).argmax(1) == logits.argmax(1)
-        return agree.float().mean().item()
+        return accuracy(self.result, images.to(self.dtype), logits.argmax(1))
 
     @torch.no_grad()
     def fresh(self) -> tuple[Tensor, Tensor]:
         """A newly generated batch and the teacher's logits for it. Draws noise, so it belongs at
-        the end of a run, after the last checkpoint."""
-        images = self.generator(self.noise(self.config.batch_size))
-        return images, self.teacher(images)[0]
+        the end of a run, after the last checkpoint; and in all processes."""
+        with self._autocast():
+            images = self.generator(self.noise(self.config.batch_size)[self._share])
+            logits = self.teacher(images)[0]
+        return self.world.gather(images), self.world.gather(logits)
 
     def fresh_agreement(self, batches: int = 8) -> float:
         """`agreement` on newly generated images: the signal that needs no data."""
         return sum(self.agreement(*self.fresh()) for _ in range(batches)) / batches
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision not in _AUTOCAST:
+        if self.precision not in AUTOCAST:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, _AUTOCAST[self.precision])
+        return torch.autocast(self.device.type, AUTOCAST[self.precision])
 
     def _update_generator(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        config, (scaler, _) = self.config, self.scalers
+        config = self.config
         with self._autocast():
-            images = self.generator(self.noise(config.batch_size))
+            images = self._generator(self.noise(config.batch_size)[self._share])
             logits, features = self.teacher(images)
             loss = generator_loss(
                 logits,
@@ -155,22 +203,23 @@ class Step:
                 entropy=config.entropy,
                 activation=config.activation,
                 log_base=config.log_base,
+                group=self.world.group,
             )
-        self._descend(loss.total, self.generator_optimizer, scaler)
+        self._descend(loss.total, self.generator_optimizer, self.scalers[0])
         return images.detach(), logits.detach(), [part.detach().float() for part in loss]
 
     def _update_student(self, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        config, (_, scaler) = self.config, self.scalers
-        if self.precision not in _AUTOCAST:
+        config = self.config
+        if self.precision not in AUTOCAST:
             images = images.to(self.dtype)  # the bank may store fewer bits
         with self._autocast():
             loss = distill_loss(
-                self.student(images),
+                self._student(images),
                 logits,
                 temperature=config.temperature,
                 scale_by_t2=config.scale_by_t2,
             )
-        self._descend(loss.total, self.student_optimizer, scaler)
+        self._descend(loss.total, self.student_optimizer, self.scalers[1])
         if self.average is not None:
             self.average.update(self.student)
         return loss.total.detach().float(), loss.agreement.float()
@@ -190,38 +239,47 @@ class Step:
             # Seeded by the step, so that a resumed run draws the same new generator.
             torch.manual_seed(self.config.seed * 1_000_003 + self.steps)
             self.generator.reset()
-        for state in self.generator_optimizer.state.values():
-            for value in state.values():
-                value.zero_()
+        _wipe(self.generator_optimizer)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that `body` writes to, but for the bank's entries and the scalers' scales."""
+        networks = [self.generator, self.student, *([self.average.module] if self.average else [])]
+        tensors = [tensor for network in networks for tensor in network.state_dict().values()]
+        for optimizer in (self.generator_optimizer, self.student_optimizer):
+            tensors += [value for state in optimizer.state.values() for value in state.values()]
+        return [*tensors, self.statistics, *([self.bank.count] if self.bank is not None else [])]
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs but the bank's contents, which are saved incrementally."""
         state = {
             "generator": self.generator.state_dict(),
             "student": self.student.state_dict(),
-            "generator_optimizer": self.generator_optimizer.state_dict(),
-            "student_optimizer": self.student_optimizer.state_dict(),
+            "generator_optimizer": self.generator_optimizer.state_dict()["state"],
+            "student_optimizer": self.student_optimizer.state_dict()["state"],
             "scalers": [scaler.state_dict() for scaler in self.scalers],
             "random": self.random.get_state(),
             # Dropout in a student of the user's own draws from the global generators.
             "global_random": torch.get_rng_state(),
             "statistics": self.statistics,
             "steps": self.steps,
-            "bank_added": self.bank.added if self.bank else 0,
+            "bank_added": self.bank.added if self.bank is not None else 0,
         }
         if self.average:
             state["average"] = self.average.module.state_dict()
-            state["average_updates"] = self.average.updates
         if self.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self.device)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` gave, in place."""
         self.generator.load_state_dict(state["generator"])
         self.student.load_state_dict(state["student"])
-        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
-        self.student_optimizer.load_state_dict(state["student_optimizer"])
+        for name in ("generator_optimizer", "student_optimizer"):
+            optimizer = getattr(self, name)
+            own = optimizer.state_dict()["state"]
+            for index, values in state[name].items():
+                for key, value in values.items():
+                    own[index][key].copy_(value)
         for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
             scaler.load_state_dict(saved)
         self.random.set_state(state["random"])
@@ -229,9 +287,28 @@ class Step:
         self.statistics.copy_(state["statistics"])
         self.steps = state["steps"]
         if self.bank is not None:
-            self.bank.added = state["bank_added"]
+            self.bank.count.fill_(state["bank_added"])
         if self.average:
             self.average.module.load_state_dict(state["average"])
-            self.average.updates = state["average_updates"]
         if self.device.type == "cuda" and "cuda_random" in state:
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
+
+
+def _begin(optimizer: torch.optim.Optimizer) -> None:
+    """Lets the optimizer make its state, so that from here on it is written in place only."""
+    (group,) = optimizer.param_groups
+    for parameter in group["params"]:
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    rate = group["lr"].clone()
+    group["lr"].zero_()
+    optimizer.step()
+    group["lr"].copy_(rate)
+    optimizer.zero_grad(set_to_none=True)
+    _wipe(optimizer)
+
+
+def _wipe(optimizer: torch.optim.Optimizer) -> None:
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()

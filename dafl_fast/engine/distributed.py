@@ -1,0 +1,183 @@
+"""Several processes as one: shares of a batch, means over all of them, one decision for all.
+
+Started by torchrun, every process trains on its share of each batch. Whatever is a mean over the
+batch is a mean over all processes: gradients (DistributedDataParallel), BatchNorm's statistics
+(here) and the generator loss's mean prediction (`dafl_fast.losses`). So a run does not depend on
+how many processes it is split into, except by rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import UserError
+
+# The option's name before and after PyTorch 2.14.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+
+
+class World:
+    """The processes of this job. Without torchrun there is one, and every method is trivial."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @classmethod
+    def join(cls, device: torch.device) -> World:
+        """Meets the other processes that torchrun started, if it did."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def leave(self) -> None:
+        """Parts from the other processes, at the end of a run."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All processes, for collective calls; None when there is only one."""
+        return dist.group.WORLD if self.size > 1 else None
+
+    def share(self, name: str, count: int) -> slice:
+        """This process's part of a batch of `count`, which the option `name` asks for."""
+        if count % self.size or count // self.size < 2:
+            raise UserError(
+                f"--{name} must be a multiple of the number of processes, {self.size}, with at "
+                f"least two images for each, got {count}"
+            )
+        part = count // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean of `tensor` over the processes; differentiable."""
+        if self.size == 1:
+            return tensor
+        return _MeanOverProcesses.apply(tensor, self.group)  # type: ignore[no-any-return]
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The whole batch from every process's share [n, ...] of it."""
+        if self.size == 1:
+            return tensor
+        # As bytes, because gloo does not know all dtypes.
+        raw = tensor.contiguous().view(-1).view(torch.uint8)
+        parts = [torch.empty_like(raw) for _ in range(self.size)]
+        dist.all_gather(parts, raw)
+        return torch.cat(parts).view(tensor.dtype).view(-1, *tensor.shape[1:])
+
+    def decide(self, *values: float) -> list[float]:
+        """What the first process says: clocks and signals differ, what is done may not."""
+        if self.size == 1:
+            return list(values)
+        agreed = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(agreed, 0)
+        said: list[float] = agreed.tolist()
+        return said
+
+    def decide_text(self, text: str) -> str:
+        """The first process's text."""
+        if self.size == 1:
+            return text
+        said = [text]
+        dist.broadcast_object_list(said, 0)
+        return said[0]
+
+    def replicate(self, network: nn.Module) -> nn.Module:
+        """`network` with gradients and BatchNorm statistics averaged over the processes."""
+        if self.size == 1:
+            return network
+        for module in network.modules():
+            for plain, shared in _SHARED.items():
+                if type(module) is plain:
+                    module.__class__ = shared  # the same layer, parameters and names
+        # Buffers are equal anyway. Static: a parameter that takes no part (a bias before
+        # BatchNorm) never will.
+        options: dict[str, Any] = {"static_graph": True, _SYNC_BUFFERS: False}
+        return DistributedDataParallel(network, **options)
+
+
+def is_lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective call failed because another process is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    """The mean over all processes; so is its gradient, since each one's input is in all means."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _mean(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _mean(grad, ctx.group), None
+
+
+def _mean(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    mean = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(mean, group=group)
+    return mean.div_(group.size())
+
+
+class _SharedStatistics(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm with the statistics of all processes' batches, which are of equal size.
+
+    torch's SyncBatchNorm does the same, but on GPUs only.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        assert self.momentum is not None
+        world = World(dist.get_rank(), dist.get_world_size())
+        values = x if x.dtype == torch.float64 else x.float()
+        across = [0, *range(2, x.dim())]
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        mean = world.mean(values.mean(across))
+        centred = values - mean.view(shape)
+        variance = world.mean(centred.square().mean(across))
+        if self.running_mean is not None and self.running_var is not None:
+            count = world.size * x.numel() // x.shape[1]
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                unbiased = variance * (count / max(count - 1, 1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        y = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+
+class _SharedBatchNorm1d(_SharedStatistics, nn.BatchNorm1d):
+    pass
+
+
+class _SharedBatchNorm2d(_SharedStatistics, nn.BatchNorm2d):
+    pass
+
+
+_SHARED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: _SharedBatchNorm1d,
+    nn.BatchNorm2d: _SharedBatchNorm2d,
+}

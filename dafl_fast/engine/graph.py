@@ -1,0 +1,112 @@
+"""A training step as one CUDA graph: the GPU runs it without waiting for Python in between.
+
+Capturing records the kernels of one run of `Step.body` with their addresses. It must come after
+some ordinary runs (libraries choose their algorithms, allocate, compile), and those must leave no
+trace: what they change is kept and put back, in place, so that a captured run and an ordinary one
+start from the same state and draw the same random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..errors import UserError
+from .step import Step
+
+log = logging.getLogger(__name__)
+
+# Ordinary steps before the capture; DistributedDataParallel needs eleven to settle.
+WARM_UP, WARM_UP_DISTRIBUTED = 3, 11
+
+
+def make_ready(step: Step) -> str | None:
+    """Compiles `step` and lets it run as a CUDA graph from now on, as its config and the machine
+    allow; nothing that training reads is changed.
+
+    Returns:
+        Why it is no graph, or None if it is. With `cuda_graph` "auto" the step then runs as before.
+
+    Raises:
+        UserError: `cuda_graph` is "on" and the step cannot be captured.
+    """
+    wanted = step.config.cuda_graph
+    reason: str | None = None
+    if wanted == "off":
+        reason = "--cuda-graph off"
+    elif step.device.type != "cuda":
+        reason = f"the device is {step.device.type}"
+    elif wanted == "auto" and step.world.size > 1:
+        reason = "with several processes only --cuda-graph on captures"
+    else:
+        try:
+            step.run = capture(step)
+        except RuntimeError as error:
+            # A network that waits for the device or copies from the host cannot be captured.
+            reason = str(error).splitlines()[0]
+    if wanted == "on" and reason is not None:
+        raise UserError(f"--cuda-graph on: the step cannot be captured: {reason}")
+    if wanted == "auto" and reason is not None and step.device.type == "cuda":
+        log.warning("no CUDA graph: %s", reason)
+    if step.config.compile and reason is not None:
+        with unchanged(step, 1):  # compiles now, before the clock runs
+            step.body()
+    return reason
+
+
+def capture(step: Step) -> Callable[[], None]:
+    """Warms `step.body` up on a side stream, captures it, and leaves `step` as it was.
+
+    Raises:
+        RuntimeError: something in the body cannot be captured; the step is as it was.
+    """
+    warm_up = WARM_UP if step.world.size == 1 else WARM_UP_DISTRIBUTED
+    side = torch.cuda.Stream(step.device)
+    graph = torch.cuda.CUDAGraph()
+    with unchanged(step, warm_up):
+        side.wait_stream(torch.cuda.current_stream(step.device))
+        with torch.cuda.stream(side):
+            for _ in range(warm_up):
+                step.body()
+        torch.cuda.current_stream(step.device).wait_stream(side)
+        # Gradients are to be made anew inside the graph's memory, and never outside it.
+        for optimizer in (step.generator_optimizer, step.student_optimizer):
+            optimizer.zero_grad(set_to_none=True)
+    graph.register_generator_state(step.random)
+    with torch.cuda.graph(graph, stream=side):
+        step.body()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def unchanged(step: Step, runs: int) -> Iterator[None]:
+    """Puts everything back in place, afterwards, that `runs` runs of `step.body` inside change."""
+    tensors = step.tensors()
+    kept = [tensor.clone() for tensor in tensors]
+    scalers = [scaler.state_dict() for scaler in step.scalers]
+    random, host_random = step.random.get_state(), torch.get_rng_state()
+    on_gpu = step.device.type == "cuda"
+    device_random = torch.cuda.get_rng_state(step.device) if on_gpu else None
+    newest, bank, entries, first = step.newest, step.bank, {}, 0
+    if bank is not None:
+        first = bank.added
+        written = min(runs * step.config.batch_size, bank.capacity)
+        entries = bank.span(first, first + written)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.copy_(value)
+        for scaler, state in zip(step.scalers, scalers, strict=True):
+            scaler.load_state_dict(state)
+        step.random.set_state(random)
+        torch.set_rng_state(host_random)
+        if device_random is not None:
+            torch.cuda.set_rng_state(device_random, step.device)
+        step.newest = newest
+        if bank is not None:
+            bank.restore(first, entries)

@@ -1,0 +1,218 @@
+"""Several processes are one: the same student as a single process, gloo on the CPU."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dafl_fast import generator_loss
+from dafl_fast.engine.distributed import World
+from dafl_fast.errors import UserError
+
+from .test_step import make_step
+from .test_train import TINY, assert_same_student
+
+SETTINGS = {
+    "published": {},
+    "paper": {},
+    "fast": dict(
+        student_updates=2, student_batch_size=8, bank_images=40, ema_decay=0.9, bank_crop=1,
+        bank_flip=True, generator_restart_every=2,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory):
+    """Calls `function(world, *arguments)` in each of two processes and gives both results."""
+    context = multiprocessing.get_context("forkserver")
+    meeting = tmp_path_factory.mktemp("processes") / "meeting"
+    pipes, workers = [], []
+    for rank in range(2):
+        ours, theirs = context.Pipe()
+        workers.append(context.Process(target=serve, args=(rank, str(meeting), theirs)))
+        workers[-1].start()
+        theirs.close()
+        pipes.append(ours)
+
+    def call(function, *arguments):
+        for pipe in pipes:
+            pipe.send(pickle.dumps((function, arguments)))
+        return [pickle.loads(pipe.recv()) for pipe in pipes]
+
+    yield call
+    for pipe, worker in zip(pipes, workers, strict=True):
+        pipe.send(None)
+        worker.join()
+
+
+def serve(rank: int, meeting: str, pipe) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
+    )
+    while (request := pipe.recv()) is not None:
+        function, arguments = pickle.loads(request)
+        pipe.send(pickle.dumps(function(World(rank, 2), *arguments)))
+    torch.distributed.destroy_process_group()
+
+
+def losses(world: World, logits, features):
+    part = slice(world.rank * 8, world.rank * 8 + 8)
+    t, f = logits[part].requires_grad_(), features[part].requires_grad_()
+    loss = generator_loss(t, f, one_hot=0.7, entropy=4.0, activation=0.3, group=world.group)
+    (loss.total * 3).backward()
+    mean = world.mean(torch.stack([loss.total.detach(), *loss[1:]]))
+    return mean, t.grad, f.grad
+
+
+def test_the_mean_prediction_is_that_of_all_processes(in_two_processes):
+    t, f = torch.randn(16, 10).double() * 3, torch.randn(16, 5).double()
+    first, second = in_two_processes(losses, t, f)
+    t.requires_grad_(), f.requires_grad_()
+    loss = generator_loss(t, f, one_hot=0.7, entropy=4.0, activation=0.3)
+    (loss.total * 3).backward()
+    torch.testing.assert_close(first[0], torch.stack([loss.total, *loss[1:]]).detach())
+    torch.testing.assert_close(second[0], first[0])
+    # Each process's gradient is that of the mean over its own rows: twice as much a row.
+    torch.testing.assert_close(torch.cat([first[1], second[1]]) / 2, t.grad)
+    torch.testing.assert_close(torch.cat([first[2], second[2]]) / 2, f.grad)
+
+
+def normalised(world: World, x, upstream, layer):
+    layer = world.replicate(nn.Sequential(layer))
+    part = slice(world.rank * 3, world.rank * 3 + 3)
+    x = x[part].requires_grad_()
+    y = layer(x)
+    y.backward(upstream[part] * 2)  # the mean over processes halves it
+    grads = [p.grad for p in layer.parameters()]
+    return y.detach(), x.grad / 2, grads, dict(layer.module[0].named_buffers())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.BatchNorm2d(4, eps=0.8), nn.BatchNorm1d(4, affine=True, momentum=0.3),
+     nn.BatchNorm2d(4, affine=False)],
+    ids=["2d", "1d", "no affine"],
+)  # fmt: skip
+def test_batch_norm_over_processes(in_two_processes, layer):
+    shape = (6, 4) if isinstance(layer, nn.BatchNorm1d) else (6, 4, 3, 3)
+    layer = layer.double()
+    x, upstream = torch.randn(shape).double() * 2 + 1, torch.randn(shape).double()
+    if not layer.affine:
+        layer = nn.Sequential(nn.Conv2d(4, 4, 1), layer).double()  # something to train
+        results = in_two_processes(normalised, x, upstream, layer)
+    else:
+        results = in_two_processes(normalised, x, upstream, layer)
+    x.requires_grad_()
+    y = layer(x)
+    y.backward(upstream)
+    torch.testing.assert_close(torch.cat([r[0] for r in results]), y.detach())
+    torch.testing.assert_close(torch.cat([r[1] for r in results]), x.grad)
+    for _, _, grads, buffers in results:
+        for mine, parameter in zip(grads, layer.parameters(), strict=True):
+            torch.testing.assert_close(mine, parameter.grad)
+        for name, buffer in layer.named_buffers():
+            torch.testing.assert_close(buffers[name], buffer)
+
+
+def three_steps(world: World, recipe: str):
+    step = make_step(recipe, world=world, **SETTINGS[recipe])
+    for _ in range(3):
+        step()
+    agreement = step.fresh_agreement(2)
+    return step.generator.state_dict(), step.result.state_dict(), step.newest[1], agreement
+
+
+@pytest.mark.parametrize("recipe", SETTINGS)
+def test_two_processes_equal_one(in_two_processes, recipe):
+    """2 processes x batch 8 = 1 process x batch 16, in fp64, from the same noise."""
+    first, second = in_two_processes(three_steps, recipe)
+    generator, student, logits, agreement = three_steps(World(), recipe)
+    for theirs in (first, second):
+        for mine, other in ((generator, theirs[0]), (student, theirs[1])):
+            for name, tensor in mine.items():
+                torch.testing.assert_close(
+                    other[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+                )
+        assert theirs[3] == agreement
+    torch.testing.assert_close(torch.cat([first[2], second[2]]), logits, rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_that_cannot_be_shared():
+    with pytest.raises(UserError, match="--batch-size must be a multiple of .* 3, .* got 16"):
+        make_step("published", world=World(0, 3))
+    with pytest.raises(UserError, match="at least two images for each, got 16"):
+        make_step("published", world=World(0, 16))
+
+
+def torchrun(count: int, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         str(count), "-m", "dafl_fast.train", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+COMMON = ["mnist", "--eval", "none", "--precision", "fp32", "--save-every", "1e-9", *TINY,
+          "--student-schedule", "constant"]  # fmt: skip
+
+
+def test_torchrun_trains_and_another_number_of_processes_goes_on(tmp_path):
+    out = tmp_path / "two"
+    process = torchrun(2, *COMMON, "--steps", "6", "--out-dir", str(out))
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert printed.count("steps in") == 1, "one process speaks for all"
+    assert json.loads((out / "summary.json").read_text())["processes"] == 2
+    again = [sys.executable, "-m", "dafl_fast.train", "--resume", str(out), "--steps", "8"]
+    subprocess.run(again, check=True, capture_output=True, timeout=120)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["processes"]) == (8, 1)
+
+    subprocess.run(
+        [sys.executable, "-m", "dafl_fast.train", *COMMON, "--steps", "8", "--out-dir",
+         str(tmp_path / "one")],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert_same_student(tmp_path / "one", out, 1e-2)
+
+
+def test_a_killed_worker_ends_the_job_and_the_run_can_be_resumed(tmp_path):
+    out = tmp_path / "run"
+    job = torchrun(2, *COMMON, "--steps", "100000", "--out-dir", str(out))
+    limit = time.monotonic() + 90
+    while not (out / "checkpoint.pt").exists() and time.monotonic() < limit:
+        time.sleep(0.05)
+    children = Path(f"/proc/{job.pid}/task").glob("*/children")
+    workers = [int(pid) for path in children for pid in path.read_text().split()]
+    victims = [pid for pid in workers if _environment(pid).get("RANK") == "1"]
+    assert len(victims) == 1
+    os.kill(victims[0], signal.SIGKILL)
+    _, errors = job.communicate(timeout=90)
+    assert job.returncode != 0
+    assert "process 0 of 2 has lost contact with another one at step" in errors
+    assert f"start again with --resume {out}" in errors
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    resumed = torchrun(2, "--resume", str(out), "--steps", str(state["step"]["steps"] + 4))
+    resumed.communicate(timeout=120)
+    assert resumed.returncode == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == state["step"]["steps"] + 4
+
+
+def _environment(pid: int) -> dict[str, str]:
+    text = Path(f"/proc/{pid}/environ").read_bytes().decode()
+    return dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
