@@ -82,11 +82,10 @@ def make_step(contender: str, case: Case):
         keep_freed_memory()
         config = make_config(
             "mnist", "published", batch_size=case.batch, latent_dim=case.latent,
-            compile=contender == "ours+", cuda_graph="auto", **case.settings,
+            image_shape=case.image_shape, feature_layer=None, compile=contender == "ours+",
+            **case.settings,
         )  # fmt: skip
-        step = prepare(
-            config, build(case.teacher), build(case.student), case.image_shape, DEVICE, precision
-        )
+        step = prepare(config, build(case.teacher), build(case.student), DEVICE, precision)
         make_ready(step)
         return step
     step = case.published()

@@ -172,7 +172,7 @@ class Training:
         network: nn.Module,
         images: Tensor,
         labels: Tensor,
-        form: data.ImageFormat,
+        form: data.Format,
         config: TeacherConfig,
     ) -> None:
         from .engine.loop import pick_device, pick_precision
