@@ -61,13 +61,15 @@ inline Tensor dense(const Tensor& x, ScalarType dtype, at::MemoryFormat format) 
   return x.to(dtype).contiguous(format);
 }
 
-// Work cut by shape alone into pieces of `images`; each thread takes whole pieces.
+// Work cut by shape alone into pieces of `images`; each thread takes whole pieces. A matrix product
+// in a piece runs on the piece's thread, so that its rounding does not depend on their number: that
+// is why even a single piece is run by a team, whose other member has nothing to do.
 template <class Body>
 void for_pieces(int64_t N, int64_t images, Body body) {
   const int64_t count = (N + images - 1) / images;
-  at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t first, int64_t last) {
     at::AutoDispatchBelowADInplaceOrView below;  // threads of the pool do not inherit it
-    for (int64_t piece = first; piece < last; ++piece) {
+    for (int64_t piece = first; piece < std::min(last, count); ++piece) {
       body(piece, piece * images, std::min(images, N - piece * images));
     }
   });
@@ -77,11 +79,6 @@ void for_pieces(int64_t N, int64_t images, Body body) {
 inline int64_t images_per_sum(int64_t N, int64_t images) {
   const int64_t pieces = (N + images - 1) / images;
   return std::max<int64_t>((pieces + 15) / 16, 1) * images;
-}
-
-// [images, size] of a dense tensor's rows from `begin`, as a matrix.
-inline Tensor rows_of(const Tensor& matrix, int64_t begin, int64_t count) {
-  return matrix.narrow(0, begin, count);
 }
 
 template <class T>

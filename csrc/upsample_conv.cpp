@@ -1,94 +1,101 @@
-// Nearest x2 upsampling followed by a 3x3 convolution with padding 1, with 9 multiplications per
+// Nearest x2 upsampling followed by a 3x3 convolution with padding 1, with 6.25 multiplications per
 // small pixel and channel pair instead of 36 (or of 16, as a transposed convolution).
 //
-// Along one axis, with taps (w0, w1, w2), s = w0 + w1 + w2 and d_i = x_i - x_{i-1} (x zero
-// outside):
-//   y_{2i} = s x_i - w0 d_i        y_{2i+1} = s x_i + w2 d_{i+1}
-// that is 3 products for 2 outputs. In two dimensions the tensor product of this: the image and its
-// differences along width, height and both are multiplied with matrices [Ci, Co], [Ci, 2 Co],
-// [Ci, 2 Co] and [Ci, 4 Co], and each output is a sum of four of the products.
+// Along one axis, with taps (w0, w1, w2) and x zero outside, even outputs are y_2i =
+// w0 x_{i-1} + (w1 + w2) x_i and odd ones y_2i+1 = (w0 + w1) x_i + w2 x_{i+1}: two filters of two
+// taps with the same sum. Fast filtering of two outputs takes three products, one of them by that
+// sum, and the two filters share it when their outputs are paired around the same pixel. So a tile
+// of two pixels takes 5 products where 4 outputs have 8. In tile t, from four kinds of data,
+//   A = x_2t        B = x_2t-1 - x_2t        B' = x_2t+1 - x_2t+2        C = x_2t+1 - x_2t
+//   P0 = A (w0 + w1 + w2)   P1 = B w0   P2 = B' (w0 + w1)   P3 = C (w1 + w2)   P4 = C w2
+//   y_4t = P0 + P1   y_4t+1 = P0 + P4   y_4t+2 = P0 + P3   y_4t+3 = P2 + P0 of tile t + 1
+// All factors are sums of taps and all data differences of pixels: nothing is amplified. In two
+// dimensions the tensor product of this: 4x4 kinds of data, each multiplied with a matrix
+// [Ci, k Co] of k = 1, 2 or 4 factors, and each output is the sum of four of the 25 products.
 //
-// Neither the upsampled image nor, for more than a few images at a time, the differences and
-// products exist: the work is cut into pieces that stay in the caches. Differences are computed
-// again in the backward pass.
+// Neither the upsampled image nor, for more than a few images at a time, data and products exist:
+// the work is cut into pieces that stay in the caches. Data are computed again in the backward
+// pass.
 #include "layers_shared.h"
 
 namespace dafl {
 namespace {
 
-constexpr int64_t kPixels = 2048;  // about as many small pixels are worked on at a time
+constexpr int64_t kValues = 1 << 18;  // about as many data and outputs are worked on at a time
 
-// [s, -first, last] of the three slices of a dimension, and the adjoint.
+// The five factors of the three slices of a dimension, and the adjoint.
 Tensor combine_taps(const Tensor& w, int64_t dim) {
-  return at::stack({w.sum(dim), -w.select(dim, 0), w.select(dim, 2)}, dim);
+  const Tensor first = w.select(dim, 0), middle = w.select(dim, 1), last = w.select(dim, 2);
+  return at::stack({first + middle + last, first, first + middle, middle + last, last}, dim);
 }
 
 Tensor combine_taps_adjoint(const Tensor& grad, int64_t dim) {
-  Tensor sum = grad.select(dim, 0);
-  return at::stack({sum - grad.select(dim, 1), sum, sum + grad.select(dim, 2)}, dim);
+  auto of = [&](int64_t factor) { return grad.select(dim, factor); };
+  return at::stack({of(0) + of(1) + of(2), of(0) + of(2) + of(3), of(0) + of(3) + of(4)}, dim);
 }
 
-// The four factors [Ci, k Co] in one dtype.
-struct Factors {
-  Tensor ss, sd, ds, dd;
+// One of the 16 kinds of data, by kind along the height and the width (A, B, B', C), and the
+// matrices that belong to it.
+struct Kind {
+  int64_t row, column;
 
-  Factors(const Tensor& weight, ScalarType compute, ScalarType dtype) {
-    const int64_t Co = weight.size(0), Ci = weight.size(1);
-    // [3, 3, Ci, Co]
-    Tensor u = combine_taps(combine_taps(weight.to(compute).permute({2, 3, 1, 0}), 0), 1);
-    auto factor = [&](const Tensor& part, int64_t outputs) {
-      return part.reshape({outputs, Ci, Co}).transpose(0, 1).reshape({Ci, outputs * Co}).to(dtype);
-    };
-    ss = factor(u[0][0], 1);
-    sd = factor(u[0].narrow(0, 1, 2), 2);
-    ds = factor(u.select(1, 0).narrow(0, 1, 2), 2);
-    dd = factor(u.narrow(0, 1, 2).narrow(1, 1, 2), 4);
+  int64_t rows() const { return row < 3 ? 1 : 2; }
+  int64_t columns() const { return column < 3 ? 1 : 2; }
+
+  // [tiles, C] of data
+  Tensor data(const Tensor& all, int64_t tiles, int64_t C) const {
+    return all.narrow(0, (row * 4 + column) * tiles * C, tiles * C).view({tiles, C});
+  }
+
+  // [height, k C] of what there is 25 times: products of all tiles, factors
+  Tensor among(const Tensor& all, int64_t height, int64_t C) const {
+    const int64_t before = 5 * row + rows() * column, width = rows() * columns() * C;
+    return all.narrow(0, before * height * C, height * width).view({height, width});
+  }
+
+  // [rows, columns, Ci, Co] of [5, 5, Ci, Co]
+  Tensor factors(const Tensor& u) const {
+    return u.narrow(0, row, rows()).narrow(1, column, columns());
   }
 };
 
-Tensor weight_gradient(const Tensor& ss, const Tensor& sd, const Tensor& ds, const Tensor& dd,
-                       const Tensor& weight) {
+template <class Body>
+void for_kinds(Body body) {
+  for (int64_t row = 0; row < 4; ++row) {
+    for (int64_t column = 0; column < 4; ++column) body(Kind{row, column});
+  }
+}
+
+// All factors, [25 Ci Co], in `dtype`.
+Tensor factors_of(const Tensor& weight, ScalarType compute, ScalarType dtype) {
   const int64_t Co = weight.size(0), Ci = weight.size(1);
-  Tensor u = at::empty({3, 3, Ci, Co}, ss.options());
-  auto part = [&](const Tensor& factor, int64_t outputs) {
-    return factor.view({Ci, outputs, Co}).transpose(0, 1);
-  };
-  u[0][0].copy_(ss);
-  u[0].narrow(0, 1, 2).copy_(part(sd, 2));
-  u.select(1, 0).narrow(0, 1, 2).copy_(part(ds, 2));
-  u.narrow(0, 1, 2).narrow(1, 1, 2).copy_(part(dd, 4).view({2, 2, Ci, Co}));
-  Tensor w = combine_taps_adjoint(combine_taps_adjoint(u, 1), 0);
+  const Tensor u = combine_taps(combine_taps(weight.to(compute).permute({2, 3, 1, 0}), 0), 1);
+  Tensor all = at::empty({25 * Ci * Co}, weight.options().dtype(dtype));
+  for_kinds([&](Kind kind) {
+    kind.among(all, Ci, Co)
+        .view({Ci, kind.rows(), kind.columns(), Co})
+        .copy_(kind.factors(u).permute({2, 0, 1, 3}));
+  });
+  return all;
+}
+
+// The weight's gradient from that of all factors.
+Tensor factors_adjoint(const Tensor& all, const Tensor& weight) {
+  const int64_t Co = weight.size(0), Ci = weight.size(1);
+  Tensor u = at::empty({5, 5, Ci, Co}, all.options());
+  for_kinds([&](Kind kind) {
+    kind.factors(u).copy_(
+        kind.among(all, Ci, Co).view({Ci, kind.rows(), kind.columns(), Co}).permute({1, 2, 0, 3}));
+  });
+  const Tensor w = combine_taps_adjoint(combine_taps_adjoint(u, 1), 0);
   return like_parameter(w.permute({3, 2, 0, 1}), weight);
 }
 
-// Four matrices for up to `images` images: [images * pixels, k * C] where k counts the outputs of
-// each part (1, 2, 2, 4 for products and their gradients, 1 for the image and its differences).
-struct Parts {
-  int64_t H, W;
-  Tensor ss, sd, ds, dd;
-
-  Parts(const Tensor& like, int64_t images, int64_t H, int64_t W, int64_t C, bool outputs)
-      : H(H), W(W) {
-    const int64_t two = outputs ? 2 : 1;
-    ss = at::empty({images * H * W, C}, like.options());
-    sd = at::empty({images * H * (W + 1), two * C}, like.options());
-    ds = at::empty({images * (H + 1) * W, two * C}, like.options());
-    dd = at::empty({images * (H + 1) * (W + 1), two * two * C}, like.options());
-  }
-
-  // The first `images`.
-  Parts first(int64_t images) const {
-    Parts part = *this;
-    part.ss = ss.narrow(0, 0, images * H * W);
-    part.sd = sd.narrow(0, 0, images * H * (W + 1));
-    part.ds = ds.narrow(0, 0, images * (H + 1) * W);
-    part.dd = dd.narrow(0, 0, images * (H + 1) * (W + 1));
-    return part;
-  }
-};
-
-int64_t images_at_a_time(int64_t H, int64_t W) {
-  return std::max<int64_t>(kPixels / std::max<int64_t>(H * W, 1), 1);
+// How many images make a piece: pieces as equal as they can be.
+int64_t images_at_a_time(int64_t N, int64_t H, int64_t W, int64_t channels) {
+  const int64_t values = cpu::Upsample{N, H, W, 0}.tiles() * channels;
+  const int64_t pieces = (values + kValues - 1) / kValues;
+  return (N + pieces - 1) / pieces;
 }
 
 void check(const Tensor& x, const Tensor& weight) { check_weight(x, weight, 3); }
@@ -100,27 +107,23 @@ Tensor allocate(const Tensor& x, const Tensor& weight) {
 
 Tensor forward_cpu(const Tensor& x_, const Tensor& weight) {
   check(x_, weight);
-  const ScalarType dtype = x_.scalar_type();
   Tensor x = x_.contiguous(kChannelsLast), y = allocate(x, weight);
   const int64_t N = x.size(0), Ci = x.size(1), H = x.size(2), W = x.size(3), Co = weight.size(0);
   if (y.numel() == 0) return y;
-  const Factors u(weight, stats_dtype(x), dtype);
+  const Tensor factors = factors_of(weight, stats_dtype(x), x.scalar_type());
   const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
-  const Tensor pixels = x.permute({0, 2, 3, 1}).view({N * H * W, Ci});
-  const int64_t images = images_at_a_time(H, W);
 
-  for_pieces(N, images, [&](int64_t, int64_t begin, int64_t count) {
-    Parts in(x, count, H, W, Ci, false), out(x, count, H, W, Co, true);
-    in.ss = pixels.narrow(0, begin * H * W, count * H * W);
-    kernels.differences({count, H, W, Ci}, in.ss.const_data_ptr(), in.sd.data_ptr(),
-                        in.ds.data_ptr(), in.dd.data_ptr());
-    at::mm_out(out.ss, in.ss, u.ss);
-    at::mm_out(out.sd, in.sd, u.sd);
-    at::mm_out(out.ds, in.ds, u.ds);
-    at::mm_out(out.dd, in.dd, u.dd);
-    kernels.interleave({count, H, W, Co}, out.ss.const_data_ptr(), out.sd.const_data_ptr(),
-                       out.ds.const_data_ptr(), out.dd.const_data_ptr(),
-                       offset<char>(y, begin * 4 * H * W * Co));
+  for_pieces(N, images_at_a_time(N, H, W, Ci + Co), [&](int64_t, int64_t begin, int64_t images) {
+    const cpu::Upsample in{images, H, W, Ci}, out{images, H, W, Co};
+    const int64_t tiles = in.tiles();
+    Tensor data = at::empty({16 * tiles * Ci}, x.options());
+    Tensor products = at::empty({25 * tiles * Co}, x.options());
+    kernels.differences(in, offset<const char>(x, begin * H * W * Ci), data.data_ptr());
+    for_kinds([&](Kind kind) {
+      Tensor product = kind.among(products, tiles, Co);
+      at::mm_out(product, kind.data(data, tiles, Ci), kind.among(factors, Ci, Co));
+    });
+    kernels.interleave(out, products.const_data_ptr(), offset<char>(y, begin * 4 * H * W * Co));
   });
   return y;
 }
@@ -128,52 +131,42 @@ Tensor forward_cpu(const Tensor& x_, const Tensor& weight) {
 std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_, const Tensor& x_,
                                         const Tensor& weight) {
   check(x_, weight);
-  const ScalarType dtype = x_.scalar_type(), compute = stats_dtype(x_);
-  Tensor x = x_.contiguous(kChannelsLast), grad = dense(grad_, dtype, kChannelsLast);
+  const ScalarType compute = stats_dtype(x_);
+  Tensor x = x_.contiguous(kChannelsLast), grad = dense(grad_, x.scalar_type(), kChannelsLast);
   Tensor grad_x = at::empty_like(x, x.options(), kChannelsLast);
   const int64_t N = x.size(0), Ci = x.size(1), H = x.size(2), W = x.size(3), Co = weight.size(0);
   if (grad.numel() == 0) return {grad_x.zero_(), at::zeros_like(weight)};
-  const Factors u(weight, compute, dtype);
+  const Tensor factors = factors_of(weight, compute, x.scalar_type());
   const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
-  const Tensor pixels = x.permute({0, 2, 3, 1}).view({N * H * W, Ci});
-  const int64_t images = images_at_a_time(H, W), summed = images_per_sum(N, images);
-  const int64_t sums = (N + summed - 1) / summed;
-  const auto options = x.options().dtype(compute);
-  const Tensor total[4] = {
-      at::zeros({sums, Ci, Co}, options), at::zeros({sums, Ci, 2 * Co}, options),
-      at::zeros({sums, Ci, 2 * Co}, options), at::zeros({sums, Ci, 4 * Co}, options)};
+  const int64_t most = images_at_a_time(N, H, W, Ci + Co), summed = images_per_sum(N, most);
+  const Tensor sums =
+      at::zeros({(N + summed - 1) / summed, 25 * Ci * Co}, x.options().dtype(compute));
 
   for_pieces(N, summed, [&](int64_t piece, int64_t from, int64_t all) {
-    const int64_t most = std::min(images, all);
-    const Parts scratch_in(x, most, H, W, Ci, false), scratch_out(x, most, H, W, Co, true);
-    Tensor product[4];
-    for (int k = 0; k < 4; ++k) product[k] = at::empty({Ci, total[k].size(2)}, x.options());
-    for (int64_t done = 0; done < all; done += images) {
-      const int64_t begin = from + done, count = std::min(images, all - done);
-      Parts in = scratch_in.first(count), out = scratch_out.first(count);
-      const Tensor image = pixels.narrow(0, begin * H * W, count * H * W);
-      kernels.interleave_adjoint(
-          {count, H, W, Co}, offset<const char>(grad, begin * 4 * H * W * Co), out.ss.data_ptr(),
-          out.sd.data_ptr(), out.ds.data_ptr(), out.dd.data_ptr());
-      kernels.differences({count, H, W, Ci}, image.const_data_ptr(), in.sd.data_ptr(),
-                          in.ds.data_ptr(), in.dd.data_ptr());
-      at::mm_out(product[0], image.t(), out.ss);
-      at::mm_out(product[1], in.sd.t(), out.sd);
-      at::mm_out(product[2], in.ds.t(), out.ds);
-      at::mm_out(product[3], in.dd.t(), out.dd);
-      for (int k = 0; k < 4; ++k) total[k][piece].add_(product[k]);
-      // The differences have served: their memory takes the gradients.
-      at::mm_out(in.ss, out.ss, u.ss.t());
-      at::mm_out(in.sd, out.sd, u.sd.t());
-      at::mm_out(in.ds, out.ds, u.ds.t());
-      at::mm_out(in.dd, out.dd, u.dd.t());
-      kernels.differences_adjoint({count, H, W, Ci}, in.ss.const_data_ptr(), in.sd.const_data_ptr(),
-                                  in.ds.const_data_ptr(), in.dd.const_data_ptr(),
+    const int64_t most_tiles = cpu::Upsample{std::min(most, all), H, W, 0}.tiles();
+    Tensor data = at::empty({16 * most_tiles * Ci}, x.options());
+    Tensor products = at::empty({25 * most_tiles * Co}, x.options());
+    Tensor factor_grads = at::empty({25 * Ci * Co}, x.options());
+    for (int64_t done = 0; done < all; done += most) {
+      const int64_t begin = from + done, images = std::min(most, all - done);
+      const cpu::Upsample in{images, H, W, Ci}, out{images, H, W, Co};
+      const int64_t tiles = in.tiles();
+      kernels.differences(in, offset<const char>(x, begin * H * W * Ci), data.data_ptr());
+      kernels.interleave_adjoint(out, offset<const char>(grad, begin * 4 * H * W * Co),
+                                 products.data_ptr());
+      for_kinds([&](Kind kind) {
+        const Tensor product = kind.among(products, tiles, Co);
+        Tensor datum = kind.data(data, tiles, Ci), sum = kind.among(factor_grads, Ci, Co);
+        at::mm_out(sum, datum.t(), product);
+        // The data have served: their memory takes their gradients.
+        at::mm_out(datum, product, kind.among(factors, Ci, Co).t());
+      });
+      sums[piece].add_(factor_grads);
+      kernels.differences_adjoint(in, data.const_data_ptr(),
                                   offset<char>(grad_x, begin * H * W * Ci));
     }
   });
-  return {grad_x, weight_gradient(total[0].sum(0), total[1].sum(0), total[2].sum(0),
-                                  total[3].sum(0), weight)};
+  return {grad_x, factors_adjoint(sums.sum(0), weight)};
 }
 
 Tensor forward_meta(const Tensor& x, const Tensor& weight) {

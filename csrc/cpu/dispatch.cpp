@@ -23,6 +23,9 @@ namespace avx512 {
 extern const Kernels f32_kernels;
 extern const LayerKernels f32_layers, bf16_layers, f16_layers;
 }  // namespace avx512
+namespace avx512_bf16 {
+extern const LayerKernels bf16_layers;
+}  // namespace avx512_bf16
 #endif
 
 namespace {
@@ -35,8 +38,8 @@ struct Level {
 
 // Levels that can run here, narrowest first, and their number.
 struct Available {
-  Level levels[3];
-  const char* names[4];
+  Level levels[4];
+  const char* names[5];
   int count = 0;
 
   void add(const Level& level) {
@@ -57,6 +60,11 @@ struct Available {
         add({"avx512",
              &avx512::f32_kernels,
              {&avx512::f32_layers, &avx512::bf16_layers, &avx512::f16_layers}});
+        if (__builtin_cpu_supports("avx512bf16")) {
+          add({"avx512_bf16",
+               &avx512::f32_kernels,
+               {&avx512::f32_layers, &avx512_bf16::bf16_layers, &avx512::f16_layers}});
+        }
       }
     }
 #endif

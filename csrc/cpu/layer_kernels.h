@@ -16,6 +16,10 @@ namespace cpu {
 // Nearest x2, then 3x3 convolution with padding 1: see ../upsample_conv.cpp.
 struct Upsample {
   int64_t images, H, W, C;  // of the small images
+
+  int64_t tile_rows() const { return (H + 1) / 2; }
+  int64_t tile_columns() const { return (W + 1) / 2; }
+  int64_t tiles() const { return images * tile_rows() * tile_columns(); }
 };
 
 // BatchNorm with batch statistics, then LeakyReLU, over [rows, C]: see ../norm_activation.cpp.
@@ -49,17 +53,13 @@ constexpr int64_t kConvPoolImages = 16;
 
 // One set per instruction set and dtype.
 struct LayerKernels {
-  // x [H, W, C] to differences along the width xd [H, W+1, C], along the height dx [H+1, W, C] and
-  // along both dd [H+1, W+1, C]; and the adjoint, a sum of four parts to x.
-  void (*differences)(const Upsample&, const void* x, void* xd, void* dx, void* dd);
-  void (*differences_adjoint)(const Upsample&, const void* xx, const void* xd, const void* dx,
-                              const void* dd, void* x);
-  // ss [H, W, C], sd [H, W+1, 2, C], ds [H+1, W, 2, C], dd [H+1, W+1, 2, 2, C] to y [2H, 2W, C];
-  // and the adjoint.
-  void (*interleave)(const Upsample&, const void* ss, const void* sd, const void* ds,
-                     const void* dd, void* y);
-  void (*interleave_adjoint)(const Upsample&, const void* y, void* ss, void* sd, void* ds,
-                             void* dd);
+  // x [images, H, W, C] to data [4, 4, tiles, C]; and the adjoint.
+  void (*differences)(const Upsample&, const void* x, void* data);
+  void (*differences_adjoint)(const Upsample&, const void* data, void* x);
+  // products, 16 matrices of all tiles, in order of their data, with the factors' number times C
+  // columns, to y [images, 2H, 2W, C]; and the adjoint.
+  void (*interleave)(const Upsample&, const void* products, void* y);
+  void (*interleave_adjoint)(const Upsample&, const void* y, void* products);
 
   // sums [2, C]: mean and sum of squared deviations from it
   void (*moments)(const void* x, int64_t rows, int64_t C, double* sums);

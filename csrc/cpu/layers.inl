@@ -12,114 +12,174 @@ namespace {
 #define DAFL_UNROLL _Pragma("GCC unroll 16")
 
 // ---- Nearest x2, then 3x3 convolution ----------------------------------------------------------
+// The mathematics stands in ../upsample_conv.cpp: tiles of 2x2 small pixels, which have 4x4 kinds
+// of data and 5x5 products.
 
-// A vector, or zeros where there is no pixel.
+// The channels of a pixel, or zeros where there is none.
 template <class M>
-DAFL_HD typename M::V get_or_zero(const typename M::T* pixel, int64_t c, int64_t count) {
-  return pixel == nullptr ? typename M::V{} : M::get(pixel + c, count);
-}
+struct Pixel {
+  const typename M::T* from;
+  int64_t mask;
 
-template <class M>
-void differences(const Upsample& a, const void* x_, void* xd_, void* dx_, void* dd_) {
-  using T = typename M::T;
-  using V = typename M::V;
-  const int64_t H = a.H, W = a.W, C = a.C;
-  for (int64_t n = 0; n < a.images; ++n) {
-    const T* x = static_cast<const T*>(x_) + n * H * W * C;
-    T* xd = static_cast<T*>(xd_) + n * H * (W + 1) * C;
-    T* dx = static_cast<T*>(dx_) + n * (H + 1) * W * C;
-    T* dd = static_cast<T*>(dd_) + n * (H + 1) * (W + 1) * C;
-    for (int64_t i = 0; i <= H; ++i) {
-      for (int64_t j = 0; j <= W; ++j) {
-        const T* here = i < H && j < W ? x + (i * W + j) * C : nullptr;
-        const T* left = i < H && j > 0 ? x + (i * W + j - 1) * C : nullptr;
-        const T* up = i > 0 && j < W ? x + ((i - 1) * W + j) * C : nullptr;
-        const T* corner = i > 0 && j > 0 ? x + ((i - 1) * W + j - 1) * C : nullptr;
-        for (int64_t c = 0; c < C; c += M::lanes) {
-          const int64_t count = C - c;
-          const V h = get_or_zero<M>(here, c, count), l = get_or_zero<M>(left, c, count);
-          const V u = get_or_zero<M>(up, c, count), k = get_or_zero<M>(corner, c, count);
-          if (i < H) M::put(xd + (i * (W + 1) + j) * C + c, h - l, count);
-          if (j < W) M::put(dx + (i * W + j) * C + c, h - u, count);
-          M::put(dd + (i * (W + 1) + j) * C + c, (h - u) - (l - k), count);
-        }
-      }
-    }
+  DAFL_HD void set(bool there, const typename M::T* pixel) {
+    alignas(64) static const typename M::T zeros[M::lanes] = {};
+    from = there ? pixel : zeros;
+    mask = there ? -1 : 0;
   }
-}
-
-template <class M>
-void differences_adjoint(const Upsample& a, const void* xx_, const void* xd_, const void* dx_,
-                         const void* dd_, void* x_) {
-  using T = typename M::T;
-  using V = typename M::V;
-  const int64_t H = a.H, W = a.W, C = a.C;
-  for (int64_t n = 0; n < a.images; ++n) {
-    for (int64_t i = 0; i < H; ++i) {
-      for (int64_t j = 0; j < W; ++j) {
-        const int64_t at = ((n * H + i) * W + j) * C, down = ((n * (H + 1) + i) * W + j) * C;
-        const T* xx = static_cast<const T*>(xx_) + at;
-        const T* xd = static_cast<const T*>(xd_) + ((n * H + i) * (W + 1) + j) * C;
-        const T* dx0 = static_cast<const T*>(dx_) + down;
-        const T* dx1 = dx0 + W * C;
-        const T* dd0 = static_cast<const T*>(dd_) + ((n * (H + 1) + i) * (W + 1) + j) * C;
-        const T* dd1 = dd0 + (W + 1) * C;
-        for (int64_t c = 0; c < C; c += M::lanes) {
-          const int64_t count = C - c;
-          V sum = M::get(xx + c, count);
-          sum += M::get(xd + c, count) - M::get(xd + C + c, count);
-          sum += M::get(dx0 + c, count) - M::get(dx1 + c, count);
-          sum += M::get(dd0 + c, count) - M::get(dd0 + C + c, count);
-          sum -= M::get(dd1 + c, count) - M::get(dd1 + C + c, count);
-          M::put(static_cast<T*>(x_) + at + c, sum, count);
-        }
-      }
-    }
+  DAFL_HD typename M::V get(int64_t c, int64_t count) const {
+    return M::get(from + (c & mask), count);
   }
-}
+};
 
-// Where the four parts of small pixel (i, j) lie: outputs (2i + p, 2j + q) are the sums of
-// ss, sd[q], ds[p] and dd[p][q].
-struct Parts {
-  int64_t ss, sd[2], ds[2], dd[2][2], y[2][2];
+// Where product (i, j) of a tile lies, among 16 matrices of `rows` rows and 1, 2 or 4 times C
+// columns, as `tile` times `stride` elements after `start`.
+struct ProductPlace {
+  int64_t start, stride;
 
-  DAFL_HD Parts(const Upsample& a, int64_t n, int64_t i, int64_t j) {
-    const int64_t H = a.H, W = a.W, C = a.C;
-    ss = ((n * H + i) * W + j) * C;
-    for (int q = 0; q < 2; ++q) {
-      sd[q] = (((n * H + i) * (W + 1) + j + q) * 2 + q) * C;
-      ds[q] = (((n * (H + 1) + i + q) * W + j) * 2 + q) * C;
-      for (int p = 0; p < 2; ++p) {
-        dd[p][q] = (((n * (H + 1) + i + p) * (W + 1) + j + q) * 4 + 2 * p + q) * C;
-        y[p][q] = ((n * 2 * H + 2 * i + p) * 2 * W + 2 * j + q) * C;
-      }
-    }
+  DAFL_HD ProductPlace(int i, int j, int64_t rows, int64_t C) {
+    const int kind = i < 3 ? i : 3, column_kind = j < 3 ? j : 3;
+    const int heights = i < 3 ? 1 : 2, widths = j < 3 ? 1 : 2;
+    stride = heights * widths * C;
+    start = (5 * kind + heights * column_kind) * rows * C +
+            ((i - kind) * widths + (j - column_kind)) * C;
   }
 };
 
 template <class M>
-void interleave(const Upsample& a, const void* ss_, const void* sd_, const void* ds_,
-                const void* dd_, void* y_) {
+void differences(const Upsample& a, const void* x_, void* data_) {
   using T = typename M::T;
   using V = typename M::V;
-  const T *ss = static_cast<const T*>(ss_), *sd = static_cast<const T*>(sd_);
-  const T *ds = static_cast<const T*>(ds_), *dd = static_cast<const T*>(dd_);
-  T* y = static_cast<T*>(y_);
+  const int64_t H = a.H, W = a.W, C = a.C, plane = a.tiles() * C;
+  T* data = static_cast<T*>(data_);
   for (int64_t n = 0; n < a.images; ++n) {
-    for (int64_t i = 0; i < a.H; ++i) {
-      for (int64_t j = 0; j < a.W; ++j) {
-        const Parts at(a, n, i, j);
-        for (int64_t c = 0; c < a.C; c += M::lanes) {
-          const int64_t count = a.C - c;
-          const V base = M::get(ss + at.ss + c, count);
-          const V columns[2] = {M::get(sd + at.sd[0] + c, count), M::get(sd + at.sd[1] + c, count)};
+    const T* x = static_cast<const T*>(x_) + n * H * W * C;
+    for (int64_t t = 0; t < a.tile_rows(); ++t) {
+      for (int64_t u = 0; u < a.tile_columns(); ++u, data += C) {
+        Pixel<M> patch[4][4];
+        for (int i = 0; i < 4; ++i) {
+          for (int j = 0; j < 4; ++j) {
+            const int64_t row = 2 * t + i - 1, column = 2 * u + j - 1;
+            const bool there = row >= 0 && row < H && column >= 0 && column < W;
+            patch[i][j].set(there, x + (row * W + column) * C);
+          }
+        }
+        for (int64_t c = 0; c < C; c += M::lanes) {
+          const int64_t count = C - c;
+          V columns[4][4];  // [row of the patch][kind along the width]
           DAFL_UNROLL
-          for (int p = 0; p < 2; ++p) {
-            const V row = base + M::get(ds + at.ds[p] + c, count);
+          for (int i = 0; i < 4; ++i) {
+            V in[4];
             DAFL_UNROLL
-            for (int q = 0; q < 2; ++q) {
-              const V both = columns[q] + M::get(dd + at.dd[p][q] + c, count);
-              M::put(y + at.y[p][q] + c, row + both, count);
+            for (int j = 0; j < 4; ++j) in[j] = patch[i][j].get(c, count);
+            columns[i][0] = in[1];
+            columns[i][1] = in[0] - in[1];
+            columns[i][2] = in[2] - in[3];
+            columns[i][3] = in[2] - in[1];
+          }
+          DAFL_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            T* to = data + k * plane + c;
+            M::put(to, columns[1][k], count);
+            M::put(to + 4 * plane, columns[0][k] - columns[1][k], count);
+            M::put(to + 8 * plane, columns[2][k] - columns[3][k], count);
+            M::put(to + 12 * plane, columns[2][k] - columns[1][k], count);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class M>
+void differences_adjoint(const Upsample& a, const void* data_, void* x_) {
+  using T = typename M::T;
+  using V = typename M::V;
+  const int64_t H = a.H, W = a.W, C = a.C, plane = a.tiles() * C;
+  const int64_t rows = a.tile_rows(), columns = a.tile_columns();
+  const T* data = static_cast<const T*>(data_);
+  // What a pixel gets, by kind and by tile: the even one A_t - B_t - C_t - B'_{t-1}, the odd one
+  // B'_t + C_t + B_{t+1}.
+  constexpr int kinds[6] = {0, 1, 3, 2, 2, 1};
+  constexpr int shifts[6] = {0, 0, 0, -1, 0, 1};
+  for (int64_t n = 0; n < a.images; ++n) {
+    T* x = static_cast<T*>(x_) + n * H * W * C;
+    for (int64_t t = 0; t < rows; ++t) {
+      for (int64_t u = 0; u < columns; ++u, data += C) {
+        Pixel<M> parts[6][6];
+        for (int i = 0; i < 6; ++i) {
+          for (int j = 0; j < 6; ++j) {
+            const int64_t row = t + shifts[i], column = u + shifts[j];
+            const bool there = row >= 0 && row < rows && column >= 0 && column < columns;
+            parts[i][j].set(there, data + (kinds[i] * 4 + kinds[j]) * plane +
+                                       (shifts[i] * columns + shifts[j]) * C);
+          }
+        }
+        for (int64_t c = 0; c < C; c += M::lanes) {
+          const int64_t count = C - c;
+          V even[6], odd[6];
+          DAFL_UNROLL
+          for (int i = 0; i < 6; ++i) {
+            V in[6];
+            DAFL_UNROLL
+            for (int j = 0; j < 6; ++j) in[j] = parts[i][j].get(c, count);
+            even[i] = (in[0] - in[1]) - (in[2] + in[3]);
+            odd[i] = (in[4] + in[2]) + in[5];
+          }
+          T* to = x + (2 * t * W + 2 * u) * C + c;
+          const bool right = 2 * u + 1 < W;
+          M::put(to, (even[0] - even[1]) - (even[2] + even[3]), count);
+          if (right) M::put(to + C, (odd[0] - odd[1]) - (odd[2] + odd[3]), count);
+          if (2 * t + 1 == H) continue;
+          M::put(to + W * C, (even[4] + even[2]) + even[5], count);
+          if (right) M::put(to + (W + 1) * C, (odd[4] + odd[2]) + odd[5], count);
+        }
+      }
+    }
+  }
+}
+
+template <class M>
+void interleave(const Upsample& a, const void* products_, void* y_) {
+  using T = typename M::T;
+  using V = typename M::V;
+  const int64_t H = 2 * a.H, W = 2 * a.W, C = a.C, tiles = a.tiles();
+  const int64_t rows = a.tile_rows(), columns = a.tile_columns();
+  const T* products = static_cast<const T*>(products_);
+  // Output 4t + k is product kFirst[k] plus kSecond[k]; product 5 is product 0 of the next tile.
+  constexpr int first[4] = {0, 0, 0, 5}, second[4] = {1, 4, 3, 2};
+  int64_t tile = 0;
+  for (int64_t n = 0; n < a.images; ++n) {
+    T* y = static_cast<T*>(y_) + n * H * W * C;
+    for (int64_t t = 0; t < rows; ++t) {
+      for (int64_t u = 0; u < columns; ++u, ++tile) {
+        Pixel<M> parts[6][6];
+        for (int i = 0; i < 6; ++i) {
+          for (int j = 0; j < 6; ++j) {
+            const bool there = (i < 5 || t + 1 < rows) && (j < 5 || u + 1 < columns);
+            const ProductPlace place(i % 5, j % 5, tiles, C);
+            const int64_t from = tile + (i < 5 ? 0 : columns) + (j < 5 ? 0 : 1);
+            parts[i][j].set(there, products + place.start + from * place.stride);
+          }
+        }
+        for (int64_t c = 0; c < C; c += M::lanes) {
+          const int64_t count = C - c;
+          V across[6][4];  // [product along the height][output along the width]
+          DAFL_UNROLL
+          for (int i = 0; i < 6; ++i) {
+            V in[6];
+            DAFL_UNROLL
+            for (int j = 0; j < 6; ++j) in[j] = parts[i][j].get(c, count);
+            DAFL_UNROLL
+            for (int k = 0; k < 4; ++k) across[i][k] = in[first[k]] + in[second[k]];
+          }
+          DAFL_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            if (4 * t + k >= H) break;
+            DAFL_UNROLL
+            for (int l = 0; l < 4; ++l) {
+              if (4 * u + l >= W) break;
+              M::put(y + ((4 * t + k) * W + 4 * u + l) * C + c,
+                     across[first[k]][l] + across[second[k]][l], count);
             }
           }
         }
@@ -129,57 +189,48 @@ void interleave(const Upsample& a, const void* ss_, const void* sd_, const void*
 }
 
 template <class M>
-void interleave_adjoint(const Upsample& a, const void* y_, void* ss_, void* sd_, void* ds_,
-                        void* dd_) {
+void interleave_adjoint(const Upsample& a, const void* y_, void* products_) {
   using T = typename M::T;
   using V = typename M::V;
-  const T* y = static_cast<const T*>(y_);
-  T *ss = static_cast<T*>(ss_), *sd = static_cast<T*>(sd_);
-  T *ds = static_cast<T*>(ds_), *dd = static_cast<T*>(dd_);
-  const int64_t H = a.H, W = a.W, bytes = a.C * sizeof(T);
+  const int64_t H = 2 * a.H, W = 2 * a.W, C = a.C, tiles = a.tiles();
+  T* products = static_cast<T*>(products_);
+  int64_t tile = 0;
   for (int64_t n = 0; n < a.images; ++n) {
-    for (int64_t i = 0; i < H; ++i) {
-      for (int64_t j = 0; j < W; ++j) {
-        const Parts at(a, n, i, j);
-        for (int64_t c = 0; c < a.C; c += M::lanes) {
-          const int64_t count = a.C - c;
-          V g[2][2];
-          DAFL_UNROLL
-          for (int p = 0; p < 2; ++p) {
-            DAFL_UNROLL
-            for (int q = 0; q < 2; ++q) {
-              g[p][q] = M::get(y + at.y[p][q] + c, count);
-              M::put(dd + at.dd[p][q] + c, g[p][q], count);
-            }
-            M::put(ds + at.ds[p] + c, g[p][0] + g[p][1], count);
+    const T* y = static_cast<const T*>(y_) + n * H * W * C;
+    for (int64_t t = 0; t < a.tile_rows(); ++t) {
+      for (int64_t u = 0; u < a.tile_columns(); ++u, ++tile) {
+        Pixel<M> patch[5][5];
+        T* to[5][5];
+        for (int i = 0; i < 5; ++i) {
+          for (int j = 0; j < 5; ++j) {
+            const int64_t row = 4 * t + i - 1, column = 4 * u + j - 1;
+            const bool there = row >= 0 && row < H && column >= 0 && column < W;
+            patch[i][j].set(there, y + (row * W + column) * C);
+            const ProductPlace place(i, j, tiles, C);
+            to[i][j] = products + place.start + tile * place.stride;
           }
-          const V columns[2] = {g[0][0] + g[1][0], g[0][1] + g[1][1]};
-          M::put(sd + at.sd[0] + c, columns[0], count);
-          M::put(sd + at.sd[1] + c, columns[1], count);
-          M::put(ss + at.ss + c, columns[0] + columns[1], count);
         }
-      }
-    }
-    // The places at the far border that no pixel has.
-    for (int q = 0; q < 2; ++q) {
-      const int64_t far_column = q == 0 ? W : 0, far_row = q == 0 ? H : 0;
-      for (int64_t i = 0; i < H; ++i) {
-        T* place = sd + (((n * H + i) * (W + 1) + far_column) * 2 + q) * a.C;
-        __builtin_memset(place, 0, bytes);
-      }
-      for (int64_t j = 0; j < W; ++j) {
-        T* place = ds + (((n * (H + 1) + far_row) * W + j) * 2 + q) * a.C;
-        __builtin_memset(place, 0, bytes);
-      }
-      for (int p = 0; p < 2; ++p) {
-        const int64_t last_row = p == 0 ? H : 0;
-        for (int64_t i = 0; i <= H; ++i) {
-          T* place = dd + (((n * (H + 1) + i) * (W + 1) + far_column) * 4 + 2 * p + q) * a.C;
-          __builtin_memset(place, 0, bytes);
-        }
-        for (int64_t j = 0; j <= W; ++j) {
-          T* place = dd + (((n * (H + 1) + last_row) * (W + 1) + j) * 4 + 2 * p + q) * a.C;
-          __builtin_memset(place, 0, bytes);
+        for (int64_t c = 0; c < C; c += M::lanes) {
+          const int64_t count = C - c;
+          V across[5][5];  // [output 4t - 1 + i along the height][product along the width]
+          DAFL_UNROLL
+          for (int i = 0; i < 5; ++i) {
+            V in[5];
+            DAFL_UNROLL
+            for (int j = 0; j < 5; ++j) in[j] = patch[i][j].get(c, count);
+            across[i][0] = (in[0] + in[1]) + (in[2] + in[3]);
+            across[i][1] = in[1];
+            across[i][2] = in[4];
+            across[i][3] = in[3];
+            across[i][4] = in[2];
+          }
+          DAFL_UNROLL
+          for (int j = 0; j < 5; ++j) {
+            const V sums[5] = {(across[0][j] + across[1][j]) + (across[2][j] + across[3][j]),
+                               across[1][j], across[4][j], across[3][j], across[2][j]};
+            DAFL_UNROLL
+            for (int i = 0; i < 5; ++i) M::put(to[i][j] + c, sums[i], count);
+          }
         }
       }
     }
@@ -692,21 +743,27 @@ int64_t conv_pool_scratch(const ConvPool& a) {
 }
 
 template <class M>
-constexpr LayerKernels table() {
+constexpr LayerKernels table_of() {
   return {differences<M>,       differences_adjoint<M>, interleave<M>,        interleave_adjoint<M>,
           moments<M>,           norm_activation<M>,     norm_sums<M>,         norm_gradient<M>,
           sum_shifted<M>,       shift_apart<M>,         conv_pool_scratch<M>, conv_pool<M>,
           conv_pool_gradient<M>};
 }
 
+template <class Memory>
+constexpr LayerKernels table() {
+  return table_of<Access<Memory>>();
+}
+
 }  // namespace
 
-extern const LayerKernels f32_layers, bf16_layers, f16_layers;
-const LayerKernels f32_layers = table<MemoryF32>();
+extern const LayerKernels f32_layers, bf16_layers, f16_layers, f64_layers;
 const LayerKernels bf16_layers = table<MemoryBf16>();
+#ifndef DAFL_AVX512_BF16  // which has nothing for others
+const LayerKernels f32_layers = table<MemoryF32>();
 const LayerKernels f16_layers = table<MemoryF16>();
+#endif
 #ifdef DAFL_WITH_F64
-extern const LayerKernels f64_layers;
 const LayerKernels f64_layers = table<MemoryF64>();
 #endif
 

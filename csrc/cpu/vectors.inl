@@ -139,26 +139,43 @@ DAFL_HD void store(void* to, T value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
+// Out of line, because rows seldom end within a vector and callers have many accesses.
 template <class Memory>
-struct Access {
-  template <class T>
-  static DAFL_HD auto get(const T* from, int64_t count) {
-    if (count >= Memory::lanes) return Memory::decode(from);
-    T part[Memory::lanes] = {};
-    for (int64_t i = 0; i < count; ++i) part[i] = from[i];
-    return Memory::decode(part);
+__attribute__((noinline)) typename Memory::V get_part(const typename Memory::T* from,
+                                                      int64_t count) {
+  typename Memory::T part[Memory::lanes] = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = from[i];
+  return Memory::decode(part);
+}
+
+template <class Memory>
+__attribute__((noinline)) void put_part(typename Memory::T* to, typename Memory::V value,
+                                        int64_t count) {
+  typename Memory::T part[Memory::lanes];
+  Memory::encode(part, value);
+  for (int64_t i = 0; i < count; ++i) to[i] = part[i];
+}
+
+template <class Memory>
+struct Access : Memory {
+  using typename Memory::T;
+  using typename Memory::V;
+
+  static DAFL_HD V get(const T* from, int64_t count) {
+    return __builtin_expect(count >= Memory::lanes, 1) ? Memory::decode(from)
+                                                       : get_part<Memory>(from, count);
   }
 
-  template <class T, class V>
   static DAFL_HD void put(T* to, V value, int64_t count) {
-    if (count >= Memory::lanes) return Memory::encode(to, value);
-    T part[Memory::lanes];
-    Memory::encode(part, value);
-    for (int64_t i = 0; i < count; ++i) to[i] = part[i];
+    if (__builtin_expect(count >= Memory::lanes, 1)) {
+      Memory::encode(to, value);
+    } else {
+      put_part<Memory>(to, value, count);
+    }
   }
 };
 
-struct MemoryF32 : Access<MemoryF32> {
+struct MemoryF32 {
   using T = float;
   using S = float;
   using V = F32;
@@ -168,22 +185,22 @@ struct MemoryF32 : Access<MemoryF32> {
   static DAFL_HD void encode(T* to, V value) { store(to, value); }
 };
 
-struct MemoryBf16 : MemoryF32, Access<MemoryBf16> {
+struct MemoryBf16 : MemoryF32 {
   using T = uint16_t;
-  using Access<MemoryBf16>::get;
-  using Access<MemoryBf16>::put;
   static DAFL_HD V decode(const T* from) {
     return decode_bf16<F32>(__builtin_convertvector(load<U16>(from), U32));
   }
   static DAFL_HD void encode(T* to, V value) {
+#ifdef DAFL_AVX512_BF16
+    store(to, _mm512_cvtneps_pbh(value));
+#else
     store(to, __builtin_convertvector((encode_bf16<F32, U32>(value)), U16));
+#endif
   }
 };
 
-struct MemoryF16 : MemoryF32, Access<MemoryF16> {
+struct MemoryF16 : MemoryF32 {
   using T = uint16_t;
-  using Access<MemoryF16>::get;
-  using Access<MemoryF16>::put;
   static DAFL_HD V decode(const T* from) {
     return decode_f16<F32>(__builtin_convertvector(load<U16>(from), U32));
   }
@@ -193,7 +210,7 @@ struct MemoryF16 : MemoryF32, Access<MemoryF16> {
 };
 
 #ifdef DAFL_WITH_F64
-struct MemoryF64 : Access<MemoryF64> {
+struct MemoryF64 {
   using T = double;
   using S = double;
   using V = F64;
