@@ -15,33 +15,37 @@ namespace dafl {
 
 using at::Tensor;
 
-// Nearest x2 upsampling, then convolution with padding 1: [N, 2H, 2W, Co] as channels_last.
-Tensor upsample_conv(const Tensor& x,        // [N, Ci, H, W]
-                     const Tensor& weight);  // [Co, Ci, 3, 3]
+// Nearest x2 upsampling, then convolution with padding 1: y [N, Co, 2H, 2W] as channels_last, and
+// the mean [Co] and biased variance [Co] of y in statistics dtype, which have no gradient.
+std::tuple<Tensor, Tensor, Tensor> upsample_conv(const Tensor& x,        // [N, Ci, H, W]
+                                                 const Tensor& weight);  // [Co, Ci, 3, 3]
 // grad_x, grad_weight
 std::tuple<Tensor, Tensor> upsample_conv_backward(const Tensor& grad,  // [N, Co, 2H, 2W]
                                                   const Tensor& x, const Tensor& weight);
 
-// BatchNorm with the batch's statistics, then LeakyReLU (none with slope 1): y as channels_last,
-// and mean [C] and biased variance [C] in statistics dtype, which have no gradient.
-std::tuple<Tensor, Tensor, Tensor> norm_activation(const Tensor& x,       // [N, C, H, W]
-                                                   const Tensor& weight,  // [C]
-                                                   const Tensor& bias,    // [C]
-                                                   double eps, double slope);
+// BatchNorm with the batch's statistics, then LeakyReLU (none with slope 1): y as channels_last.
+// Mean and variance are those of x (operator `moments`, or what upsample_conv returned), and the
+// gradient to x is that through them, too.
+Tensor norm_activation(const Tensor& x,                             // [N, C, H, W]
+                       const Tensor& mean, const Tensor& variance,  // [C], statistics dtype
+                       const Tensor& weight, const Tensor& bias,    // [C]
+                       double eps, double slope);
 // grad_x, grad_weight, grad_bias
-std::tuple<Tensor, Tensor, Tensor> norm_activation_backward(const Tensor& grad, const Tensor& x,
-                                                            const Tensor& weight,
-                                                            const Tensor& bias, const Tensor& mean,
-                                                            const Tensor& variance, double eps,
-                                                            double slope);
+std::tuple<Tensor, Tensor, Tensor> norm_activation_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& variance,
+    const Tensor& weight, const Tensor& bias, double eps, double slope);
 
-// Convolution with padding 1 to few channels: [N, Co, H, W].
-Tensor image_conv(const Tensor& x,       // [N, Ci, H, W]
-                  const Tensor& weight,  // [Co, Ci, 3, 3]
-                  const Tensor& bias);   // [Co]
-// grad_x, grad_weight, grad_bias
-std::tuple<Tensor, Tensor, Tensor> image_conv_backward(const Tensor& grad, const Tensor& x,
-                                                       const Tensor& weight, const Tensor& bias);
+// The same, then convolution with padding 1 to few channels: [N, Co, H, W].
+Tensor norm_image_conv(const Tensor& x,                                     // [N, Ci, H, W]
+                       const Tensor& mean, const Tensor& variance,          // [Ci]
+                       const Tensor& norm_weight, const Tensor& norm_bias,  // [Ci]
+                       double eps, double slope, const Tensor& weight,      // [Co, Ci, 3, 3]
+                       const Tensor& bias);                                 // [Co]
+// grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_image_conv_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& variance,
+    const Tensor& norm_weight, const Tensor& norm_bias, double eps, double slope,
+    const Tensor& weight, const Tensor& bias);
 
 // Convolution without padding, 2x2 max pooling, ReLU: [N, Co, (H - 4) / 2, (W - 4) / 2], and where
 // each maximum came from (uint8, in an order of the kernels' own).

@@ -16,7 +16,7 @@
 // Neither the upsampled image nor, for more than a few images at a time, data and products exist:
 // the work is cut into pieces that stay in the caches. Data are computed again in the backward
 // pass.
-#include "layers_shared.h"
+#include "norm.h"
 
 namespace dafl {
 namespace {
@@ -98,22 +98,31 @@ int64_t images_at_a_time(int64_t N, int64_t H, int64_t W, int64_t channels) {
   return (N + pieces - 1) / pieces;
 }
 
-void check(const Tensor& x, const Tensor& weight) { check_weight(x, weight, 3); }
-
-Tensor allocate(const Tensor& x, const Tensor& weight) {
-  return empty_activations(
-      x, {x.sym_size(0), weight.sym_size(0), x.sym_size(2) * 2, x.sym_size(3) * 2}, kChannelsLast);
+std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& x, const Tensor& weight) {
+  check_weight(x, weight, 3);
+  const c10::SymInt Co = weight.sym_size(0);
+  return {empty_activations(x, {x.sym_size(0), Co, x.sym_size(2) * 2, x.sym_size(3) * 2},
+                            kChannelsLast),
+          empty(x, {Co}, stats_dtype(x)), empty(x, {Co}, stats_dtype(x))};
 }
 
-Tensor forward_cpu(const Tensor& x_, const Tensor& weight) {
-  check(x_, weight);
-  Tensor x = x_.contiguous(kChannelsLast), y = allocate(x, weight);
+std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& x_, const Tensor& weight) {
+  auto results = forward_meta(x_, weight);
+  const auto& [y, mean, variance] = results;
+  const Tensor x = x_.contiguous(kChannelsLast);
   const int64_t N = x.size(0), Ci = x.size(1), H = x.size(2), W = x.size(3), Co = weight.size(0);
-  if (y.numel() == 0) return y;
+  if (y.numel() == 0) {
+    mean.zero_();
+    variance.zero_();
+    return results;
+  }
   const Tensor factors = factors_of(weight, stats_dtype(x), x.scalar_type());
   const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
+  const int64_t most = images_at_a_time(N, H, W, Ci + Co);
+  Moments moments(N * 4 * H * W, most * 4 * H * W, Co);
+  char* out_pixels = offset<char>(y, 0);
 
-  for_pieces(N, images_at_a_time(N, H, W, Ci + Co), [&](int64_t, int64_t begin, int64_t images) {
+  for_pieces(N, most, [&](int64_t piece, int64_t begin, int64_t images) {
     const cpu::Upsample in{images, H, W, Ci}, out{images, H, W, Co};
     const int64_t tiles = in.tiles();
     Tensor data = at::empty({16 * tiles * Ci}, x.options());
@@ -123,14 +132,17 @@ Tensor forward_cpu(const Tensor& x_, const Tensor& weight) {
       Tensor product = kind.among(products, tiles, Co);
       at::mm_out(product, kind.data(data, tiles, Ci), kind.among(factors, Ci, Co));
     });
-    kernels.interleave(out, products.const_data_ptr(), offset<char>(y, begin * 4 * H * W * Co));
+    char* outputs = out_pixels + begin * 4 * H * W * Co * x.element_size();
+    kernels.interleave(out, products.const_data_ptr(), outputs);
+    moments.take(piece, outputs, images * 4 * H * W, kernels, x.element_size());
   });
-  return y;
+  moments.write(mean, variance);
+  return results;
 }
 
 std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_, const Tensor& x_,
                                         const Tensor& weight) {
-  check(x_, weight);
+  check_weight(x_, weight, 3);
   const ScalarType compute = stats_dtype(x_);
   Tensor x = x_.contiguous(kChannelsLast), grad = dense(grad_, x.scalar_type(), kChannelsLast);
   Tensor grad_x = at::empty_like(x, x.options(), kChannelsLast);
@@ -169,21 +181,18 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_, const Tensor& x_,
   return {grad_x, factors_adjoint(sums.sum(0), weight)};
 }
 
-Tensor forward_meta(const Tensor& x, const Tensor& weight) {
-  check(x, weight);
-  return allocate(x, weight);
-}
-
 std::tuple<Tensor, Tensor> backward_meta(const Tensor&, const Tensor& x, const Tensor& weight) {
   return {empty_activations(x, x.sym_sizes(), kChannelsLast), at::empty_like(weight)};
 }
 
 struct Function : torch::autograd::Function<Function> {
-  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x,
-                        const Tensor& weight) {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context,
+                                                const Tensor& x, const Tensor& weight) {
     at::AutoDispatchBelowADInplaceOrView below;
     context->save_for_backward({x, weight});
-    return upsample_conv(x, weight);
+    auto [y, mean, variance] = upsample_conv(x, weight);
+    context->mark_non_differentiable({mean, variance});
+    return {y, mean, variance};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
@@ -194,13 +203,14 @@ struct Function : torch::autograd::Function<Function> {
   }
 };
 
-Tensor forward_autograd(const Tensor& x, const Tensor& weight) {
-  return Function::apply(x, weight);
+std::tuple<Tensor, Tensor, Tensor> forward_autograd(const Tensor& x, const Tensor& weight) {
+  auto results = Function::apply(x, weight);
+  return {results[0], results[1], results[2]};
 }
 
 }  // namespace
 
-Tensor upsample_conv(const Tensor& x, const Tensor& weight) {
+std::tuple<Tensor, Tensor, Tensor> upsample_conv(const Tensor& x, const Tensor& weight) {
   static auto op = operator_handle<decltype(upsample_conv)>("dafl_fast::upsample_conv");
   return op.call(x, weight);
 }

@@ -22,7 +22,7 @@ struct Upsample {
   int64_t tiles() const { return images * tile_rows() * tile_columns(); }
 };
 
-// BatchNorm with batch statistics, then LeakyReLU, over [rows, C]: see ../norm_activation.cpp.
+// BatchNorm with batch statistics, then LeakyReLU, over [rows, C]: see ../norm.h.
 // Per channel, in the compute type: the normalised value is scale * x + shift.
 struct NormActivation {
   int64_t rows, C;
@@ -31,7 +31,7 @@ struct NormActivation {
   double slope;
 };
 
-// 3x3 convolution with padding 1 to few channels: see ../image_conv.cpp.
+// 3x3 convolution with padding 1 to few channels: see ../norm_image_conv.cpp.
 struct ImageConv {
   int64_t images, H, W, C;  // C: output channels
 };

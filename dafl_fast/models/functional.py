@@ -15,61 +15,55 @@ from torch import Tensor, nn
 _OPS = torch.ops.dafl_fast
 
 
-def upsample_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Nearest x2 upsampling, then `conv` (3x3, padding 1) without its bias.
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """`norm` of x [N, C, H, W]."""
+    if not _takes_batch_statistics(norm, x):
+        return norm(x)
+    x = _autocast(x)
+    mean, variance = _OPS.moments(x.detach())
+    _update_running(norm, x, mean, variance)
+    return _OPS.norm_activation(x, mean, variance, norm.weight, norm.bias, norm.eps, 1.0)
 
-    x is [N, in_channels, H, W]; the result [N, out_channels, 2H, 2W]. Each output pixel sees only
-    2x2 distinct pixels of x. On a CPU that leaves 9 multiply-adds per pixel of x and channel pair
-    (csrc/upsample_conv.cpp); elsewhere the pair is one stride-2 transposed convolution, whose 4x4
-    kernel holds sums of the 3x3's taps, with 16. The two layers as published take 36.
+
+def upsample_stage(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+    slope: float,
+    to_image: nn.Conv2d | None = None,
+) -> Tensor:
+    """Nearest x2 upsampling, `conv`, `norm`, LeakyReLU with `slope`, then `to_image` if given.
+
+    Convolutions are 3x3 with padding 1. x is [N, in_channels, H, W]; the result has twice its
+    height and width. What is spared:
+
+    * the upsampled image, since each output pixel sees only 2x2 distinct pixels of x: on a CPU
+      6.25 multiply-adds per pixel of x and channel pair (csrc/upsample_conv.cpp), elsewhere one
+      stride-2 transposed convolution with 16, instead of 36;
+    * `conv`'s bias while training: `norm` subtracts it again, so its gradient is zero and all that
+      it does is shift the running mean;
+    * on a CPU, most passes over memory: csrc/norm_activation.cpp, csrc/norm_image_conv.cpp.
     """
     if x.device.type == "cpu":
-        return _OPS.upsample_conv(_autocast(x), conv.weight)
-    # Along one axis: kernel4[j] = w[2 - j] + w[3 - j], taking taps outside 0..2 as zero.
-    w = F.pad(conv.weight, (1, 1, 1, 1))
-    w = w[..., 1:, :] + w[..., :-1, :]
-    w = w[..., 1:] + w[..., :-1]
-    kernel = w.flip(2, 3).transpose(0, 1).contiguous()
-    return F.conv_transpose2d(x, kernel, None, stride=2, padding=1)
-
-
-def norm_activation(x: Tensor, norm: nn.BatchNorm2d, slope: float, bias: Tensor | None) -> Tensor:
-    """Adds `bias` per channel, then `norm`, then LeakyReLU with `slope` (1: none).
-
-    x is [N, C, H, W]. While `norm` takes the batch's statistics it subtracts the bias again, so
-    that then the bias has no gradient and all that it does is shift the running mean.
-    """
-    if not norm.training:
-        x = x if bias is None else x + bias.to(x.dtype).view(1, -1, 1, 1)
-        return F.leaky_relu(norm(x), slope)
-    mean, variance, momentum = norm.running_mean, norm.running_var, norm.momentum
-    assert mean is not None and variance is not None and momentum is not None
-    count = x.numel() // max(x.shape[1], 1)
-    # A subclass may want other statistics (of several processes), and torch refuses one value.
-    if type(norm) is nn.BatchNorm2d and x.device.type == "cpu" and norm.affine and count > 1:
-        y, batch_mean, batch_variance = _OPS.norm_activation(
-            _autocast(x), norm.weight, norm.bias, norm.eps, slope
-        )
-        with torch.no_grad():
-            if bias is not None:
-                batch_mean = batch_mean + bias
-            mean.lerp_(batch_mean.to(mean.dtype), momentum)
-            variance.lerp_(batch_variance.to(variance.dtype) * (count / (count - 1)), momentum)
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-        return y
-    if bias is not None:
+        y, mean, variance = _OPS.upsample_conv(_autocast(x), conv.weight)
+    else:
+        y = _upsample_by_transposed_conv(x, conv.weight)
+    if _takes_batch_statistics(norm, y):
+        _update_running(norm, y, mean, variance, conv.bias)
+        operands = (y, mean, variance, norm.weight, norm.bias, norm.eps, slope)
+        if to_image is None:
+            return _OPS.norm_activation(*operands)
+        return _OPS.norm_image_conv(*operands, to_image.weight, to_image.bias)
+    bias, running = conv.bias, norm.running_mean
+    assert bias is not None
+    if norm.training and running is not None and norm.momentum is not None:
         # Added before BatchNorm decays the running mean by (1 - m), so that m * bias remains.
         with torch.no_grad():
-            mean.add_(bias, alpha=momentum / (1 - momentum))
-    return F.leaky_relu(norm(x), slope, inplace=True)
-
-
-def image_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """`conv` (3x3, padding 1) from many channels to an image's few: [N, C, H, W] alike."""
-    if x.device.type == "cpu":
-        return _OPS.image_conv(_autocast(x), conv.weight, conv.bias)
-    return conv(x)
+            running.add_(bias, alpha=norm.momentum / (1 - norm.momentum))
+    else:
+        y = y + bias.to(y.dtype).view(1, -1, 1, 1)
+    y = F.leaky_relu(norm(y), slope, inplace=True)
+    return y if to_image is None else to_image(y)
 
 
 def conv_pool(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -86,6 +80,45 @@ def conv_pool(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def whole_image_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """`conv` where its kernel is as large as the image, a linear layer: [N, out_channels]."""
     return F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)
+
+
+def _upsample_by_transposed_conv(x: Tensor, weight: Tensor) -> Tensor:
+    # Along one axis: kernel4[j] = w[2 - j] + w[3 - j], taking taps outside 0..2 as zero.
+    w = F.pad(weight, (1, 1, 1, 1))
+    w = w[..., 1:, :] + w[..., :-1, :]
+    w = w[..., 1:] + w[..., :-1]
+    kernel = w.flip(2, 3).transpose(0, 1).contiguous()
+    return F.conv_transpose2d(x, kernel, None, stride=2, padding=1)
+
+
+def _takes_batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> bool:
+    """Whether the operators compute what `norm` would. A subclass may want other statistics (of
+    several processes), and torch refuses a batch with one value per channel."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and x.device.type == "cpu"
+        and x.numel() > x.shape[1]
+    )
+
+
+@torch.no_grad()
+def _update_running(
+    norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: Tensor, bias: Tensor | None = None
+) -> None:
+    """What `norm` does to its buffers when it sees x + bias, mean and biased variance being x's."""
+    running_mean, running_var = norm.running_mean, norm.running_var
+    assert running_mean is not None and running_var is not None and norm.momentum is not None
+    assert norm.num_batches_tracked is not None
+    if bias is not None:
+        mean = mean + bias
+    count = x.numel() // x.shape[1]
+    running_mean.lerp_(mean.to(running_mean.dtype), norm.momentum)
+    running_var.lerp_(variance.to(running_var.dtype) * (count / (count - 1)), norm.momentum)
+    norm.num_batches_tracked.add_(1)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ Linear -> BN -> [x2 nearest, Conv3x3, BN(eps 0.8), LeakyReLU 0.2] twice -> Conv3
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .functional import image_conv, norm_activation, upsample_conv
+from .functional import batch_norm, upsample_stage
 
 # The released code writes `BatchNorm2d(128, 0.8)`, whose second argument is eps, not momentum.
 # It was an accident, but the published results were obtained with it, so it is kept and named.
@@ -73,15 +75,15 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.l1(z).view(-1, self._width, self._start, self._start)
-        conv1, norm1, act1 = self.conv_blocks1
-        conv2, norm2, act2, to_image, *last = self.conv_blocks2
-        assert isinstance(conv1.weight, Tensor)
+        # Sequential's elements are plain modules to a type checker.
+        blocks: list[list[Any]] = [
+            list(b) for b in (self.conv_blocks0, self.conv_blocks1, self.conv_blocks2)
+        ]
+        (norm0,), (conv1, norm1, act1), (conv2, norm2, act2, to_image, *last) = blocks
         if conv1.weight.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
-        x = norm_activation(x, self.conv_blocks0[0], 1.0, None)
-        x = norm_activation(upsample_conv(x, conv1), norm1, act1.negative_slope, conv1.bias)
-        x = norm_activation(upsample_conv(x, conv2), norm2, act2.negative_slope, conv2.bias)
-        x = image_conv(x, to_image)
+        x = upsample_stage(batch_norm(x, norm0), conv1, norm1, act1.negative_slope)
+        x = upsample_stage(x, conv2, norm2, act2.negative_slope, to_image)
         for layer in last:
             x = layer(x)
         return x
