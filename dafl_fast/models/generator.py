@@ -25,12 +25,16 @@ class Generator(nn.Module):
     mean and unit variance: images are in the units of *normalised* data, whatever the teacher's
     data were.
 
+    Two stages double the image's size, as published. Larger images get more of the first kind in
+    front, so that the linear layer makes 8x8 pixels or fewer where the size can be halved that
+    often: three stages for 64, four for 96, five for 224.
+
     Args:
         latent_dim: length of z.
         image_size: height and width, a multiple of 4.
         channels: image channels, 1 to 4.
-        width: channels of the first two stages (published: 128); the last stage has half.
-        bn_eps: eps of the two inner BatchNorms; see `PUBLISHED_BN_EPS`.
+        width: channels of all stages but the last (published: 128), which has half.
+        bn_eps: eps of the stages' BatchNorms; see `PUBLISHED_BN_EPS`.
 
     Raises:
         ValueError: a size that the architecture cannot take.
@@ -55,15 +59,22 @@ class Generator(nn.Module):
             )
         self.latent_dim = latent_dim
         self.image_shape = (channels, image_size, image_size)
-        self._width, self._start = width, image_size // 4
+        self._width, self._start, more = width, image_size // 4, 0
+        while self._start > 8 and self._start % 2 == 0:
+            self._start, more = self._start // 2, more + 1
         # Layers, numbering and names are those of the published code, so its checkpoints load.
         self.l1 = nn.Sequential(nn.Linear(latent_dim, width * self._start**2))
         self.conv_blocks0 = nn.Sequential(nn.BatchNorm2d(width))
-        self.conv_blocks1 = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width, eps=bn_eps),
-            nn.LeakyReLU(0.2),
-        )
+        stages = [
+            nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.BatchNorm2d(width, eps=bn_eps),
+                nn.LeakyReLU(0.2),
+            )
+            for _ in range(more + 1)
+        ]
+        self.more_blocks = nn.ModuleList(stages[:more])
+        self.conv_blocks1 = stages[more]
         self.conv_blocks2 = nn.Sequential(
             nn.Conv2d(width, width // 2, 3, padding=1),
             nn.BatchNorm2d(width // 2, eps=bn_eps),
@@ -76,13 +87,15 @@ class Generator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.l1(z).view(-1, self._width, self._start, self._start)
         # Sequential's elements are plain modules to a type checker.
-        blocks: list[list[Any]] = [
-            list(b) for b in (self.conv_blocks0, self.conv_blocks1, self.conv_blocks2)
-        ]
-        (norm0,), (conv1, norm1, act1), (conv2, norm2, act2, to_image, *last) = blocks
-        if conv1.weight.is_contiguous(memory_format=torch.channels_last):
+        first: list[list[Any]] = [list(block) for block in (*self.more_blocks, self.conv_blocks1)]
+        (norm0,), (conv2, norm2, act2, to_image, *last) = (
+            list[Any](block) for block in (self.conv_blocks0, self.conv_blocks2)
+        )
+        if conv2.weight.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
-        x = upsample_stage(batch_norm(x, norm0), conv1, norm1, act1.negative_slope)
+        x = batch_norm(x, norm0)
+        for conv, norm, activation in first:
+            x = upsample_stage(x, conv, norm, activation.negative_slope)
         x = upsample_stage(x, conv2, norm2, act2.negative_slope, to_image)
         for layer in last:
             x = layer(x)
