@@ -97,6 +97,24 @@ TORCH_LIBRARY(dafl_fast, m) {
       "(Tensor generator_total, Tensor one_hot_part, Tensor entropy_part, Tensor activation_part, "
       "Tensor distill_total, Tensor kl, Tensor agreement, Tensor grad_teacher, "
       "Tensor grad_features, Tensor grad_student)");
+
+  // The layers, for CPU tensors: their files register the kernels.
+  m.def("upsample_conv(Tensor x, Tensor weight) -> Tensor");
+  m.def("upsample_conv_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)");
+  m.def(
+      "norm_activation(Tensor x, Tensor weight, Tensor bias, float eps, float slope) -> "
+      "(Tensor y, Tensor mean, Tensor variance)");
+  m.def(
+      "norm_activation_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, "
+      "Tensor variance, float eps, float slope) -> (Tensor, Tensor, Tensor)");
+  m.def("image_conv(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def(
+      "image_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("conv_pool(Tensor x, Tensor weight, Tensor bias) -> (Tensor y, Tensor index)");
+  m.def(
+      "conv_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor index, "
+      "bool want_input, bool want_weight) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) {
@@ -105,6 +123,10 @@ TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) {
   m.impl("generator_loss_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("distill_loss_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("dafl_losses", torch::autograd::autogradNotImplementedFallback());
+  for (const char* name : {"upsample_conv_backward", "norm_activation_backward",
+                           "image_conv_backward", "conv_pool_backward"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {

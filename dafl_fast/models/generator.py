@@ -7,44 +7,13 @@ Linear -> BN -> [x2 nearest, Conv3x3, BN(eps 0.8), LeakyReLU 0.2] twice -> Conv3
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .functional import image_conv, norm_activation, upsample_conv
 
 # The released code writes `BatchNorm2d(128, 0.8)`, whose second argument is eps, not momentum.
 # It was an accident, but the published results were obtained with it, so it is kept and named.
 PUBLISHED_BN_EPS = 0.8
-
-
-def upsample_stage(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
-    """Nearest x2 upsampling, `conv` (3x3, padding 1), `norm`, LeakyReLU(0.2), without waste.
-
-    The same values as those four layers one after the other. What is spared:
-
-    * the upsampled image: each output pixel of "upsample, then 3x3" sees only 2x2 distinct input
-      pixels, so the pair equals one stride-2 transposed convolution whose 4x4 kernel holds sums of
-      the 3x3's taps: 4 multiply-adds per output and channel pair instead of 9;
-    * the convolution's bias while training: BatchNorm subtracts it again, so its gradient is zero
-      and all that it does is shift the running mean.
-
-    x is [N, in_channels, H, W]; the result [N, out_channels, 2H, 2W].
-    """
-    assert isinstance(conv, nn.Conv2d)
-    assert isinstance(norm, nn.BatchNorm2d)
-    # Along one axis: kernel4[j] = w[2 - j] + w[3 - j], taking taps outside 0..2 as zero.
-    w = F.pad(conv.weight, (1, 1, 1, 1))
-    w = w[..., 1:, :] + w[..., :-1, :]
-    w = w[..., 1:] + w[..., :-1]
-    kernel = w.flip(2, 3).transpose(0, 1).contiguous()
-    bias, mean, momentum = conv.bias, norm.running_mean, norm.momentum
-    assert bias is not None and mean is not None and momentum is not None
-    if norm.training:
-        # Added before BatchNorm decays the running mean by (1 - m), so that m * bias remains.
-        with torch.no_grad():
-            mean.add_(bias, alpha=momentum / (1 - momentum))
-        bias = None
-    return F.leaky_relu(
-        norm(F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)), 0.2, inplace=True
-    )
 
 
 class Generator(nn.Module):
@@ -104,14 +73,16 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.l1(z).view(-1, self._width, self._start, self._start)
-        conv1, norm1, _ = self.conv_blocks1
-        conv2, norm2, _, *to_image = self.conv_blocks2
+        conv1, norm1, act1 = self.conv_blocks1
+        conv2, norm2, act2, to_image, *last = self.conv_blocks2
         assert isinstance(conv1.weight, Tensor)
         if conv1.weight.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
-        x = upsample_stage(self.conv_blocks0(x), conv1, norm1)
-        x = upsample_stage(x, conv2, norm2)
-        for layer in to_image:
+        x = norm_activation(x, self.conv_blocks0[0], 1.0, None)
+        x = norm_activation(upsample_conv(x, conv1), norm1, act1.negative_slope, conv1.bias)
+        x = norm_activation(upsample_conv(x, conv2), norm2, act2.negative_slope, conv2.bias)
+        x = image_conv(x, to_image)
+        for layer in last:
             x = layer(x)
         return x
 

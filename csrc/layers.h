@@ -1,0 +1,57 @@
+// Layers of the networks as operators of dafl_fast, computed on the CPU with less work and fewer
+// passes over memory than layer by layer; the same values up to rounding.
+//
+// Activations x are fp32, bf16, fp16 or fp64. Parameters are of any of these types: they are
+// rounded to the activations' dtype where matrices are multiplied, and their gradients have their
+// own dtype. "Statistics dtype" is fp32, or fp64 where x is. There is no second derivative. Results
+// do not depend on the number of threads.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+namespace dafl {
+
+using at::Tensor;
+
+// Nearest x2 upsampling, then convolution with padding 1: [N, 2H, 2W, Co] as channels_last.
+Tensor upsample_conv(const Tensor& x,        // [N, Ci, H, W]
+                     const Tensor& weight);  // [Co, Ci, 3, 3]
+// grad_x, grad_weight
+std::tuple<Tensor, Tensor> upsample_conv_backward(const Tensor& grad,  // [N, Co, 2H, 2W]
+                                                  const Tensor& x, const Tensor& weight);
+
+// BatchNorm with the batch's statistics, then LeakyReLU (none with slope 1): y as channels_last,
+// and mean [C] and biased variance [C] in statistics dtype, which have no gradient.
+std::tuple<Tensor, Tensor, Tensor> norm_activation(const Tensor& x,       // [N, C, H, W]
+                                                   const Tensor& weight,  // [C]
+                                                   const Tensor& bias,    // [C]
+                                                   double eps, double slope);
+// grad_x, grad_weight, grad_bias
+std::tuple<Tensor, Tensor, Tensor> norm_activation_backward(const Tensor& grad, const Tensor& x,
+                                                            const Tensor& weight,
+                                                            const Tensor& bias, const Tensor& mean,
+                                                            const Tensor& variance, double eps,
+                                                            double slope);
+
+// Convolution with padding 1 to few channels: [N, Co, H, W].
+Tensor image_conv(const Tensor& x,       // [N, Ci, H, W]
+                  const Tensor& weight,  // [Co, Ci, 3, 3]
+                  const Tensor& bias);   // [Co]
+// grad_x, grad_weight, grad_bias
+std::tuple<Tensor, Tensor, Tensor> image_conv_backward(const Tensor& grad, const Tensor& x,
+                                                       const Tensor& weight, const Tensor& bias);
+
+// Convolution without padding, 2x2 max pooling, ReLU: [N, Co, (H - 4) / 2, (W - 4) / 2], and where
+// each maximum came from (uint8, in an order of the kernels' own).
+std::tuple<Tensor, Tensor> conv_pool(const Tensor& x,       // [N, Ci, H, W]
+                                     const Tensor& weight,  // [Co, Ci, 5, 5]
+                                     const Tensor& bias);   // [Co]
+// grad_x, grad_weight, grad_bias: [0] where not wanted
+std::tuple<Tensor, Tensor, Tensor> conv_pool_backward(const Tensor& grad, const Tensor& x,
+                                                      const Tensor& weight, const Tensor& bias,
+                                                      const Tensor& index, bool want_input,
+                                                      bool want_weight);
+
+}  // namespace dafl
