@@ -58,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_pool_backward(const Tensor& grad, const 
 // 3x3 convolution with padding 1, with 16 multiplications for 4 outputs instead of 36:
 // [N, Co, H, W] as channels_last. The factors are those of the weight for x's dtype where they are
 // known already, and computed otherwise.
-Tensor conv3x3(const Tensor& x,                   // [N, Ci, H, W]
-               const Tensor& weight,              // [Co, Ci, 3, 3]
+Tensor conv3x3(const Tensor& x,                    // [N, Ci, H, W]
+               const Tensor& weight,               // [Co, Ci, 3, 3]
                const std::optional<Tensor>& bias,  // [Co]
                const std::optional<Tensor>& forward_factors,
                const std::optional<Tensor>& backward_factors);

@@ -88,18 +88,18 @@ Tensor outputs_cpu(const Tensor& x_, const Tensor& factors, const std::optional<
   std::optional<Tensor> bias;
   if (bias_) bias = bias_->to(compute).contiguous();
   const int64_t count = tiles.count(), size = std::min(tiles_at_a_time(count), count);
-  at::parallel_for(0, size == 0 ? 0 : (count + size - 1) / size, 1, [&](int64_t piece,
-                                                                       int64_t last) {
-    at::AutoDispatchBelowADInplaceOrView below;  // threads of the pool do not inherit it
-    const Tensor data = scratch(16 * size * padded(kernels, Ci), x, dtype);
-    const Tensor products = scratch(16 * size * kernels.panel, x, compute);
-    for (; piece < last; ++piece) {
-      const int64_t begin = piece * size, end = std::min(begin + size, count);
-      kernels.inputs(tiles, Ci, x.const_data_ptr(), begin, end, data.data_ptr());
-      kernels.outputs(tiles, Ci, Co, data.const_data_ptr(), factors.const_data_ptr(),
-                      data_or_null(bias), begin, end, products.data_ptr(), y.data_ptr());
-    }
-  });
+  at::parallel_for(
+      0, size == 0 ? 0 : (count + size - 1) / size, 1, [&](int64_t piece, int64_t last) {
+        at::AutoDispatchBelowADInplaceOrView below;  // threads of the pool do not inherit it
+        const Tensor data = scratch(16 * size * padded(kernels, Ci), x, dtype);
+        const Tensor products = scratch(16 * size * kernels.panel, x, compute);
+        for (; piece < last; ++piece) {
+          const int64_t begin = piece * size, end = std::min(begin + size, count);
+          kernels.inputs(tiles, Ci, x.const_data_ptr(), begin, end, data.data_ptr());
+          kernels.outputs(tiles, Ci, Co, data.const_data_ptr(), factors.const_data_ptr(),
+                          data_or_null(bias), begin, end, products.data_ptr(), y.data_ptr());
+        }
+      });
   return y;
 }
 
@@ -159,9 +159,9 @@ void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
 Tensor compute(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& forward_factors, const std::optional<Tensor>&) {
   check(x, weight, bias);
-  const Tensor factors =
-      forward_factors ? *forward_factors
-                      : std::get<0>(conv3x3_factors(weight, x.scalar_type(), false));
+  const Tensor factors = forward_factors
+                             ? *forward_factors
+                             : std::get<0>(conv3x3_factors(weight, x.scalar_type(), false));
   return conv3x3_outputs(x, factors, bias, weight.sym_size(0));
 }
 
@@ -177,8 +177,7 @@ struct Function : torch::autograd::Function<Function> {
       to_outputs = *forward_factors;
       to_inputs = *backward_factors;
     } else {
-      std::tie(to_outputs, to_inputs) =
-          conv3x3_factors(weight, x.scalar_type(), x.requires_grad());
+      std::tie(to_outputs, to_inputs) = conv3x3_factors(weight, x.scalar_type(), x.requires_grad());
     }
     const Tensor kept = weight.requires_grad() ? x : Tensor();
     context->save_for_backward({kept, weight, bias.value_or(Tensor()), to_inputs});
@@ -196,7 +195,8 @@ struct Function : torch::autograd::Function<Function> {
                                context->saved_data["channels"].toSymInt());
     }
     if (context->needs_input_grad(1)) grad_weight = conv3x3_weight_grad(grads[0], x, weight);
-    if (context->needs_input_grad(2)) {
+    // A bias that is not there is not counted among the inputs.
+    if (bias.defined() && context->needs_input_grad(2)) {
       const ScalarType compute = compute_dtype(grads[0].scalar_type());
       grad_bias = grads[0].sum({0, 2, 3}, false, compute).to(bias.scalar_type());
     }
@@ -235,8 +235,7 @@ Tensor conv3x3_outputs(const Tensor& x, const Tensor& factors, const std::option
 }
 
 Tensor conv3x3_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight) {
-  static auto op =
-      operator_handle<decltype(conv3x3_weight_grad)>("dafl_fast::conv3x3_weight_grad");
+  static auto op = operator_handle<decltype(conv3x3_weight_grad)>("dafl_fast::conv3x3_weight_grad");
   return op.call(grad, x, weight);
 }
 

@@ -36,8 +36,8 @@ struct Pair : Access<Memory> {
     return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(U32{} + a), load<__m512bh>(b));
   }
   static DAFL_HD V across(const V* values) {
-    alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
-                                                   21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
+    alignas(64) static const uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                   21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                    11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const auto both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(values[1], values[0]));
     return bit_cast<V>(_mm512_maskz_permutexvar_epi16(~0u, load<__m512i>(order), both));
@@ -272,7 +272,8 @@ void outputs(const Tiles& a, int64_t Ci, int64_t C, const void* data_, const voi
   S* products = static_cast<S*>(scratch);
   for (int64_t panel = 0; panel < panels; ++panel) {
     for (int k = 0; k < 16; ++k) {
-      const Unit* factors = static_cast<const Unit*>(factors_) + (k * panels + panel) * steps * width;
+      const Unit* factors =
+          static_cast<const Unit*>(factors_) + (k * panels + panel) * steps * width;
       multiply<M>({data + k * tiles * steps, steps, 1}, {factors, M::lanes, width}, tiles, steps,
                   false, products + k * plane);
     }
@@ -322,9 +323,10 @@ void weight_gradient(const WeightGradient& a, int64_t begin, int64_t end) {
     const int64_t rows = min_of(lanes, a.Co - o);
     S* sums = static_cast<S*>(a.sums) + (a.first && a.last ? 0 : item * 16 * plane);
     for (int k = 0; k < 16; ++k) {
-      multiply<M>({static_cast<const Unit*>(a.grads) + (k * out + o) * steps, 1, lanes},
-                  {static_cast<const Unit*>(a.data) + (k * in + panel) * steps, steps * lanes, lanes},
-                  rows, steps, !a.first, sums + k * plane);
+      multiply<M>(
+          {static_cast<const Unit*>(a.grads) + (k * out + o) * steps, 1, lanes},
+          {static_cast<const Unit*>(a.data) + (k * in + panel) * steps, steps * lanes, lanes}, rows,
+          steps, !a.first, sums + k * plane);
     }
     if (!a.last) continue;
     for (int64_t r = 0; r < rows; ++r, sums += width) {
@@ -411,9 +413,9 @@ void factors(int64_t Co, int64_t Ci, const void* weight, int64_t begin, int64_t 
         const int reverse = 4 * reversed[k / 4] + reversed[k % 4];
         for (int i = 0; i < M::unit; ++i) {
           const int64_t from = c + i * lanes;
-          Unit* backward =
-              static_cast<Unit*>(backward_) +
-              (reverse * in * out + from / width * out * width + o * width) / M::unit + from % width;
+          Unit* backward = static_cast<Unit*>(backward_) +
+                           (reverse * in * out + from / width * out * width + o * width) / M::unit +
+                           from % width;
           for (int64_t l = 0; l < lanes; l += M::unit) {
             store(backward + l / M::unit * width, M::across(u[k][i] + l));
           }

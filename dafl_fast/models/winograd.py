@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from .. import _C
 from .functional import _autocast
 
+_OPS = torch.ops.dafl_fast
+
+# What there are kernels for that gain on this processor.
+_DTYPES = frozenset(t for t in (torch.float32, torch.bfloat16) if _C.conv3x3_pays(t))
 # Below, the additions cost more than the multiplications that they save.
 _MIN_CHANNELS = 48
 # Tiles of 2x2 outputs in a batch, below which the factors of the weights cost more than they save.
@@ -33,7 +37,7 @@ class WinogradConv2d(nn.Conv2d):
         """Computes the factors of the weight now and for good: for weights that never change."""
         dtype = self.weight.dtype
         if _pays(self, dtype):
-            self._factors = torch.ops.dafl_fast.conv3x3_factors(self.weight.detach(), dtype, True)
+            self._factors = _OPS.conv3x3_factors(self.weight.detach(), dtype, True)
 
     def forward(self, input: Tensor) -> Tensor:
         x = _autocast(input) if input.device.type == "cpu" else input
@@ -41,10 +45,10 @@ class WinogradConv2d(nn.Conv2d):
             return super().forward(input)
         factors = self._factors
         if factors is not None and factors[0].dtype == x.dtype:
-            return torch.ops.dafl_fast.conv3x3(x, self.weight, self.bias, *factors)
+            return _OPS.conv3x3(x, self.weight, self.bias, *factors)
         if x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2) < _MIN_TILES:
             return super().forward(input)
-        return torch.ops.dafl_fast.conv3x3(x, self.weight, self.bias, None, None)
+        return _OPS.conv3x3(x, self.weight, self.bias, None, None)
 
 
 def accelerate(network: nn.Module, constant: bool = False) -> nn.Module:
@@ -76,4 +80,4 @@ def _fits(layer: nn.Conv2d) -> bool:
 
 
 def _pays(layer: nn.Conv2d, dtype: torch.dtype) -> bool:
-    return layer.weight.device.type == "cpu" and _fits(layer) and _C.conv3x3_pays(dtype)
+    return layer.weight.device.type == "cpu" and _fits(layer) and dtype in _DTYPES
