@@ -3,9 +3,13 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "kernels.h"
 #include "layer_kernels.h"
+#include "winograd_kernels.h"
 
 namespace dafl {
 namespace cpu {
@@ -13,18 +17,22 @@ namespace cpu {
 namespace baseline {
 extern const Kernels f32_kernels, f64_kernels;
 extern const LayerKernels f32_layers, bf16_layers, f16_layers, f64_layers;
+extern const WinogradKernels f32_winograd, bf16_winograd, f16_winograd, f64_winograd;
 }  // namespace baseline
 #if defined(__x86_64__)
 namespace avx2 {
 extern const Kernels f32_kernels;
 extern const LayerKernels f32_layers, bf16_layers, f16_layers;
+extern const WinogradKernels f32_winograd, bf16_winograd, f16_winograd;
 }  // namespace avx2
 namespace avx512 {
 extern const Kernels f32_kernels;
 extern const LayerKernels f32_layers, bf16_layers, f16_layers;
+extern const WinogradKernels f32_winograd, bf16_winograd, f16_winograd;
 }  // namespace avx512
 namespace avx512_bf16 {
 extern const LayerKernels bf16_layers;
+extern const WinogradKernels bf16_winograd;
 }  // namespace avx512_bf16
 #endif
 
@@ -34,6 +42,7 @@ struct Level {
   const char* name;
   const Kernels* f32;
   const LayerKernels* layers[3];  // f32, bf16, f16
+  const WinogradKernels* winograd[3];
 };
 
 // Levels that can run here, narrowest first, and their number.
@@ -50,20 +59,26 @@ struct Available {
   Available() : names{} {
     add({"baseline",
          &baseline::f32_kernels,
-         {&baseline::f32_layers, &baseline::bf16_layers, &baseline::f16_layers}});
+         {&baseline::f32_layers, &baseline::bf16_layers, &baseline::f16_layers},
+         {&baseline::f32_winograd, &baseline::bf16_winograd, &baseline::f16_winograd}});
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      add({"avx2", &avx2::f32_kernels, {&avx2::f32_layers, &avx2::bf16_layers, &avx2::f16_layers}});
+      add({"avx2",
+           &avx2::f32_kernels,
+           {&avx2::f32_layers, &avx2::bf16_layers, &avx2::f16_layers},
+           {&avx2::f32_winograd, &avx2::bf16_winograd, &avx2::f16_winograd}});
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         add({"avx512",
              &avx512::f32_kernels,
-             {&avx512::f32_layers, &avx512::bf16_layers, &avx512::f16_layers}});
+             {&avx512::f32_layers, &avx512::bf16_layers, &avx512::f16_layers},
+             {&avx512::f32_winograd, &avx512::bf16_winograd, &avx512::f16_winograd}});
         if (__builtin_cpu_supports("avx512bf16")) {
           add({"avx512_bf16",
                &avx512::f32_kernels,
-               {&avx512::f32_layers, &avx512_bf16::bf16_layers, &avx512::f16_layers}});
+               {&avx512::f32_layers, &avx512_bf16::bf16_layers, &avx512::f16_layers},
+               {&avx512::f32_winograd, &avx512_bf16::bf16_winograd, &avx512::f16_winograd}});
         }
       }
     }
@@ -94,6 +109,19 @@ const Level& chosen() {
   return level;
 }
 
+// Of a Level's tables.
+int index_of(Dtype dtype) { return dtype == Dtype::f32 ? 0 : dtype == Dtype::bf16 ? 1 : 2; }
+
+// AMX, many times as fast as the vector units, which are all that we use.
+bool has_matrix_units() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 const Kernels& kernels(bool f64) {
@@ -102,17 +130,17 @@ const Kernels& kernels(bool f64) {
 }
 
 const LayerKernels& layer_kernels(Dtype dtype) {
-  const Level& level = chosen();
-  switch (dtype) {
-    case Dtype::f64:
-      return baseline::f64_layers;
-    case Dtype::f32:
-      return *level.layers[0];
-    case Dtype::bf16:
-      return *level.layers[1];
-    default:
-      return *level.layers[2];
-  }
+  return dtype == Dtype::f64 ? baseline::f64_layers : *chosen().layers[index_of(dtype)];
+}
+
+const WinogradKernels& winograd_kernels(Dtype dtype) {
+  return dtype == Dtype::f64 ? baseline::f64_winograd : *chosen().winograd[index_of(dtype)];
+}
+
+bool winograd_pays(Dtype dtype) {
+  const char* name = chosen().name;
+  if (dtype == Dtype::f32) return std::strcmp(name, "baseline") != 0;
+  return dtype == Dtype::bf16 && std::strcmp(name, "avx512_bf16") == 0 && !has_matrix_units();
 }
 
 const char* isa() { return chosen().name; }

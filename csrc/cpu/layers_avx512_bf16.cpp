@@ -1,6 +1,7 @@
 // The layers' bf16 kernels for AVX-512 with BF16, empty where the compiler targets another
 // processor. processor. Every include that is not ours comes before the pragma: see kernels.inl.
 #include "layer_kernels.h"
+#include "winograd_kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -18,6 +19,7 @@
 #endif
 #include "../row_math.h"
 #include "layers.inl"
+#include "winograd.inl"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -187,25 +187,29 @@ struct MemoryF32 {
 
 struct MemoryBf16 : MemoryF32 {
   using T = uint16_t;
+  static DAFL_HD V decode_bits(U32 bits) { return decode_bf16<F32>(bits); }
+  static DAFL_HD U32 encode_bits(V value) { return encode_bf16<F32, U32>(value); }
   static DAFL_HD V decode(const T* from) {
-    return decode_bf16<F32>(__builtin_convertvector(load<U16>(from), U32));
+    return decode_bits(__builtin_convertvector(load<U16>(from), U32));
   }
   static DAFL_HD void encode(T* to, V value) {
 #ifdef DAFL_AVX512_BF16
     store(to, _mm512_cvtneps_pbh(value));
 #else
-    store(to, __builtin_convertvector((encode_bf16<F32, U32>(value)), U16));
+    store(to, __builtin_convertvector(encode_bits(value), U16));
 #endif
   }
 };
 
 struct MemoryF16 : MemoryF32 {
   using T = uint16_t;
+  static DAFL_HD V decode_bits(U32 bits) { return decode_f16<F32>(bits); }
+  static DAFL_HD U32 encode_bits(V value) { return encode_f16<F32, U32>(value); }
   static DAFL_HD V decode(const T* from) {
-    return decode_f16<F32>(__builtin_convertvector(load<U16>(from), U32));
+    return decode_bits(__builtin_convertvector(load<U16>(from), U32));
   }
   static DAFL_HD void encode(T* to, V value) {
-    store(to, __builtin_convertvector((encode_f16<F32, U32>(value)), U16));
+    store(to, __builtin_convertvector(encode_bits(value), U16));
   }
 };
 
