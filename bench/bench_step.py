@@ -21,7 +21,7 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -46,34 +46,24 @@ CONTENDERS = ("published", "tuned", "compiled", "ours", *(("ours+",) if GPU else
 
 
 class Case(NamedTuple):
+    preset: str
     batch: int
-    latent: int
-    image_shape: tuple[int, int, int]
-    teacher: str
-    student: str
     rounds: int
-    settings: dict[str, Any]
 
     def published(self) -> PublishedStep:
-        channels, size, _ = self.image_shape
-        generator = PublishedGenerator(self.latent, 128, size, channels)
-        if self.teacher == "LeNet5":
+        if self.preset == "mnist":
+            generator, settings = PublishedGenerator(), {}
             networks = PublishedLeNet5(), PublishedLeNet5(3, 8, 60, 42)
-            return PublishedStep(generator.to(DEVICE), *(n.to(DEVICE) for n in networks))
-        networks = PublishedResNet((3, 4, 6, 3)), PublishedResNet((2, 2, 2, 2))
-        return PublishedStep(generator.to(DEVICE), *(n.to(DEVICE) for n in networks), **CIFAR10)
+        else:
+            generator, settings = PublishedGenerator(1000, channels=3), CIFAR10
+            networks = PublishedResNet((3, 4, 6, 3)), PublishedResNet((2, 2, 2, 2))
+        return PublishedStep(*(n.to(DEVICE) for n in (generator, *networks)), **settings)
 
 
 CASES = {
-    "mnist": Case(512, 100, (1, 32, 32), "LeNet5", "LeNet5Half", 7, {}),
-    "cifar": Case(
-        1024 if GPU else 32, 1000, (3, 32, 32), "ResNet34", "ResNet18", 5,
-        dict(
-            generator_lr=0.02, one_hot=0.05, entropy=5.0, activation=0.01, student_optimizer="sgd",
-            student_lr=0.1, student_weight_decay=5e-4,
-        ),
-    ),
-}  # fmt: skip
+    "mnist": Case("mnist", 512, 7),
+    "cifar": Case("cifar10", 1024 if GPU else 32, 5),
+}
 
 
 def make_step(contender: str, case: Case):
@@ -81,11 +71,9 @@ def make_step(contender: str, case: Case):
     if contender.startswith("ours"):
         keep_freed_memory()
         config = make_config(
-            "mnist", "published", batch_size=case.batch, latent_dim=case.latent,
-            image_shape=case.image_shape, feature_layer=None, compile=contender == "ours+",
-            **case.settings,
-        )  # fmt: skip
-        step = prepare(config, build(case.teacher), build(case.student), DEVICE, precision)
+            case.preset, "published", batch_size=case.batch, compile=contender == "ours+"
+        )
+        step = prepare(config, build(config.teacher), build(config.student), DEVICE, precision)
         make_ready(step)
         return step
     step = case.published()
@@ -99,12 +87,13 @@ def make_step(contender: str, case: Case):
     if contender == "compiled":
         for network in (step.generator, step.teacher, step.student):
             network.compile()
+    latent = step.generator.l1[0].in_features
     low = contender != "published" and precision in AUTOCAST
 
     def run():
         with torch.autocast(DEVICE.type, AUTOCAST.get(precision), enabled=low):
             # The published code draws z on the CPU and copies it.
-            step(torch.randn(case.batch, case.latent).to(DEVICE))
+            step(torch.randn(case.batch, latent).to(DEVICE))
 
     return run
 

@@ -26,6 +26,7 @@ from ..config import PRESETS, Config, make_config
 from ..data import eval_set
 from ..errors import TrainingStopped, UserError
 from ..models import Generator
+from ..models.winograd import accelerate
 from ..networks import load_network
 from ..report import save_samples
 from .checkpoint import save_weights
@@ -251,6 +252,9 @@ def prepare(
         )
     if precision in AUTOCAST:
         frozen.cast(AUTOCAST[precision])
+    if device.type == "cpu":
+        accelerate(frozen, constant=True)
+        accelerate(student)
     # Shapes never change, so it pays to look for the fastest convolutions once.
     torch.backends.cudnn.benchmark = True
     if config.compile:
