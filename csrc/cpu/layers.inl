@@ -26,6 +26,24 @@ struct Pixel {
     from = there ? pixel : zeros;
     mask = there ? -1 : 0;
   }
+
+  // A patch of size x size pixels around `corner`, pixel (row, column) of an image [H, W, C].
+  template <int size>
+  static DAFL_HD void patch(const typename M::T* image, int64_t row, int64_t column, int64_t H,
+                            int64_t W, int64_t C, Pixel (&to)[size][size]) {
+    const typename M::T* corner = image + (row * W + column) * C;
+    const bool inside = row >= 0 && row + size <= H && column >= 0 && column + size <= W;
+    for (int i = 0; i < size; ++i) {
+      for (int j = 0; j < size; ++j) {
+        if (inside) {  // as most are: nothing to ask
+          to[i][j] = {corner + (i * W + j) * C, -1};
+        } else {
+          const int64_t r = row + i, c = column + j;
+          to[i][j].set(r >= 0 && r < H && c >= 0 && c < W, image + (r * W + c) * C);
+        }
+      }
+    }
+  }
   DAFL_HD typename M::V get(int64_t c, int64_t count) const {
     return M::get(from + (c & mask), count);
   }
@@ -56,13 +74,7 @@ void differences(const Upsample& a, const void* x_, void* data_) {
     for (int64_t t = 0; t < a.tile_rows(); ++t) {
       for (int64_t u = 0; u < a.tile_columns(); ++u, data += C) {
         Pixel<M> patch[4][4];
-        for (int i = 0; i < 4; ++i) {
-          for (int j = 0; j < 4; ++j) {
-            const int64_t row = 2 * t + i - 1, column = 2 * u + j - 1;
-            const bool there = row >= 0 && row < H && column >= 0 && column < W;
-            patch[i][j].set(there, x + (row * W + column) * C);
-          }
-        }
+        Pixel<M>::patch(x, 2 * t - 1, 2 * u - 1, H, W, C, patch);
         for (int64_t c = 0; c < C; c += M::lanes) {
           const int64_t count = C - c;
           V columns[4][4];  // [row of the patch][kind along the width]
@@ -106,7 +118,9 @@ void differences_adjoint(const Upsample& a, const void* data_, void* x_) {
     for (int64_t t = 0; t < rows; ++t) {
       for (int64_t u = 0; u < columns; ++u, data += C) {
         Pixel<M> parts[6][6];
+        DAFL_UNROLL
         for (int i = 0; i < 6; ++i) {
+          DAFL_UNROLL
           for (int j = 0; j < 6; ++j) {
             const int64_t row = t + shifts[i], column = u + shifts[j];
             const bool there = row >= 0 && row < rows && column >= 0 && column < columns;
@@ -153,7 +167,9 @@ void interleave(const Upsample& a, const void* products_, void* y_) {
     for (int64_t t = 0; t < rows; ++t) {
       for (int64_t u = 0; u < columns; ++u, ++tile) {
         Pixel<M> parts[6][6];
+        DAFL_UNROLL
         for (int i = 0; i < 6; ++i) {
+          DAFL_UNROLL
           for (int j = 0; j < 6; ++j) {
             const bool there = (i < 5 || t + 1 < rows) && (j < 5 || u + 1 < columns);
             const ProductPlace place(i % 5, j % 5, tiles, C);
@@ -200,12 +216,12 @@ void interleave_adjoint(const Upsample& a, const void* y_, void* products_) {
     for (int64_t t = 0; t < a.tile_rows(); ++t) {
       for (int64_t u = 0; u < a.tile_columns(); ++u, ++tile) {
         Pixel<M> patch[5][5];
+        Pixel<M>::patch(y, 4 * t - 1, 4 * u - 1, H, W, C, patch);
         T* to[5][5];
+        DAFL_UNROLL
         for (int i = 0; i < 5; ++i) {
+          DAFL_UNROLL
           for (int j = 0; j < 5; ++j) {
-            const int64_t row = 4 * t + i - 1, column = 4 * u + j - 1;
-            const bool there = row >= 0 && row < H && column >= 0 && column < W;
-            patch[i][j].set(there, y + (row * W + column) * C);
             const ProductPlace place(i, j, tiles, C);
             to[i][j] = products + place.start + tile * place.stride;
           }
