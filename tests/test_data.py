@@ -16,10 +16,10 @@ from torchvision.transforms.functional import normalize, pil_to_tensor, resize, 
 
 from dafl_fast import data
 from dafl_fast.config import PRESETS
-from dafl_fast.engine.checkpoint import load_weights
 from dafl_fast.engine.evaluation import accuracy
 from dafl_fast.errors import UserError
 from dafl_fast.models import build
+from dafl_fast.networks import load_weights
 
 MNIST = PRESETS["mnist"]
 ASSETS = Path(str(files("dafl_fast") / "assets"))

@@ -24,8 +24,9 @@ from ..config import PRESETS, Config, Preset
 from ..data import eval_set
 from ..errors import TrainingStopped, UserError
 from ..models import Generator, build
+from ..networks import load_weights
 from ..report import save_samples
-from .checkpoint import load_weights, save_weights
+from .checkpoint import save_weights
 from .distributed import World, is_lost_contact
 from .evaluation import accuracy
 from .folder import RunFolder

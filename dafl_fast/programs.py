@@ -1,0 +1,217 @@
+"""Opaque programs as networks: `torch.export` files (.pt2) and TorchScript.
+
+Such a file holds weights and what is computed with them, and none of the source: the way to hand
+on a private classifier. Gradients to its images are there all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from .errors import UserError
+
+Kind = Literal["export", "torchscript", "checkpoint", "safetensors"]
+
+_CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
+# By the number of dimensions of their input.
+_BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_EXPORT_IT = (
+    "torch.export.export(network.eval(), (images,), "
+    'dynamic_shapes=({0: torch.export.Dim("N")},)) with two images or more'
+)
+_SAVE_IT = (
+    "save its weights with safetensors.torch.save_file(network.state_dict(), "
+    '"weights.safetensors"), or all of it with torch.export.save'
+)
+
+
+def kind_of(path: Path, role: str) -> Kind:
+    """What a file is, by its content: endings mean little (.pt is used for three of these).
+
+    Raises:
+        UserError: no such file, or it is none of them; `role` ("teacher") names it in messages.
+    """
+    if not path.is_file():
+        raise UserError(f"the {role} file {path} does not exist")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()}
+        if "constants.pkl" in names:
+            return "torchscript"
+        if "data.pkl" in names:
+            return "checkpoint"
+        if "models/model.json" in names:
+            return "export"
+    elif head[8:] == b"{":  # after the length of the header
+        return "safetensors"
+    elif head[:1] == b"\x80":  # a pickle, as torch.save wrote it before version 1.6
+        return "checkpoint"
+    raise UserError(
+        f"the {role} file {path} is no model that can be read: wanted are safetensors, a state "
+        "dict saved by torch.save, a program saved by torch.export.save, or TorchScript"
+    )
+
+
+def refuse_code(path: Path, role: str, what: str) -> UserError:
+    """The error for a file that only Python's unpickling could read."""
+    return UserError(
+        f"the {role} file {path} is not loaded, because reading {what} can run any code; "
+        + _SAVE_IT
+    )
+
+
+def load_program(path: Path, kind: Kind, role: str) -> nn.Module:
+    """The network in a file whose kind is "export" or "torchscript", on the CPU.
+
+    Raises:
+        UserError: the file is damaged, needs code to be unpickled, or see `from_export`.
+    """
+    try:
+        if kind == "torchscript":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
+                return torch.jit.load(path, map_location="cpu")
+        with zipfile.ZipFile(path) as archive:
+            if any(re.search("/opaque_obj|/aotinductor/", name) for name in archive.namelist()):
+                raise refuse_code(path, role, "the objects in it")
+        with _weights_only():
+            program = torch.export.load(path)
+    except UserError:
+        raise
+    except Exception as error:  # whatever torch says of a damaged file
+        if "Weights only load failed" in str(error):
+            raise refuse_code(path, role, "the objects in it") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"the {role} file {path} cannot be read: {reason}") from error
+    return from_export(program, role)
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    # torch.export.load unpickles some parts of a file without restriction unless this is set.
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def from_export(program: ExportedProgram, role: str = "teacher") -> nn.Module:
+    """An exported program, images [N, C, H, W] -> logits, as a network of layers.
+
+    Convolutions, linear layers and BatchNorm become modules again, under the names that they had,
+    so that features can be taken, BatchNorm folded and weights cast as in any network. All else
+    stays the operators that were exported. Mode and weights of the program are fixed: it can be a
+    teacher, not a student.
+
+    Raises:
+        UserError: the program takes anything but images, a batch of one size only, or was exported
+            in training mode.
+    """
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    inputs = module.graph.find_nodes(op="placeholder")
+    if len(inputs) != 1 or not isinstance(inputs[0].meta.get("val"), Tensor):
+        raise UserError(
+            f"the {role} must take the images and nothing else, the exported program has "
+            f"{len(inputs)} inputs: {', '.join(node.name for node in inputs)}"
+        )
+    size = inputs[0].meta["val"].shape[0]
+    if isinstance(size, int):
+        raise UserError(
+            f"the {role} was exported for batches of {size} only; leave the size open: {_EXPORT_IT}"
+        )
+    for node in module.graph.nodes:
+        call = _arguments(node)
+        if call.get("training", call.get("train")) is True:
+            raise UserError(f"the {role} was exported in training mode; use {_EXPORT_IT}")
+    return _with_layers(module)
+
+
+def _with_layers(program: fx.GraphModule) -> fx.GraphModule:
+    graph = program.graph
+    layers: dict[str, nn.Module] = {}
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)  # would insist on fp32 under autocast
+            continue
+        made = _layer(node, program)
+        if made is None:
+            continue
+        name, layer = made
+        if repr(layers.setdefault(name, layer)) != repr(layer):
+            continue  # the same weights, used in another way
+        with graph.inserting_before(node):
+            called = graph.call_module(name, (node.args[0],))
+        called.meta = node.meta
+        node.replace_all_uses_with(called)
+        weights = [other for other in node.all_input_nodes if other.op == "get_attr"]
+        graph.erase_node(node)
+        for weight in weights:
+            if not weight.users:
+                graph.erase_node(weight)
+    for name, layer in layers.items():
+        program.set_submodule(name, layer)
+    # Not `program` itself, whose train() and eval() are made to raise.
+    return fx.GraphModule(program, graph).eval()
+
+
+def _layer(node: fx.Node, program: fx.GraphModule) -> tuple[str, nn.Module] | None:
+    """The layer that computes an operator's node, and the name of the module with its weights."""
+    call = _arguments(node)
+    tensors = {
+        name: str(value.target)
+        for name, value in call.items()
+        if isinstance(value, fx.Node) and value.op == "get_attr"
+    }
+    owner = next(iter(tensors.values()), "").rpartition(".")[0]
+    if not owner or any(target != f"{owner}.{name}" for name, target in tensors.items()):
+        return None
+    own = program.get_submodule(owner).state_dict(keep_vars=True)
+    layer: nn.Module
+    with torch.device("meta"):
+        if node.target is torch.ops.aten.linear.default and "weight" in tensors:
+            outputs, inputs = own["weight"].shape
+            layer = nn.Linear(inputs, outputs, "bias" in tensors)
+        elif node.target in _CONVOLUTIONS and "weight" in tensors:
+            outputs, inputs, *kernel = own["weight"].shape
+            how = {name: call[name] for name in ("stride", "padding", "dilation", "groups")}
+            inputs *= call["groups"]
+            layer = nn.Conv2d(inputs, outputs, kernel, bias="bias" in tensors, **how)
+        elif node.target is torch.ops.aten.batch_norm.default and "running_mean" in tensors:
+            norm = _BATCH_NORMS[call["input"].meta["val"].dim()]
+            layer = norm(len(own["running_mean"]), call["eps"], affine="weight" in tensors)
+        else:
+            return None
+    if layer.state_dict().keys() != own.keys():
+        return None
+    layer.load_state_dict(own, assign=True)
+    return owner, layer.eval()
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """An operator's arguments by name, defaults included; empty if `node` calls no operator."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {}
+    schema = node.target._schema.arguments
+    values = {argument.name: argument.default_value for argument in schema}
+    positional = dict(zip((argument.name for argument in schema), node.args))
+    return {**values, **positional, **node.kwargs}
