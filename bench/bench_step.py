@@ -28,7 +28,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dafl_fast.config import make_config
-from dafl_fast.engine.graph import use_graph
+from dafl_fast.engine.graph import make_ready
 from dafl_fast.engine.loop import keep_freed_memory, pick_precision, prepare
 from dafl_fast.engine.step import AUTOCAST
 from dafl_fast.models import build
@@ -82,12 +82,11 @@ def make_step(contender: str, case: Case):
         keep_freed_memory()
         config = make_config(
             "mnist", "published", batch_size=case.batch, latent_dim=case.latent,
-            compile=contender == "ours+", cuda_graph="auto", **case.settings,
+            image_shape=case.image_shape, feature_layer=None, compile=contender == "ours+",
+            **case.settings,
         )  # fmt: skip
-        step = prepare(
-            config, build(case.teacher), build(case.student), case.image_shape, DEVICE, precision
-        )
-        use_graph(step)
+        step = prepare(config, build(case.teacher), build(case.student), DEVICE, precision)
+        make_ready(step)
         return step
     step = case.published()
     if contender != "published":

@@ -1,10 +1,10 @@
 """Everything that only a GPU can show, in one command: `make gpu-check`. Below nine minutes.
 
 Builds in place for the visible GPU, runs the GPU tests, compute-sanitizer over some of them, and
-the kernel benchmarks; writes bench/results/<gpu>.json, a table beside it and a log. Nothing is
-installed or downloaded: what is missing (pytest, compute-sanitizer, Liger-Kernel) is named and
-left out. Without a GPU the same is done on the CPU with tiny sizes, into a temporary folder, to
-show that the script works.
+the benchmarks of the step and of the kernels; writes bench/results/<gpu>.json, a table beside it
+and a log. Nothing is installed or downloaded: what is missing (pytest, pytest-benchmark,
+compute-sanitizer, Liger-Kernel) is named and left out. Without a GPU the same is done on the CPU
+with tiny sizes, into a temporary folder, to show that the script works.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def run_tests(log: Path, results: dict[str, Any]) -> None:
         results["tests"] = "not run: pytest is not installed (carry its wheel to this machine)"
         say(f"tests: {results['tests']}")
         return
-    modules = ["tests/test_losses.py", "tests/test_dafl_losses.py", "tests/test_cuda.py"]
+    modules = [f"tests/test_{name}.py" for name in ("losses", "dafl_losses", "cuda", "graph",
+                                                    "teacher")]  # fmt: skip
     code, output = logged(
         log, [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider",
               *modules], 200)  # fmt: skip
@@ -297,6 +298,27 @@ def measure(N: int, C: int, F: int, dtype: torch.dtype, device: torch.device, pe
     return rows
 
 
+def benchmark_step(log: Path, results: dict[str, Any], limit: float) -> None:
+    """The MNIST and CIFAR steps against the published algorithm: bench/bench_step.py."""
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        results["step"] = "not run: pytest-benchmark is not installed (carry its wheel here)"
+        say(f"step: {results['step']}")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "step.json"
+        code, output = logged(
+            log, [sys.executable, "-m", "pytest", "-q", "bench/bench_step.py", "--benchmark-only",
+                  "-p", "no:cacheprovider", f"--benchmark-json={found}"], limit)  # fmt: skip
+        results["step"] = f"exit status {code}"
+        if found.exists() and found.stat().st_size:
+            rows = json.loads(found.read_text())["benchmarks"]
+            results["steps"] = {row["name"]: row["extra_info"] for row in rows}
+    print(
+        "\n".join(line for line in output.splitlines() if line.startswith(("  ", "mnist", "cifar")))
+    )
+    say(f"step: {results['step']}")
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| N × C (F) | dtype | what | p20 | p50 (µs) | p80 | GB/s | % of copy |",
@@ -379,15 +401,19 @@ def main() -> int:
     else:
         exercise(device)
     if not arguments.sanitize:
+        if on_gpu:
+            benchmark_step(log, results, limit=200)
         benchmark(device, results, until=470)
         (folder / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
         text = table(results["rows"])
-        head = ", ".join(f"{key} {value}" for key, value in results.items() if key != "rows")
+        head = ", ".join(
+            f"{key} {value}" for key, value in results.items() if key not in ("rows", "steps")
+        )
         (folder / f"{stem}.md").write_text(f"{head}\n\n{text}\n")
         print(text)
         say(f"written: {folder / stem}.json, .md and .log")
     sanitizer = results.get("sanitizer")
-    outcomes = [results.get("tests", "not run")]
+    outcomes = [results.get(what, "not run") for what in ("tests", "step")]
     outcomes += sanitizer.values() if isinstance(sanitizer, dict) else []
     bad = [text for text in outcomes if not text.startswith(("exit status 0", "not run"))]
     say("done" if not bad else f"FAILED: {'; '.join(bad)}")

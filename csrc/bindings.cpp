@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cuda/plan.h"
+#include "layers.h"
 #include "losses.h"
 
 #define DAFL_STRING_(x) #x
@@ -97,6 +98,36 @@ TORCH_LIBRARY(dafl_fast, m) {
       "(Tensor generator_total, Tensor one_hot_part, Tensor entropy_part, Tensor activation_part, "
       "Tensor distill_total, Tensor kl, Tensor agreement, Tensor grad_teacher, "
       "Tensor grad_features, Tensor grad_student)");
+
+  // The layers, for CPU tensors: their files register the kernels.
+  m.def("upsample_conv(Tensor x, Tensor weight) -> (Tensor y, Tensor mean, Tensor variance)");
+  m.def("upsample_conv_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)");
+  m.def("moments(Tensor x) -> (Tensor mean, Tensor variance)");
+  m.def(
+      "norm_activation(Tensor x, Tensor mean, Tensor variance, Tensor weight, Tensor bias, "
+      "float eps, float slope) -> Tensor");
+  m.def(
+      "norm_activation_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance, "
+      "Tensor weight, Tensor bias, float eps, float slope) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_image_conv(Tensor x, Tensor mean, Tensor variance, Tensor norm_weight, "
+      "Tensor norm_bias, float eps, float slope, Tensor weight, Tensor bias) -> Tensor");
+  m.def(
+      "norm_image_conv_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance, "
+      "Tensor norm_weight, Tensor norm_bias, float eps, float slope, Tensor weight, "
+      "Tensor bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("conv_pool(Tensor x, Tensor weight, Tensor bias) -> (Tensor y, Tensor index)");
+  m.def(
+      "conv_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor index, "
+      "bool want_input, bool want_weight) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? forward_factors, "
+      "Tensor? backward_factors) -> Tensor");
+  m.def(
+      "conv3x3_factors(Tensor weight, ScalarType dtype, bool backward) -> "
+      "(Tensor forward_factors, Tensor backward_factors)");
+  m.def("conv3x3_outputs(Tensor x, Tensor factors, Tensor? bias, SymInt channels) -> Tensor");
+  m.def("conv3x3_weight_grad(Tensor grad, Tensor x, Tensor weight) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) {
@@ -105,6 +136,11 @@ TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) {
   m.impl("generator_loss_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("distill_loss_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("dafl_losses", torch::autograd::autogradNotImplementedFallback());
+  for (const char* name : {"upsample_conv_backward", "moments", "norm_activation_backward",
+                           "norm_image_conv_backward", "conv_pool_backward", "conv3x3_factors",
+                           "conv3x3_outputs", "conv3x3_weight_grad"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
@@ -163,6 +199,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("dafl_losses", dafl_losses, release());
   m.def("plan", plan, py::arg("rows"), py::arg("classes"), py::arg("float64"),
         py::arg("multiprocessors"), py::arg("capability"));
+  m.def("conv3x3_pays", [](const py::object& dtype) {
+    return conv3x3_pays(torch::python::detail::py_object_to_dtype(dtype));
+  });
   m.def("build_info", build_info);
 }
 

@@ -109,8 +109,8 @@ inline DistillOutputs allocate_distill(const Tensor& student_logits, const Tenso
           empty(student_logits, {4, student_logits.sym_size(0)}, type)};
 }
 
-inline Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline Dtype dtype_of(ScalarType type) {
+  switch (type) {
     case at::kDouble:
       return Dtype::f64;
     case at::kFloat:
@@ -121,6 +121,8 @@ inline Dtype dtype_of(const Tensor& tensor) {
       return Dtype::f16;
   }
 }
+
+inline Dtype dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 
 inline Matrix matrix(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), dtype_of(tensor)};

@@ -1,6 +1,6 @@
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 def generator_loss(
     teacher_logits: Tensor,
@@ -27,4 +27,5 @@ def dafl_losses(
 def plan(
     rows: int, classes: int, float64: bool, multiprocessors: int, capability: int
 ) -> dict[str, Any]: ...
+def conv3x3_pays(type: dtype) -> bool: ...
 def build_info() -> dict[str, Any]: ...

@@ -8,6 +8,8 @@ import torch  # noqa: F401  (loads the libraries that the extension links to)
 from ._C import build_info
 from ._version import __version__
 from .config import Config, make_config
+from .engine.bank import ReplayBank
+from .engine.loop import Result, distill
 from .engine.teacher import FrozenTeacher
 from .losses import (
     DaflLosses,
@@ -24,9 +26,12 @@ __all__ = [
     "DistillLoss",
     "FrozenTeacher",
     "GeneratorLoss",
+    "ReplayBank",
+    "Result",
     "__version__",
     "build_info",
     "dafl_losses",
+    "distill",
     "distill_loss",
     "generator_loss",
     "make_config",

@@ -9,11 +9,11 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UserError, require
 
@@ -24,26 +24,6 @@ class Labelled(NamedTuple):
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
-
-
-class ImageFormat(Protocol):
-    """The images that a network takes. Presets have these attributes, and so has `Format`."""
-
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def mean(self) -> tuple[float, ...]: ...
-    @property
-    def std(self) -> tuple[float, ...]: ...
-
-
-class Task(ImageFormat, Protocol):
-    """An image format and the number of classes to tell apart."""
-
-    @property
-    def num_classes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -293,22 +273,30 @@ def resized(images: Tensor, size: int) -> Tensor:
     return torch.cat(parts)
 
 
-def scale_and_shift(form: ImageFormat, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """a and b, each [1, C, 1, 1] fp32, for which a x + b are uint8 images x in normalised units."""
-    mean = torch.tensor(form.mean, dtype=torch.float64, device=device).view(1, -1, 1, 1)
-    std = torch.tensor(form.std, dtype=torch.float64, device=device).view(1, -1, 1, 1)
-    return (1 / (255 * std)).float(), (-mean / std).float()
+class Normaliser(nn.Module):
+    """uint8 images [N, C, H, W] -> fp32 in normalised units, (x / 255 - mean) / std per channel."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, form: Format) -> None:
+        super().__init__()
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (form.mean, form.std))
+        self.register_buffer("scale", (1 / (255 * std)).float().view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", (-mean / std).float().view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, images.float(), self.scale)
 
 
-def normalise(images: Tensor, form: ImageFormat) -> Tensor:
+def normalise(images: Tensor, form: Format) -> Tensor:
     """uint8 images [N, C, H, W] -> fp32 at the format's size, in normalised units.
 
     Raises:
         UserError: the images have another number of channels.
     """
     check_channels(images, form.channels)
-    scale, shift = scale_and_shift(form, images.device)
-    return resized(images, form.image_size).float().mul_(scale).add_(shift)
+    return Normaliser(form)(resized(images, form.image_size))
 
 
 def check_channels(images: Tensor, channels: int) -> None:
@@ -329,18 +317,23 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 
 
 def eval_set(
-    name: str, preset: Task, data_dir: Path | None = None, download: bool = False
-) -> tuple[Tensor, Tensor] | None:
-    """Held-out images by `--eval` name: normalised [N, C, H, W] fp32 and labels, or None.
+    name: str,
+    form: Format,
+    num_classes: int,
+    data_dir: Path | None = None,
+    download: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Held-out images by `--eval` name: normalised [N, C, H, W] fp32 and labels [N].
 
     Args:
-        name: "none", or what `load` takes.
-        preset: the images that the network takes, and its number of classes.
-        data_dir: see `load`.
-        download: see `load`.
+        name: what `load` takes.
+        form: of the images that the network takes.
+        num_classes: that it tells apart.
+        data_dir, download: see `load`.
+
+    Raises:
+        UserError: the images cannot be read, or have labels beyond `num_classes`.
     """
-    if name == "none":
-        return None
-    held_out = load(name, "test", data_dir, download, preset.image_size, preset.channels)
-    check_labels(held_out.labels, preset.num_classes)
-    return normalise(held_out.images, preset), held_out.labels
+    held_out = load(name, "test", data_dir, download, form.image_size, form.channels)
+    check_labels(held_out.labels, num_classes)
+    return normalise(held_out.images, form), held_out.labels

@@ -19,7 +19,10 @@ from torch import Tensor
 from . import _C
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.distributed import ProcessGroup
+    from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class GeneratorLoss(NamedTuple):
@@ -94,6 +97,49 @@ def generator_loss(
             *torch.ops.dafl_fast.generator_loss(teacher_logits, features, *weights)[:4]
         )
     return GeneratorLoss(*_C.generator_loss(teacher_logits, features, *weights))
+
+
+def adversarial_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """``-mean_i [argmax s_i = argmax t_i] KL(softmax(t_i) || softmax(s_i))``, for the generator.
+
+    Rewards images on which the student chooses the teacher's class and is still far from its
+    answer: there is something left to learn, and the class is not in doubt (Fang et al. 2019, with
+    the mask of Fast-Datafree). In plain PyTorch, since it runs once a step.
+
+    Args:
+        student_logits, teacher_logits: [N, C], both differentiable.
+
+    Returns:
+        The loss, a scalar of at least fp32.
+    """
+    s, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in
+            (student_logits, teacher_logits))  # fmt: skip
+    agreed = (s.argmax(1) == t.argmax(1)).to(s.dtype)
+    log_q, log_p = s.log_softmax(1), t.log_softmax(1)
+    return -(agreed * (log_p.exp() * (log_p - log_q)).sum(1)).mean()
+
+
+def batch_norm_loss(
+    means: list[Tensor], variances: list[Tensor], norms: Sequence[_BatchNorm]
+) -> Tensor:
+    """``sum_l ||mean_l - running_mean_l||_2 + ||var_l - running_var_l||_2``, for the generator.
+
+    Images like the teacher's data give the statistics that its BatchNorm layers remember (Yin et
+    al. 2020, "Dreaming to Distill", equation 4). In plain PyTorch.
+
+    Args:
+        means, variances: of the input of each layer in `norms`, [C_l], biased.
+        norms: BatchNorm layers with running statistics.
+
+    Returns:
+        The loss, a scalar.
+    """
+    distances = []
+    for mean, variance, norm in zip(means, variances, norms, strict=True):
+        assert norm.running_mean is not None and norm.running_var is not None
+        distances.append(torch.linalg.vector_norm(mean - norm.running_mean))
+        distances.append(torch.linalg.vector_norm(variance - norm.running_var))
+    return torch.stack(distances).sum()
 
 
 class _SharedGeneratorLoss(torch.autograd.Function):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, make_config
-from .engine.folder import RESUMABLE, read_config
+from .engine.folder import check_resumed, read_config
 from .engine.loop import train
-from .errors import UserError, command
+from .errors import command
 
 _EPILOG = "The preset, when given, comes first: python -m dafl_fast.train mnist --recipe paper"
 
@@ -49,13 +49,7 @@ def _resumed(path: Path, arguments: list[str]) -> Config:
 
     before = Config(**read_config(path), resume=path)
     config = _cli(tyro, before, arguments)
-    for field in dataclasses.fields(Config):
-        old, new = getattr(before, field.name), getattr(config, field.name)
-        if old != new and field.name not in RESUMABLE:
-            raise UserError(
-                f"--{field.name.replace('_', '-')} cannot change when resuming: the run in {path} "
-                f"has {old}, got {new}"
-            )
+    check_resumed(config)
     return config
 
 

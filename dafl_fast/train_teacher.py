@@ -1,16 +1,19 @@
 """`python -m dafl_fast.train_teacher mnist`: a teacher trained on real, labelled images.
 
-Only for making teachers to try the package with; whoever brings a teacher never needs this.
+Only for making teachers to try the package with; whoever brings a teacher never needs this. The
+images stay on the device as uint8 and are cropped, flipped and normalised there, batch by batch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,129 +21,416 @@ import tyro
 from torch import Tensor, nn
 
 from . import data
-from .config import PRESETS
-from .engine.checkpoint import save_weights, write_text
+from .engine.checkpoint import load_checkpoint, save_checkpoint, save_weights, write_text
 from .engine.ema import Average
 from .engine.evaluation import accuracy
-from .errors import UserError, command
-from .models import build
+from .errors import TrainingStopped, UserError, command
+from .models import GREY_SIZES, NETWORKS, build
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Train a preset's teacher network on labelled images."""
+    """Train a teacher network on labelled images. The first argument chooses the other defaults."""
 
     preset: tyro.conf.Positional[str] = "mnist"
-    """The preset whose teacher is trained."""
-    out: Path = Path("teacher.safetensors")
-    """Where the weights go; a note with the same name and the ending .json is written beside."""
+    """mnist, hintonnet, cifar10, cifar100, or imagefolder (any images of your own)."""
+    network: str = "LeNet5"
+    """The network by its name: LeNet5, HintonNet1200, ResNet34, ResNet20, WRN-40-2, ..."""
+
+    # --- data ---------------------------------------------------------------------------------
+    data: str = "mnist"
+    """Training images: mnist, fashion-mnist, usps, cifar10, cifar100; the path of a folder,
+    <class>/*.jpg or train/<class>/*.jpg and test/<class>/*.jpg; the path of an .npz file with
+    'images' and 'labels'; or imagefolder, which is the folder --data-dir."""
+    data_dir: Path | None = None
+    """Where the data lie, in torchvision's layout; default: the environment variable DAFL_DATA."""
+    download: bool = False
+    """Allow torchvision to download into --data-dir."""
     exclude: Literal["none", "mnist-5k"] = "none"
     """Leave these images out of training, so that they stay held out."""
-    data_dir: Path | None = None
-    """Where MNIST lies in torchvision's layout; default: the environment variable DAFL_DATA."""
-    download: bool = False
-    """Allow torchvision to download MNIST into --data-dir."""
-    epochs: int = 10
+    eval: str | None = None
+    """Images on which the finished teacher is evaluated, named as in --data, or none; the test
+    split of --data, if there is one, when not given."""
+    image_size: int | None = None
+    """Height and width that images are brought to; their own, or the network's, when not given."""
+
+    # --- where and how long -------------------------------------------------------------------
+    out: Path = Path("teacher.safetensors")
+    """Where the weights go; a note with the same name and the ending .json is written beside, and
+    while training runs a .checkpoint."""
+    resume: bool = False
+    """Go on from the checkpoint beside --out that an interrupted training left."""
+    epochs: float | None = 10
     """Passes over the training images."""
+    max_seconds: float | None = None
+    """Stop after this many seconds of training; saving and evaluation are not counted."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU when there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the network. auto: bf16 where the processor has it."""
+    seed: int = 0
+    """Seed of initialisation, order and augmentation."""
+    save_every: float = 20.0
+    """Seconds of training between checkpoints."""
+    log_every: int = 50
+    """Steps between two looks at the losses; the device is never waited for in between."""
+
+    # --- optimization -------------------------------------------------------------------------
     batch_size: int = 256
     """Images per update."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum 0.9."""
     lr: float = 2e-3
-    """Peak of the one-cycle learning rate (AdamW)."""
+    """Peak of the one-cycle learning rate."""
     weight_decay: float = 0.0
-    """AdamW's weight decay."""
-    shift: int = 0
-    """Training images are moved by up to this many pixels in each direction."""
-    noise: float = 1.0
-    """Standard deviation of Gaussian noise added to training images, in normalised units. A
-    teacher that has seen noise teaches better without data than one that has seen shifts."""
+    """Weight decay of all parameters."""
     label_smoothing: float = 0.0
-    """Share of the target probability that is spread over all classes."""
+    """Share of the target probability that is spread over all classes. It makes a teacher less
+    teachable (docs/teachers.md), therefore none by default."""
     ema_decay: float = 0.998
     """Decay of the moving average of the weights that is saved."""
-    seed: int = 0
-    """Seed of initialisation, order and shifts."""
 
+    # --- augmentation -------------------------------------------------------------------------
+    shift: int = 0
+    """Images are moved by up to this many pixels in each direction (a random crop after padding
+    by reflection)."""
+    flip: bool = False
+    """Mirror every other image, left to right."""
+    noise: float = 1.0
+    """Standard deviation of Gaussian noise added to images, in normalised units. A teacher that
+    has seen noise teaches better without data (docs/teachers.md)."""
 
-def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Moves each image [N, C, H, W] by a random whole number of pixels, repeating the border."""
-    if most == 0:
-        return images
-    n, c, h, w = images.shape
-    padded = F.pad(images, (most,) * 4, mode="replicate")
-    dy, dx = torch.randint(0, 2 * most + 1, (2, n, 1), generator=generator)
-    rows = (dy + torch.arange(h))[:, None, :, None]
-    cols = (dx + torch.arange(w))[:, None, None, :]
-    return padded[torch.arange(n)[:, None, None, None], torch.arange(c)[:, None, None], rows, cols]
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, want: str) -> None:
+            if not ok:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} must be {want}, got {getattr(self, name)}")
 
-
-def fit(network: nn.Module, images: Tensor, labels: Tensor, config: TeacherConfig) -> nn.Module:
-    """Trains `network` on normalised images [N, C, H, W]; returns its averaged copy."""
-    draw = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-    )
-    batches = len(images) // config.batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=config.epochs * batches, pct_start=0.2
-    )
-    average, updates = Average(network, config.ema_decay), 0
-    for epoch in range(config.epochs):
-        order = torch.randperm(len(images), generator=draw)[: batches * config.batch_size]
-        losses = []
-        for index in order.split(config.batch_size):
-            x = shifted(images[index], config.shift, draw)
-            if config.noise:
-                x = x + config.noise * torch.randn(x.shape, generator=draw)
-            loss = F.cross_entropy(
-                network(x), labels[index], label_smoothing=config.label_smoothing
+        if self.network not in NETWORKS:
+            raise UserError(
+                f"unknown network {self.network!r}: choose one of {', '.join(NETWORKS)}"
             )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            average.ramp(updates)
-            average.update(network)
-            updates += 1
-            losses.append(loss.detach())
-        print(f"epoch {epoch + 1}/{config.epochs}: loss {torch.stack(losses).mean():.4f}")
-    return average.module.eval()
+        check(self.batch_size >= 2, "batch_size", "at least 2 (BatchNorm needs two images)")
+        for name in ("lr", "log_every", "save_every", "epochs", "max_seconds", "image_size"):
+            value = getattr(self, name)
+            check(value is None or value > 0, name, "positive")
+        for name in ("weight_decay", "shift", "noise"):
+            check(getattr(self, name) >= 0, name, "zero or positive")
+        for name in ("ema_decay", "label_smoothing"):
+            check(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        if self.epochs is None and self.max_seconds is None:
+            raise UserError("say how long to train: --epochs or --max-seconds")
 
 
-@command
-def main() -> int:
-    return train(tyro.cli(TeacherConfig, prog="python -m dafl_fast.train_teacher"))
+# Images of natural things: crops and flips show the network what it would see anyway. The learning
+# rate is 0.8 per 1,000 images of a batch, as usual for SGD on CIFAR.
+_COLOUR: dict[str, Any] = {
+    "network": "ResNet34", "epochs": 60, "optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4,
+    "shift": 4, "flip": True, "noise": 0.0,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "mnist": {},
+    "hintonnet": {"network": "HintonNet1200"},
+    "cifar10": {**_COLOUR, "data": "cifar10"},
+    "cifar100": {**_COLOUR, "data": "cifar100"},
+    "imagefolder": {**_COLOUR, "data": "imagefolder", "network": "ResNet18"},
+}
+# The presets' normalisations; that of other images is measured.
+_FORMATS = {**data.FORMATS, "hintonnet": data.FORMATS["mnist"]}
+# What may differ when a training is resumed.
+_RESUMABLE = ("resume", "device", "data_dir", "download", "eval", "out", "save_every", "log_every")
 
 
-def train(config: TeacherConfig) -> int:
-    if config.preset not in PRESETS:
-        raise UserError(f"unknown preset {config.preset!r}: choose one of {', '.join(PRESETS)}")
-    preset = PRESETS[config.preset]
-    images, labels, _ = data.load("mnist", "train", config.data_dir, config.download)
-    if config.exclude == "mnist-5k":
-        images, labels = data.without(images, labels, data.load("mnist-5k", "test").images)
+def make_config(preset: str = "mnist", **overrides: Any) -> TeacherConfig:
+    """A TeacherConfig with the preset's defaults, changed by `overrides`.
+
+    A length given as `max_seconds` replaces the preset's epochs.
+
+    Raises:
+        UserError: an unknown preset, or a value out of range.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    if "max_seconds" in overrides:
+        overrides.setdefault("epochs", None)
+    return TeacherConfig(**{**PRESETS[preset], **overrides, "preset": preset})
+
+
+class Training:
+    """A network in training: all that moves is in `state_dict`, so that it can be resumed exactly.
+
+    Args:
+        network: freshly initialised.
+        images: [N, C, H, W] uint8.
+        labels: [N] int64.
+        form: the images' normalisation.
+        config: all settings.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        form: data.Format,
+        config: TeacherConfig,
+    ) -> None:
+        from .engine.loop import pick_device, pick_precision
+
+        self.config = config
+        self.device = pick_device(config.device)
+        self.bf16 = pick_precision(config.precision, self.device) == "bf16"
+        self.network = network.to(self.device).to(memory_format=torch.channels_last).train()
+        self.average = Average(self.network, config.ema_decay)
+        self.optimizer: torch.optim.Optimizer
+        settings: dict[str, Any] = {
+            "lr": config.lr, "weight_decay": config.weight_decay, "fused": True,
+        }  # fmt: skip
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(
+                self.network.parameters(), momentum=0.9, nesterov=True, **settings
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(self.network.parameters(), **settings)
+        size = tuple(images.shape[2:])
+        if config.shift >= min(size):
+            raise UserError(f"--shift must be smaller than the image, got {config.shift}")
+        padded = F.pad(images, (config.shift,) * 4, mode="reflect")
+        padded = padded.to(self.device, memory_format=torch.channels_last)
+        # [N, C, 2 shift + 1, 2 shift + 1, H, W]: every crop of every image, as a view.
+        self.crops = padded.unfold(2, size[0], 1).unfold(3, size[1], 1)
+        self.labels = labels.to(self.device)
+        self.normaliser = data.Normaliser(form).to(self.device)
+        self.batch_size = min(config.batch_size, len(images))
+        self.steps_per_epoch = len(images) // self.batch_size
+        self.random = torch.Generator(self.device).manual_seed(config.seed)
+        self.steps = 0
+        self.seconds = 0.0
+
+    def run(self, checkpoint: Path) -> None:
+        """Trains to the end, saving to `checkpoint` now and then.
+
+        Raises:
+            TrainingStopped: the loss is not finite.
+        """
+        config = self.config
+        start = time.perf_counter() - self.seconds
+        saved = printed = self.seconds
+        since, order, seen = self.steps, Tensor(), torch.zeros(2, device=self.device)
+        while (done := self._done()) < 1:
+            epoch, place = divmod(self.steps, self.steps_per_epoch)
+            if place == 0 or not len(order):
+                order = self._order(epoch)
+            index = order[place * self.batch_size : (place + 1) * self.batch_size]
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.lr * one_cycle(done)
+            seen += self._step(index)
+            self.seconds = time.perf_counter() - start
+            if self.steps % config.log_every and self._done() < 1:
+                continue
+            loss, right = (seen / (self.steps - since)).tolist()
+            self.seconds = time.perf_counter() - start
+            if not math.isfinite(loss):
+                raise TrainingStopped(
+                    f"the loss is not finite at step {self.steps}; try a lower --lr"
+                )
+            if self.seconds - printed >= 5 or self._done() >= 1:
+                print(
+                    f"{self.seconds:7.1f} s  {self._done():4.0%}  epoch "
+                    f"{self.steps / self.steps_per_epoch:.1f}: loss {loss:.4f}, right {right:.2%}, "
+                    f"{self.steps * self.batch_size / self.seconds:,.0f} images/s",
+                    flush=True,
+                )
+                printed = self.seconds
+            since = self.steps
+            seen.zero_()
+            if self.seconds - saved >= config.save_every:
+                save_checkpoint(checkpoint, self.state_dict())
+                start = time.perf_counter() - self.seconds  # saving is not training
+                saved = self.seconds
+
+    def _done(self) -> float:
+        """Share of the training that is behind us, by epochs or by time, whichever is further."""
+        shares = [0.0]
+        if self.config.epochs is not None:
+            total = max(1, round(self.config.epochs * self.steps_per_epoch))
+            shares.append(self.steps / total)
+        if self.config.max_seconds is not None:
+            shares.append(self.seconds / self.config.max_seconds)
+        return max(shares)
+
+    def _order(self, epoch: int) -> Tensor:
+        """The order of the images in that epoch, the same in a resumed training."""
+        draw = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.labels), generator=draw).to(self.device)
+
+    def _batch(self, index: Tensor) -> Tensor:
+        """Images number `index` [N], augmented and in normalised units: [N, C, H, W] fp32."""
+        config, n = self.config, len(index)
+        draw: dict[str, Any] = {"device": self.device, "generator": self.random}
+        dy, dx = torch.randint(0, 2 * config.shift + 1, (2, n), **draw)
+        x = self.crops[index, :, dy, dx]
+        if config.flip:
+            coin = torch.randint(0, 2, (n, 1, 1, 1), **draw).bool()
+            x = torch.where(coin, x.flip(3), x)
+        x = self.normaliser(x)
+        if config.noise:
+            x.add_(torch.randn(x.shape, **draw), alpha=config.noise)
+        return x
+
+    def _step(self, index: Tensor) -> Tensor:
+        """One update with the images number `index`; returns [loss, share of right answers]."""
+        x, y = self._batch(index), self.labels[index]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.network(x)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.average.ramp(self.steps)
+        self.average.update(self.network)
+        self.steps += 1
+        return torch.stack([loss.detach(), (logits.detach().argmax(1) == y).float().mean()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed training needs."""
+        return {
+            "settings": _settings(self.config),
+            "network": self.network.state_dict(),
+            "average": self.average.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": self.random.get_state(),
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave.
+
+        Raises:
+            UserError: it belongs to a training with other settings.
+        """
+        before = state["settings"]
+        for name, value in _settings(self.config).items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"--{name.replace('_', '-')} cannot change when resuming: the checkpoint has "
+                    f"{before.get(name)}, got {value}"
+                )
+        self.network.load_state_dict(state["network"])
+        self.average.module.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.random.set_state(state["random"])
+        self.steps, self.seconds = state["steps"], state["seconds"]
+
+
+def one_cycle(done: float) -> float:
+    """Factor on the learning rate when the share `done` of the training is over: a fifth of it
+    rises by half a cosine from 1/25, the rest falls by half a cosine to zero."""
+    if done < 0.2:
+        return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * done / 0.2))
+    return 0.5 * (1 + math.cos(math.pi * (done - 0.2) / 0.8))
+
+
+def _settings(config: TeacherConfig) -> dict[str, Any]:
+    """What a checkpoint and the training that resumes from it must share."""
+    values = dataclasses.asdict(config)
+    return {name: value for name, value in values.items() if name not in _RESUMABLE}
+
+
+def train(config: TeacherConfig) -> dict[str, Any]:
+    """Trains (or resumes) the teacher that `config` describes, writes it, and returns its note.
+
+    Raises:
+        UserError: something in `config`, the data or the checkpoint is not usable.
+        TrainingStopped: the loss is not finite.
+    """
+    from .engine.loop import keep_freed_memory
+
+    keep_freed_memory()
+    grey = config.network in GREY_SIZES or config.preset in ("mnist", "hintonnet")
+    size = config.image_size or GREY_SIZES.get(config.network)
+    if size is None and config.preset in _FORMATS:
+        size = _FORMATS[config.preset].image_size
+    reading = (config.data_dir, config.download, size, 1 if grey else 3)
+    images, labels, classes = data.load(config.data, "train", *reading)
+    held_out = {}
+    if config.eval is None and data.has_test_split(config.data, config.data_dir):
+        held_out[config.data] = data.load(config.data, "test", *reading)
+    elif config.eval not in (None, "none"):
+        held_out[config.eval] = data.load(config.eval, "test", *reading)
+    if config.exclude != "none":
+        held_out[config.exclude] = data.load(config.exclude, "test", *reading)
+        images, labels = data.without(images, labels, held_out[config.exclude].images)
+    if size is None:
+        height, size = images.shape[2:]
+        if height != size:
+            raise UserError(
+                f"the images are {height}x{size} and not square: give the size to which they are "
+                "brought with --image-size"
+            )
+    images = data.resized(images, size)
+    known = _FORMATS.get(config.preset)
+    mean, std = (known.mean, known.std) if known else data.statistics(images)
+    form = data.Format(size, images.shape[1], mean, std)
+    for other in held_out.values():
+        data.check_channels(other.images, form.channels)
+        data.check_labels(other.labels, len(classes))
+
     torch.manual_seed(config.seed)
-    network = build(preset.teacher)
-    print(f"{preset.teacher} on {len(images):,} images, {config.epochs} epochs")
-    start = time.perf_counter()
-    network = fit(network, data.normalise(images, preset), labels, config)
+    network = build(config.network, len(classes), form.channels)
+    training = Training(network, images, labels, form, config)
+    checkpoint = config.out.with_suffix(".checkpoint")
+    if config.resume:
+        training.load_state_dict(load_checkpoint(checkpoint))
+    print(f"{config.network} on {len(images):,} images of {len(classes)} classes", flush=True)
+    training.run(checkpoint)
+
+    network = training.average.module
     note = {
-        "network": preset.teacher,
+        "network": config.network,
+        "num_classes": len(classes),
+        "classes": classes,
+        **dataclasses.asdict(form),
         "command": "python -m dafl_fast.train_teacher " + " ".join(sys.argv[1:]),
         "seed": config.seed,
         "torch": torch.__version__,
         "training_images": len(images),
-        "train_seconds": round(time.perf_counter() - start, 1),
+        "epochs": round(training.steps / training.steps_per_epoch, 2),
+        "train_seconds": round(training.seconds, 1),
+        "accuracy": {
+            name: accuracy(
+                nn.Sequential(training.normaliser, network),
+                data.resized(other.images, size),
+                other.labels,
+            )
+            for name, other in held_out.items()
+        },
     }
-    test = data.eval_set("mnist", preset, config.data_dir)
-    assert test is not None
-    note["accuracy_mnist_10000"] = accuracy(network, *test)
-    if config.exclude == "mnist-5k":
-        held_out = data.eval_set("mnist-5k", preset)
-        assert held_out is not None
-        note["accuracy_mnist_5k"] = accuracy(network, *held_out)
     save_weights(config.out, network.state_dict())
     write_text(config.out.with_suffix(".json"), json.dumps(note, indent=2) + "\n")
-    print(json.dumps(note, indent=2))
+    checkpoint.unlink(missing_ok=True)
+    return note
+
+
+def parse(arguments: list[str]) -> TeacherConfig:
+    """The TeacherConfig for a command line: the preset chooses the defaults of all the rest."""
+    preset = arguments[0] if arguments and not arguments[0].startswith("-") else "mnist"
+    flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    timed = {"max_seconds": 60.0} if "--max-seconds" in flags else {}  # 60 stands for what is given
+    config: TeacherConfig = tyro.cli(
+        TeacherConfig,
+        prog="python -m dafl_fast.train_teacher",
+        default=make_config(preset, **timed),
+        args=arguments,
+    )
+    return config
+
+
+@command
+def main() -> int:
+    print(json.dumps(train(parse(sys.argv[1:])), indent=2))
     return 0
 
 

@@ -15,13 +15,12 @@ from PIL import Image
 from torchvision.transforms.functional import normalize, pil_to_tensor, resize, to_pil_image
 
 from dafl_fast import data
-from dafl_fast.config import PRESETS
 from dafl_fast.engine.evaluation import accuracy
 from dafl_fast.errors import UserError
 from dafl_fast.models import build
 from dafl_fast.networks import load_weights
 
-MNIST = PRESETS["mnist"]
+MNIST = data.FORMATS["mnist"]
 ASSETS = Path(str(files("dafl_fast") / "assets"))
 
 
@@ -56,12 +55,13 @@ def test_normalise_is_torchvisions_pipeline():
 def test_bundled_teacher_is_as_good_as_its_note_says(data_dir):
     note = json.loads((ASSETS / "lenet5-mnist.json").read_text())
     teacher = load_weights(build("LeNet5"), ASSETS / "lenet5-mnist.safetensors", "teacher")
-    for name, key in (("mnist-5k", "accuracy_mnist_5k"), ("mnist", "accuracy_mnist_10000")):
-        held_out = data.eval_set(name, MNIST, data_dir)
+    assert note["accuracy"].keys() == {"mnist-5k", "mnist"}
+    for name, stated in note["accuracy"].items():
+        held_out = data.eval_set(name, MNIST, 10, data_dir)
         assert held_out is not None
         got = accuracy(teacher, *held_out)
         assert got >= 0.99
-        assert got == pytest.approx(note[key], abs=3e-4)
+        assert got == pytest.approx(stated, abs=3e-4)
     assert note["training_images"] == 55_000
     assert "--exclude mnist-5k" in note["command"]
 
@@ -217,19 +217,20 @@ def test_statistics_are_mean_and_deviation():
 def test_eval_set_fits_the_network(tmp_path):
     labels = np.arange(6)
     np.savez(tmp_path / "data.npz", images=noise(6, 16, 16), labels=labels)
-    found = data.eval_set(str(tmp_path / "data.npz"), MNIST)
+    found = data.eval_set(str(tmp_path / "data.npz"), MNIST, 10)
     assert found is not None
     assert found[0].shape == (6, 1, 32, 32)
     assert torch.equal(found[1], torch.from_numpy(labels))
-    assert data.eval_set("none", MNIST) is None
     np.savez(tmp_path / "many.npz", images=noise(6, 16, 16), labels=labels + 5)
     with pytest.raises(UserError, match="label 10, the network's 10 classes are 0 to 9"):
-        data.eval_set(str(tmp_path / "many.npz"), MNIST)
+        data.eval_set(str(tmp_path / "many.npz"), MNIST, 10)
     np.savez(tmp_path / "colour.npz", images=noise(6, 16, 16, 3), labels=labels)
     with pytest.raises(UserError, match=r"have 3 channel\(s\), the network takes 1"):
-        data.eval_set(str(tmp_path / "colour.npz"), MNIST)
+        data.eval_set(str(tmp_path / "colour.npz"), MNIST, 10)
     write_images(tmp_path / "folder", {"a": [noise(20, 30, 3)], "b": [noise(8, 8)]})
-    found = data.eval_set(str(tmp_path / "folder"), MNIST)  # colour read as grey, sizes made equal
+    found = data.eval_set(
+        str(tmp_path / "folder"), MNIST, 10
+    )  # colour read as grey, sizes made equal
     assert found is not None
     assert found[0].shape == (2, 1, 32, 32)
 

@@ -83,10 +83,10 @@ def test_the_state_is_written_in_place(device):
 def test_without_a_gpu_there_is_a_reason():
     for wanted, reason in (("auto", "the device is cpu"), ("off", "--cuda-graph off")):
         step = make_step("published", cuda_graph=wanted)
-        assert graph.use_graph(step) == reason
+        assert graph.make_ready(step) == reason
         assert step.run == step.body
     with pytest.raises(UserError, match="--cuda-graph on: .* the device is cpu"):
-        graph.use_graph(make_step("published", cuda_graph="on"))
+        graph.make_ready(make_step("published", cuda_graph="on"))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_fifty_replays_equal_fifty_steps(recipe, precision):
         make_step(recipe, torch.float32, precision, device, cuda_graph="on", **RECIPES[recipe])
         for _ in range(2)
     )
-    assert graph.use_graph(two) is None
+    assert graph.make_ready(two) is None
     images = []
     for _ in range(50):
         one.set_student_lr(1e-3)
@@ -120,7 +120,7 @@ def test_fifty_replays_equal_fifty_steps(recipe, precision):
 def test_an_overflow_in_a_replay_skips_the_update(precision):
     device = torch.device("cuda")
     step = make_step("published", torch.float32, precision, device, cuda_graph="on")
-    assert graph.use_graph(step) is None
+    assert graph.make_ready(step) is None
     step()
     before = copy.deepcopy(step.student.state_dict())
     for scaler in step.scalers:
@@ -151,9 +151,9 @@ def test_what_cannot_be_captured_runs_step_by_step(wanted, caplog):
     step.student_optimizer = torch.optim.SGD(step.student.parameters(), lr=0.1)
     if wanted == "on":
         with pytest.raises(UserError, match="cannot be captured"):
-            graph.use_graph(step)
+            graph.make_ready(step)
         return
-    reason = graph.use_graph(step)
+    reason = graph.make_ready(step)
     assert reason is not None
     assert f"no CUDA graph: {reason}" in caplog.text
     before = step.student.fc.weight.clone()

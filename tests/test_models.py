@@ -111,3 +111,23 @@ def test_reset_draws_new_weights_in_place():
 def test_generator_refuses_sizes_it_cannot_take(arguments, name):
     with pytest.raises(ValueError, match=name):
         Generator(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("size", "start", "stages"), [(28, 7, 2), (32, 8, 2), (64, 8, 3), (96, 6, 4), (224, 7, 5)]
+)
+def test_generator_stages_follow_the_image_size(size, start, stages):
+    generator = Generator(5, size, 3, 4)
+    assert generator.l1[0].out_features == 4 * start**2
+    convolutions = [m for m in generator.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == stages + 1
+    images = generator(torch.randn(3, 5))
+    assert images.shape == (3, 3, size, size)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    # Step by step, as the published stages are.
+    generator.eval()
+    z = torch.randn(2, 5)
+    x = generator.conv_blocks0(generator.l1(z).view(2, 4, start, start))
+    for block in (*generator.more_blocks, generator.conv_blocks1, generator.conv_blocks2):
+        x = block(F.interpolate(x, scale_factor=2))
+    torch.testing.assert_close(generator(z), x, atol=1e-5, rtol=1e-5)

@@ -191,7 +191,9 @@ def test_mixed_precision_follows_fp32(precision):
     for _ in range(5):
         exact()
         mixed()
-    torch.testing.assert_close(mixed.statistics, exact.statistics, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(mixed.statistics[:-1], exact.statistics[:-1], rtol=0.05, atol=0.05)
+    # Agreement counts images: of the 5 x 16, a few lie so near a border that rounding decides.
+    assert abs(mixed.statistics[-1] - exact.statistics[-1]) <= 4 / 16
 
 
 def test_an_fp16_overflow_skips_the_update_and_halves_the_scale():

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dafl_fast import train as command
-from dafl_fast.config import PRESETS, Config, make_config
+from dafl_fast.config import Config, make_config
 from dafl_fast.engine import loop
 from dafl_fast.engine.loop import train
 from dafl_fast.errors import TrainingStopped, UserError
@@ -80,13 +81,13 @@ def test_a_run_folder_is_complete(tmp_path, monkeypatch, capsys):
     assert f"{summary['student_accuracy']:.2%}" in printed
 
     # The accuracy is that of the weights that were saved.
-    from dafl_fast.data import eval_set
+    from dafl_fast.data import FORMATS, eval_set
     from dafl_fast.engine.evaluation import accuracy
     from dafl_fast.models import LeNet5Half
 
     student = LeNet5Half()
     student.load_state_dict(student_of(out))
-    held_out = eval_set("mnist-5k", PRESETS["mnist"])
+    held_out = eval_set("mnist-5k", FORMATS["mnist"], 10)
     assert accuracy(student, *held_out) == summary["student_accuracy"]
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -129,6 +130,46 @@ def test_a_stalled_step_is_named(tmp_path, caplog):
     caplog.clear()
     train(tiny(tmp_path / "runs", steps=4, stall_seconds=60))
     assert caplog.records == []
+
+
+def test_compiled_training_learns_the_same(tmp_path):
+    for name, compiled in (("eager", False), ("compiled", True)):
+        train(tiny(tmp_path / name, steps=3, compile=compiled, generator_lr=1e-3))
+    assert_same_student(tmp_path / "eager", tmp_path / "compiled", 1e-4)
+    step = json.loads((tmp_path / "compiled" / "summary.json").read_text())["train_seconds"]
+    assert step < 5, "compiling is not training"
+
+
+class AsksForTensors(torch.nn.Module):
+    """Takes another way when torch.fx shows it a symbol instead of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(1, 10, 32), torch.nn.BatchNorm2d(10)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x)).flatten(1)
+        return y if isinstance(x, torch.Tensor) else -y
+
+
+def test_a_teacher_that_folding_would_change_is_not_folded(caplog):
+    teacher, images = AsksForTensors(), torch.randn(4, 1, 32, 32)
+    frozen = loop.freeze(teacher, make_config("mnist", feature_layer=None), images)
+    torch.testing.assert_close(frozen(images)[0], teacher.eval()(images))
+    assert "it would answer differently" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("student", "sentence"),
+    [
+        (LeNet5(num_classes=7), "logits [2, 10] for images [2, 1, 32, 32], as many classes as"),
+        (torch.nn.Linear(3, 10), "the student does not take images of shape [2, 1, 32, 32]"),
+    ],
+)
+def test_a_student_that_does_not_fit(student, sentence):
+    config = make_config("mnist", "published")
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        loop.prepare(config, LeNet5(), student, torch.device("cpu"), "fp32")
 
 
 def test_same_seed_same_student(tmp_path):
@@ -280,7 +321,7 @@ def test_collapse_stops_the_run_with_the_checkpoint_kept(tmp_path, monkeypatch):
     state = LeNet5().state_dict()
     state["fc2.bias"][3] = 60.0  # to this teacher everything is a three
     save_file(state, tmp_path / "one-class.safetensors")
-    config = tiny(tmp_path / "run", teacher=tmp_path / "one-class.safetensors")
+    config = tiny(tmp_path / "run", teacher=str(tmp_path / "one-class.safetensors"))
     with pytest.raises(TrainingStopped, match="collapsed: for 6 steps .* one class.*checkpoint"):
         train(config)
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -336,7 +377,10 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["imagenet"], "unknown preset 'imagenet': choose one of mnist, hintonnet"),
+        (
+            ["imagenet"],
+            "unknown preset 'imagenet': choose one of mnist, hintonnet, cifar10, cifar100, custom",
+        ),
         (
             ["mnist", "--teacher", "nowhere.safetensors"],
             "nowhere.safetensors does not exist",
@@ -424,7 +468,8 @@ def test_a_mistake_in_a_real_process_has_no_traceback(tmp_path):
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "error: unknown preset 'nosuch': choose one of mnist, hintonnet\n"
+    known = "mnist, hintonnet, cifar10, cifar100, custom"
+    assert done.stderr == f"error: unknown preset 'nosuch': choose one of {known}\n"
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -438,7 +483,7 @@ def test_hintonnet_distils_at_its_own_image_size(tmp_path):
             **{name: getattr(tiny(tmp_path / "run"), name) for name in (
                 "batch_size", "generator_width", "student_batch_size", "student_updates",
                 "bank_images", "log_every", "eval", "out_dir", "precision")},
-            "steps": 2, "teacher": tmp_path / "teacher.safetensors",
+            "steps": 2, "teacher": str(tmp_path / "teacher.safetensors"),
         }
     )  # fmt: skip
     summary = train(config)

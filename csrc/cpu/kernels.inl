@@ -9,109 +9,12 @@
 // This file may not use anything from the standard library: an inline function or template
 // compiled here with wide instructions could be the copy that the linker keeps for everybody.
 
+#include "vectors.inl"
+
 namespace dafl {
 namespace cpu {
 namespace DAFL_ISA {
 namespace {
-
-typedef float F32 __attribute__((vector_size(DAFL_VECTOR_BYTES)));
-typedef int32_t I32 __attribute__((vector_size(DAFL_VECTOR_BYTES)));
-typedef uint32_t U32 __attribute__((vector_size(DAFL_VECTOR_BYTES)));
-typedef double F64 __attribute__((vector_size(DAFL_VECTOR_BYTES)));
-
-template <class To, class From>
-DAFL_HD To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To to;
-  __builtin_memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-// An L x L block in registers, rows to columns: log2 L rounds, each of which swaps the off-diagonal
-// D x D sub-blocks of every pair of rows that are D apart.
-#if DAFL_VECTOR_BYTES == 64
-#define DAFL_LANES 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
-#elif DAFL_VECTOR_BYTES == 32
-#define DAFL_LANES 0, 1, 2, 3, 4, 5, 6, 7
-#else
-#define DAFL_LANES 0, 1, 2, 3
-#endif
-
-template <int... I>
-struct Lanes {
-  static constexpr int L = sizeof...(I);
-
-  template <int... At>
-  static DAFL_HD F32 shuffle(F32 a, F32 b) {
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, At...);
-#else
-    return __builtin_shuffle(a, b, I32{At...});
-#endif
-  }
-
-  template <int D>
-  static DAFL_HD void swap_blocks(F32* row) {
-    for (int i = 0; i < L; ++i) {
-      if (i & D) continue;
-      F32 a = row[i], b = row[i + D];
-      row[i] = shuffle<((I & D) ? L + I - D : I)...>(a, b);
-      row[i + D] = shuffle<((I & D) ? L + I : I + D)...>(a, b);
-    }
-  }
-
-  static DAFL_HD void transpose(F32* row) {
-    swap_blocks<1>(row);
-    swap_blocks<2>(row);
-    if constexpr (L > 4) swap_blocks<4>(row);
-    if constexpr (L > 8) swap_blocks<8>(row);
-  }
-};
-
-DAFL_HD void transpose(F32* row) { Lanes<DAFL_LANES>::transpose(row); }
-
-DAFL_HD int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// ---- 16-bit floats, as bits in the low half of 32 (scalar or vector) ----------------------------
-
-template <class F, class U>
-DAFL_HD F decode_bf16(U bits) {
-  return bit_cast<F>(bits << 16);
-}
-
-template <class F, class U>
-DAFL_HD U encode_bf16(F value) {  // round to nearest even; NaN stays NaN
-  U bits = bit_cast<U>(value);
-  U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded;
-}
-
-template <class F, class U>
-DAFL_HD F decode_f16(U bits) {
-  U sign = (bits & 0x8000u) << 16;
-  U magnitude = (bits & 0x7fffu) << 13;
-  // Exponent rebias by a multiplication, which turns the largest exponent into inf and NaN ...
-  F normal = bit_cast<F>(magnitude + (0xe0u << 23)) * 0x1p-112f;
-  // ... and for subnormals through the mantissa of 0.5.
-  F subnormal = bit_cast<F>((magnitude >> 13) | (126u << 23)) - 0.5f;
-  U result = magnitude < (1u << 23) ? bit_cast<U>(subnormal) : bit_cast<U>(normal);
-  return bit_cast<F>(result | sign);
-}
-
-template <class F, class U>
-DAFL_HD U encode_f16(F value) {  // round to nearest even; NaN stays NaN
-  U bits = bit_cast<U>(value);
-  U sign = (bits >> 16) & 0x8000u;
-  U magnitude = bits & 0x7fffffffu;
-  // The first product overflows to inf exactly where fp16 does. Adding a power of two that is 2^13
-  // above the value's own then makes the addition itself round to 10 bits.
-  F scaled = (bit_cast<F>(magnitude) * 0x1p+112f) * 0x1p-110f;
-  U bias = (magnitude << 1) & 0xff000000u;
-  bias = bias < 0x71000000u ? (bias & 0u) + 0x71000000u : bias;
-  U sum = bit_cast<U>(bit_cast<F>((bias >> 1) + 0x07800000u) + scaled);
-  U rounded = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
-  return sign | (magnitude > 0x7f800000u ? (magnitude & 0u) + 0x7e00u : rounded);
-}
 
 // ---- Elementary functions ----------------------------------------------------------------------
 

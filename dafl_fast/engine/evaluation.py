@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -21,4 +23,13 @@ def predictions(network: nn.Module, images: Tensor, batch_size: int = 1000) -> T
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of images [N, C, H, W] whose predicted class is the label [N]."""
-    return (predictions(network, images) == labels).float().mean().item()
+    return accuracy_on(network, [(images, labels)])[0]
+
+
+def accuracy_on(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+    """Accuracy over batches of images [N, C, H, W] and labels [N], and the number of images."""
+    right = count = 0
+    for images, labels in batches:
+        right += int((predictions(network, images) == labels).sum())
+        count += len(labels)
+    return right / max(count, 1), count

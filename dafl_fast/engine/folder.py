@@ -36,6 +36,7 @@ from .step import Step
 RESUMABLE = (
     "steps", "max_seconds", "resume", "device", "eval", "data_dir", "download", "eval_every",
     "save_every", "log_every", "stall_seconds", "cuda_graph", "compile", "teacher",
+    "teacher_weights", "out_dir",
 )  # fmt: skip
 
 
@@ -236,10 +237,30 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ValueError("unknown settings")
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{file} is not the configuration of a run: {error}") from error
-    for name in ("teacher", "data_dir"):
+    for name in ("teacher_weights", "student_weights", "data_dir"):
         if values.get(name) is not None:
             values[name] = Path(values[name])
+    for name in ("image_shape", "mean", "std"):
+        if values.get(name) is not None:
+            values[name] = tuple(values[name])
     return values
+
+
+def check_resumed(config: Config) -> None:
+    """Sees that `config` goes on with the run in `config.resume` as that was begun.
+
+    Raises:
+        UserError: there is no such run, or a setting differs that makes another run of it.
+    """
+    assert config.resume is not None
+    before = Config(**read_config(config.resume))
+    for field in dataclasses.fields(Config):
+        old, new = getattr(before, field.name), getattr(config, field.name)
+        if old != new and field.name not in RESUMABLE:
+            raise UserError(
+                f"--{field.name.replace('_', '-')} cannot change when resuming: the run in "
+                f"{config.resume} has {old}, got {new}"
+            )
 
 
 def environment() -> dict[str, Any]:

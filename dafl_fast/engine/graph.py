@@ -23,11 +23,12 @@ log = logging.getLogger(__name__)
 WARM_UP, WARM_UP_DISTRIBUTED = 3, 11
 
 
-def use_graph(step: Step) -> str | None:
-    """Lets `step` run as a CUDA graph from now on, if its config and the machine allow it.
+def make_ready(step: Step) -> str | None:
+    """Compiles `step` and lets it run as a CUDA graph from now on, as its config and the machine
+    allow; nothing that training reads is changed.
 
     Returns:
-        Why it does not, or None if it does. With `cuda_graph` "auto" the step then runs as before.
+        Why it is no graph, or None if it is. With `cuda_graph` "auto" the step then runs as before.
 
     Raises:
         UserError: `cuda_graph` is "on" and the step cannot be captured.
@@ -50,6 +51,9 @@ def use_graph(step: Step) -> str | None:
         raise UserError(f"--cuda-graph on: the step cannot be captured: {reason}")
     if wanted == "auto" and reason is not None and step.device.type == "cuda":
         log.warning("no CUDA graph: %s", reason)
+    if step.config.compile and reason is not None:
+        with unchanged(step, 1):  # compiles now, before the clock runs
+            step.body()
     return reason
 
 

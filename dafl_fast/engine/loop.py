@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import resource
@@ -11,7 +12,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,78 +22,198 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..config import PRESETS, Config, Preset
+from ..config import PRESETS, Config, make_config
 from ..data import eval_set
 from ..errors import TrainingStopped, UserError
-from ..models import Generator, build
-from ..networks import load_weights
+from ..models import Generator
+from ..networks import load_network
 from ..report import save_samples
 from .checkpoint import save_weights
 from .distributed import World, is_lost_contact
-from .evaluation import accuracy
-from .folder import RunFolder
-from .graph import use_graph
+from .evaluation import accuracy_on
+from .folder import RunFolder, check_resumed
+from .graph import make_ready
 from .step import AUTOCAST, STATISTICS, Step
 from .teacher import FrozenTeacher
 from .watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 # A batch whose classes carry less than this share of the largest possible entropy has collapsed
 # to one class; training stops after so many steps of it (a young generator may pass through).
 COLLAPSED_ENTROPY, COLLAPSED_STEPS = 0.02, 300
 
 
+@dataclass
+class Result:
+    """What a run leaves.
+
+    Attributes:
+        student: trained, in evaluation mode; the moving average of its weights if there is one.
+        history: the rows of metrics.jsonl that this call added.
+        summary: what summary.json holds.
+        folder: of the run.
+    """
+
+    student: nn.Module
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+    folder: Path
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int | None = None,
+    generator: nn.Module | None = None,
+    feature_layer: str | None = None,
+    recipe: str = "fast",
+    steps: int | None = None,
+    max_seconds: float | None = None,
+    eval_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+    callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+    preset: str = "custom",
+    **settings: Any,
+) -> Result:
+    """Distils `teacher` into `student` without data.
+
+    SIGINT and SIGTERM end it after the current step with everything saved; `resume` goes on.
+
+    Args:
+        teacher: any classifier, images [N, C, H, W] in the units it was trained with -> logits
+            [N, num_classes]. It is copied and not changed, but for the device it is on.
+        student: any network from such images to as many logits; trained in place.
+        image_shape: C, H and W; H = W, a multiple of 4.
+        num_classes: checked against the teacher's outputs when given.
+        generator: from noise [N, latent_dim] to images; the published one, with as many stages as
+            the image size asks for, when not given. It needs a method `reset` to be drawn anew, if
+            the recipe does that.
+        feature_layer: name of the teacher's layer whose input is the feature vector of the
+            activation loss; its last linear layer when not given.
+        recipe: "fast", "published" or "paper"; see docs/recipes.md.
+        steps, max_seconds: when to stop; the recipe's own length when neither is given.
+        eval_loader: batches of held-out images [N, C, H, W], in the teacher's units, and labels
+            [N]. Only for reporting accuracy.
+        callbacks: each is called with every row of metrics.
+        preset: whose settings the recipe's are: "custom", "mnist", "cifar10", ...
+        settings: any other field of `Config`: out_dir, seed, batch_size, device, resume, ...
+
+    Raises:
+        UserError: a setting, a network or the folder is not usable.
+        TrainingStopped: the generator collapsed, a loss is not finite, or another process is gone;
+            the run's last good checkpoint is kept.
+    """
+    config = make_config(
+        preset,
+        recipe,
+        **{
+            **dict(image_shape=tuple(image_shape), feature_layer=feature_layer, eval="none"),
+            **dict(teacher=None, student=None, num_classes=num_classes),
+            **({"steps": steps} if steps is not None else {}),
+            **({"max_seconds": max_seconds} if max_seconds is not None else {}),
+            **settings,
+        },
+    )
+    if config.resume is not None:
+        check_resumed(config)
+    return _run(config, teacher, student, generator, eval_loader, callbacks)
+
+
 def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Runs (or resumes) the run that `config` describes, and returns its summary.
 
-    SIGINT and SIGTERM end it after the current step with everything saved. Under torchrun every
-    process calls it, each trains on its share of the batches, and the first one writes.
+    As `distill`, with networks and held-out images by name. Under torchrun every process calls it,
+    each trains on its share of the batches, and the first one writes.
 
     Args:
         config: all settings.
         report: called with each row of metrics.jsonl.
-
-    Raises:
-        UserError: something in `config`, the teacher or the folder is not usable.
-        TrainingStopped: the generator collapsed, a loss is not finite, or another process is gone;
-            the run's last good checkpoint is kept.
     """
-    preset = PRESETS[config.preset]
+    teacher, student = load_networks(config)
+    held_out = None
+    if config.eval != "none" and os.environ.get("RANK", "0") == "0":
+        classes = outputs_of(teacher, config.image_shape)
+        images, labels = eval_set(
+            config.eval, config.image_format, classes, config.data_dir, config.download
+        )
+        held_out = list(zip(images.split(1000), labels.split(1000), strict=True))
+    return _run(config, teacher, student, None, held_out, [report] if report else []).summary
+
+
+def _run(
+    config: Config,
+    teacher: nn.Module,
+    student: nn.Module,
+    generator: nn.Module | None,
+    held_out: Iterable[tuple[Tensor, Tensor]] | None,
+    callbacks: Sequence[Callable[[dict[str, Any]], None]],
+) -> Result:
     device = pick_device(config.device)
-    precision = pick_precision(config.precision, device)
     keep_freed_memory()
     world = World.join(device)
-    held_out = None
-    if world.first:
-        held_out = eval_set(config.eval, preset, config.data_dir, config.download)
-    teacher, student = load_networks(config, preset)
-    image_shape = (preset.channels, preset.image_size, preset.image_size)
-    step = prepare(
-        config, teacher, student, image_shape, device, precision, preset.feature_layer, world
-    )
+    precision = pick_precision(config.precision, device)
+    step = prepare(config, teacher, student, device, precision, generator, world)
     path = config.resume
     if path is None and world.first:
         path = RunFolder.create(config)
     folder = RunFolder(Path(world.decide_text(str(path))))
-    summary = _Loop(config, step, folder, teacher, held_out, report).run()
+    loop = _Loop(config, step, folder, teacher, held_out, callbacks)
+    summary = loop.run()
     world.leave()
-    return summary
+    return Result(step.result.eval(), loop.history, summary, folder.path)
 
 
-def load_networks(config: Config, preset: Preset) -> tuple[nn.Module, nn.Module]:
-    """The teacher with its weights, and the student, freshly initialised."""
-    teacher = load_weights(build(preset.teacher), teacher_path(config, preset), "teacher")
+def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
+    """The teacher with its weights and the student that `config` names.
+
+    Raises:
+        UserError: one is not named, not to be had, or does not fit its weights.
+    """
+    preset = PRESETS[config.preset]
+    for role in ("teacher", "student"):
+        if getattr(config, role) is None:
+            raise UserError(
+                f"--{role} must name a network for the preset {config.preset}: see docs/networks.md"
+            )
+    assert config.teacher is not None and config.student is not None
+    channels, size, _ = config.image_shape
+    name, weights = config.teacher, config.teacher_weights
+    usual = preset.networks.get("teacher")
+    if usual is not None and name.endswith(".safetensors"):
+        name, weights = usual, Path(name)
+    if weights is None and name == usual:
+        if preset.bundled_teacher is None:
+            raise UserError(
+                f"the preset {config.preset} has no bundled teacher: train one with `python -m "
+                f"dafl_fast.train_teacher {config.preset}` and name its file with --teacher"
+            )
+        weights = Path(str(files("dafl_fast") / "assets" / preset.bundled_teacher))
+    form: dict[str, Any] = {"channels": channels, "image_size": size}
+    teacher = load_network(name, weights, role="teacher", num_classes=config.num_classes, **form)
+    classes = outputs_of(teacher, config.image_shape)
     torch.manual_seed(config.seed)
-    return teacher, build(preset.student)
+    student = load_network(
+        config.student, config.student_weights, role="student", num_classes=classes, **form
+    )
+    return teacher, student
+
+
+@torch.no_grad()
+def outputs_of(teacher: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """The teacher's number of classes, found by asking it."""
+    frozen = FrozenTeacher(teacher, fold=False)
+    return frozen.check(torch.randn(16, *image_shape))
 
 
 def prepare(
     config: Config,
     teacher: nn.Module,
     student: nn.Module,
-    image_shape: tuple[int, int, int],
     device: torch.device,
     precision: str,
-    feature_layer: str | None = None,
+    generator: nn.Module | None = None,
     world: World | None = None,
 ) -> Step:
     """Networks and generator, checked against each other, as a Step on `device`.
@@ -100,24 +222,33 @@ def prepare(
         config: all settings.
         teacher: the classifier; a frozen copy of it is used.
         student: to train; moved to `device`.
-        image_shape: channels, height and width of the images that both take.
         device, precision: see `pick_device` and `pick_precision`.
-        feature_layer: name of the teacher's layer whose input is the feature vector; the last
-            linear layer if None.
+        generator: the published one if None.
         world: the processes of this job.
 
     Raises:
         UserError: a network does not take such images, or they differ in the number of classes.
     """
     torch.manual_seed(config.seed)
-    channels, size, _ = image_shape
-    generator = Generator(config.latent_dim, size, channels, config.generator_width)
-    frozen = FrozenTeacher(teacher, feature_layer)
+    channels, size, _ = shape = config.image_shape
+    if generator is None:
+        generator = Generator(config.latent_dim, size, channels, config.generator_width)
+    frozen = freeze(teacher, config, torch.randn(16, *shape))
     for module in (generator, student, frozen):
         # Convolutions are faster with the channels innermost, on CPUs and on GPUs.
         module.to(device).to(memory_format=torch.channels_last)
-    num_classes = frozen.check(torch.randn(16, *image_shape, device=device))
-    check_student(student, torch.randn(2, *image_shape, device=device), num_classes)
+    num_classes = frozen.check(torch.randn(16, *shape, device=device))
+    if config.num_classes not in (None, num_classes):
+        raise UserError(
+            f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
+        )
+    check_student(student, torch.randn(2, *shape, device=device), num_classes)
+    check_generator(generator, torch.randn(2, config.latent_dim, device=device), shape)
+    if config.generator_restart_every and not hasattr(generator, "reset"):
+        raise UserError(
+            "--generator-restart-every needs a generator with a method reset() that draws its "
+            "parameters anew; give it one, or set it to 0"
+        )
     if precision in AUTOCAST:
         frozen.cast(AUTOCAST[precision])
     # Shapes never change, so it pays to look for the fastest convolutions once.
@@ -126,6 +257,42 @@ def prepare(
         for module in (generator, student, frozen):
             module.compile()
     return Step(config, generator, frozen, student, num_classes, device, precision, world)
+
+
+@torch.no_grad()
+def freeze(teacher: nn.Module, config: Config, images: Tensor) -> FrozenTeacher:
+    """A FrozenTeacher, its BatchNorm folded unless it would then answer differently.
+
+    torch.fx can misread a network whose code asks what kind of tensor it is given.
+    """
+    frozen = FrozenTeacher(teacher, config.feature_layer, watch=config.bn_statistics != 0)
+    if not frozen.folded:
+        return frozen
+    unfolded = FrozenTeacher(teacher, config.feature_layer, fold=False)
+    images = images.to(next(teacher.parameters()).device)
+    with contextlib.suppress(RuntimeError):  # the check will say more of images that do not fit
+        expected, got = unfolded.network(images), frozen.network(images)
+        if not torch.allclose(got, expected, 1e-3, 1e-3 * expected.abs().max().item(), True):
+            log.warning("the teacher's BatchNorm is not folded: it would answer differently")
+            return unfolded
+    return frozen
+
+
+@torch.no_grad()
+def check_generator(generator: nn.Module, noise: Tensor, image_shape: tuple[int, ...]) -> None:
+    """Tries a generator on noise [N, latent_dim], before anything is trained.
+
+    Raises:
+        UserError: it does not make images of that shape.
+    """
+    training = generator.training
+    images = generator.eval()(noise)
+    generator.train(training)
+    if tuple(images.shape) != (len(noise), *image_shape):
+        raise UserError(
+            f"the generator must make images {[len(noise), *image_shape]} of noise "
+            f"{list(noise.shape)}, got {list(images.shape)}"
+        )
 
 
 @torch.no_grad()
@@ -150,18 +317,6 @@ def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
             f"the student must return logits {[len(images), num_classes]} for images {shape}, as "
             f"many classes as the teacher, got {list(logits.shape)}"
         )
-
-
-def teacher_path(config: Config, preset: Preset) -> Path:
-    """The teacher's weights: the user's file or the bundled one."""
-    if config.teacher is not None:
-        return config.teacher
-    if preset.bundled_teacher is None:
-        raise UserError(
-            f"the preset {config.preset} has no bundled teacher: train one with "
-            f"`python -m dafl_fast.train_teacher {config.preset}` and name it with --teacher"
-        )
-    return Path(str(files("dafl_fast") / "assets" / preset.bundled_teacher))
 
 
 def pick_device(name: str) -> torch.device:
@@ -251,12 +406,13 @@ class _Loop:
         step: Step,
         folder: RunFolder,
         teacher: nn.Module,
-        held_out: tuple[Tensor, Tensor] | None,
-        report: Callable[[dict[str, Any]], None] | None,
+        held_out: Iterable[tuple[Tensor, Tensor]] | None,
+        callbacks: Sequence[Callable[[dict[str, Any]], None]],
     ) -> None:
         self.config, self.step, self.folder, self.teacher = config, step, folder, teacher
         self.world = step.world
-        self.held_out, self.report = held_out, report or (lambda row: None)
+        self.held_out, self.callbacks = held_out, callbacks
+        self.history: list[dict[str, Any]] = []
         self.wall_start = time.perf_counter()
         self.teacher_hash = step.teacher.fingerprint()
         progress = folder.restore(step) or {}
@@ -267,7 +423,7 @@ class _Loop:
         self.logged = progress.get("logged", 0)  # steps up to the last look at the losses
         self.signalled = threading.Event()
         self.watchdog = Watchdog(config.stall_seconds)
-        self.no_graph = use_graph(step)
+        self.no_graph = make_ready(step)
         self.clock = Clock(
             progress.get("train_seconds", 0.0), step.device, progress.get("seconds_apart")
         )
@@ -389,7 +545,9 @@ class _Loop:
     def _write_row(self, row: dict[str, Any]) -> None:
         if self.world.first:
             self.folder.append_metrics(row)
-            self.report(row)
+            self.history.append(row)
+            for callback in self.callbacks:
+                callback(row)
 
     def _kept(self) -> str:
         self.folder.close()
@@ -418,7 +576,7 @@ class _Loop:
             self.folder.later(lambda: save_samples(path, images, logits), step.device)
             if self.held_out is None:
                 return None
-            student = accuracy(step.result, *self.held_out)
+            student, _ = accuracy_on(step.result, self.held_out)
             agreement = step.agreement(images, logits)
         row = {
             "step": step.steps,
@@ -443,17 +601,19 @@ class _Loop:
         step.newest = step.fresh()
         agreement = step.fresh_agreement()
         student = teacher = None
+        count = 0
         if self.world.first:
             save_weights(folder.path / "student.safetensors", step.result.state_dict())
             student = self._evaluate()
             folder.flush()
-            teacher = (
-                accuracy(self.teacher.to(step.device), *self.held_out) if self.held_out else None
-            )
+            if self.held_out is not None:
+                teacher, count = accuracy_on(self.teacher.to(step.device), self.held_out)
         generator_images = step.steps * config.batch_size
         images = step.steps * self._images_per_step()
         summary = {
             "preset": config.preset,
+            "teacher": config.teacher or type(self.teacher).__name__,
+            "student": config.student or type(step.student).__name__,
             "recipe": config.recipe,
             "device": step.device.type,
             "precision": step.precision,
@@ -471,7 +631,7 @@ class _Loop:
             "student_accuracy": student,
             "agreement": agreement,
             "eval_set": config.eval,
-            "eval_count": len(self.held_out[1]) if self.held_out else 0,
+            "eval_count": count,
             "teacher_parameters": _parameters(self.teacher),
             "student_parameters": _parameters(step.student),
             "bank_bytes": step.bank.bytes if step.bank is not None else 0,

@@ -2,6 +2,7 @@
 
     z = randn(N, latent_dim)   x = G(z)   t, f = T(x)
     G:  one_hot L_oh(t) + entropy L_ie(t) + activation L_a(f)
+        (+ bn_statistics L_bn(x) + adversarial L_adv(S(x), t), which the paper does not have)
     S:  L_KD(S(x'), t') on images x' with teacher logits t', K times
 
 What x' is decides the method, and nothing else does: this step's own images (the published code),
@@ -18,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..losses import distill_loss, generator_loss
-from ..models import Generator
+from ..losses import adversarial_loss, distill_loss, generator_loss
 from .bank import ReplayBank
 from .distributed import World
 from .ema import Average
@@ -27,7 +27,10 @@ from .evaluation import accuracy
 from .teacher import FrozenTeacher
 
 # What `Step.statistics` sums up, in this order.
-STATISTICS = ("generator_loss", "one_hot", "entropy", "activation", "distill_loss", "agreement")
+STATISTICS = (
+    "generator_loss", "one_hot", "entropy", "activation", "bn_statistics", "adversarial",
+    "distill_loss", "agreement",
+)  # fmt: skip
 
 # What each precision but fp32 computes in.
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +39,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Step:
     """Everything that a training step reads and writes; calling it runs one step.
 
-    Shapes are static and nothing returns to the host. `statistics` [6] accumulates the values
+    Shapes are static and nothing returns to the host. `statistics` [8] accumulates the values
     named in `STATISTICS` (those of the student averaged over its updates) until the caller
     clears it.
 
@@ -55,7 +58,7 @@ class Step:
     def __init__(
         self,
         config: Config,
-        generator: Generator,
+        generator: nn.Module,
         teacher: FrozenTeacher,
         student: nn.Module,
         num_classes: int,
@@ -76,13 +79,14 @@ class Step:
         self.bank: ReplayBank | None = None
         if config.student_source == "bank":
             self.bank = ReplayBank(
-                config.bank_images, generator.image_shape, num_classes, config.bank_dtype, device
+                config.bank_images, config.image_shape, num_classes, config.bank_dtype, device
             )
         # Learning rates are tensors, which a captured step reads anew. Those of CUDA's fused
         # optimizers must be fp32.
         rates = torch.float32 if device.type == "cuda" else torch.float64
         self._generator_lr = torch.tensor(config.generator_lr, dtype=rates, device=device)
         self._student_lr = torch.tensor(config.student_lr, dtype=rates, device=device)
+        self._adversarial = torch.zeros((), device=device)
         self.generator_optimizer: torch.optim.Optimizer = torch.optim.Adam(
             generator.parameters(),
             lr=self._generator_lr,
@@ -128,6 +132,8 @@ class Step:
             self._restart_generator()
         if self.average is not None:
             self.average.ramp(self.steps * self.config.student_updates)
+        begun = self.steps >= self.config.adversarial_after
+        self._adversarial.fill_(self.config.adversarial if begun else 0.0)
         self.run()
         self.steps += 1
 
@@ -205,8 +211,28 @@ class Step:
                 log_base=config.log_base,
                 group=self.world.group,
             )
-        self._descend(loss.total, self.generator_optimizer, self.scalers[0])
-        return images.detach(), logits.detach(), [part.detach().float() for part in loss]
+            total, *parts = loss
+            bn_statistics = adversarial = torch.zeros_like(total)
+            if self.teacher.watched:
+                bn_statistics = self.teacher.batch_norm_loss(self.world)
+                total = total + config.bn_statistics * bn_statistics
+            if config.adversarial:
+                adversarial = adversarial_loss(self._judged(images), logits)
+                total = total + self._adversarial * adversarial
+        self._descend(total, self.generator_optimizer, self.scalers[0])
+        parts = [total, *parts, bn_statistics, adversarial]
+        return images.detach(), logits.detach(), [part.detach().float() for part in parts]
+
+    def _judged(self, images: Tensor) -> Tensor:
+        """The student's logits with a gradient to the images and none to its weights."""
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        logits: Tensor = self.student.eval()(images)
+        self.student.train()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        return logits
 
     def _update_student(self, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -238,7 +264,7 @@ class Step:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             # Seeded by the step, so that a resumed run draws the same new generator.
             torch.manual_seed(self.config.seed * 1_000_003 + self.steps)
-            self.generator.reset()
+            self.generator.reset()  # type: ignore[operator]
         _wipe(self.generator_optimizer)
 
     def tensors(self) -> list[Tensor]:

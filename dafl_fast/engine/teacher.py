@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import UserError
+from ..losses import batch_norm_loss
+from .distributed import World
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +43,19 @@ class FrozenTeacher(nn.Module):
         feature_layer: dotted name of the layer whose input is the feature vector.
         fold: compute each BatchNorm that follows a convolution or linear layer as part of that
             layer, see `fold_batch_norm`.
+        watch: keep the statistics of what enters each BatchNorm, for `batch_norm_loss`; nothing is
+            folded then. A warning is logged if there is none.
 
     Raises:
         UserError: there is no such layer, or the network cannot be copied.
     """
 
     def __init__(
-        self, network: nn.Module, feature_layer: str | None = None, fold: bool = True
+        self,
+        network: nn.Module,
+        feature_layer: str | None = None,
+        fold: bool = True,
+        watch: bool = False,
     ) -> None:
         super().__init__()
         self._fingerprint = _fingerprint(network)
@@ -76,7 +84,20 @@ class FrozenTeacher(nn.Module):
                     + ", ".join(name for name in layers if name)
                 )
             layers[self._feature_layer].register_forward_pre_hook(self._keep_features)
-        self.network = fold_batch_norm(network) if fold else network
+        self.watched: list[Any] = []
+        self._statistics: dict[nn.Module, Tensor] = {}
+        if watch:
+            self.watched = [
+                layer
+                for layer in network.modules()
+                if isinstance(layer, _BATCH_NORMS) and layer.running_mean is not None
+            ]
+            if not self.watched:
+                log.warning("the teacher has no BatchNorm layers: the BatchNorm loss is off")
+            for layer in self.watched:
+                layer.register_forward_pre_hook(self._keep_statistics)
+        self.network = fold_batch_norm(network) if fold and not self.watched else network
+        self.folded = self.network is not network
 
     def _keep_features(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._features = inputs[0]
@@ -84,6 +105,19 @@ class FrozenTeacher(nn.Module):
     def _take_features(self) -> Tensor | None:
         features, self._features = self._features, None
         return features
+
+    def _keep_statistics(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+        across = [0, *range(2, x.dim())]
+        # Mean and mean square, because those of several processes' batches can be averaged.
+        self._statistics[layer] = torch.stack([x.mean(across), x.square().mean(across)])
+
+    def batch_norm_loss(self, world: World) -> Tensor:
+        """`losses.batch_norm_loss` of the last batch, which the processes of `world` share."""
+        moments = [world.mean(self._statistics.pop(layer)) for layer in self.watched]
+        means = [mean for mean, _ in moments]
+        variances = [square - mean.square() for mean, square in moments]
+        return batch_norm_loss(means, variances, self.watched)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stays in evaluation mode: the BatchNorm statistics are part of what the teacher knows."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import UserError
 from .generator import PUBLISHED_BN_EPS, Generator
@@ -31,6 +32,8 @@ _GREY: dict[str, Callable[[int], nn.Module]] = {
     "HintonNet800": lambda classes: HintonNet(800, classes),
 }
 NETWORKS = (*_GREY, *_COLOUR)
+# Height and width of the images of those networks that take one size only (and one channel).
+GREY_SIZES = {"LeNet5": 32, "LeNet5Half": 32, "HintonNet1200": 28, "HintonNet800": 28}
 
 
 def build(name: str, num_classes: int = 10, channels: int | None = None) -> nn.Module:
@@ -53,7 +56,30 @@ def build(name: str, num_classes: int = 10, channels: int | None = None) -> nn.M
     return _GREY[name](num_classes)
 
 
+def identify(state: Mapping[str, Tensor]) -> tuple[str, int, int] | None:
+    """The named network whose weights `state` holds, told by their names and shapes.
+
+    Returns:
+        name, number of classes and image channels, as `build` takes them; None when `state`
+        belongs to no named network.
+    """
+    for name in NETWORKS:
+        with torch.device("meta"):
+            own = build(name).state_dict()
+        if own.keys() != state.keys():
+            continue
+        classes = [state[key].shape[0] for key, value in own.items() if value.dim() == 2][-1]
+        first = state[next(iter(own))]
+        channels = 1 if name in GREY_SIZES or first.dim() != 4 else first.shape[1]
+        with torch.device("meta"):
+            own = build(name, classes, channels).state_dict()
+        if all(own[key].shape == state[key].shape for key in own):
+            return name, classes, channels
+    return None
+
+
 __all__ = [
+    "GREY_SIZES",
     "NETWORKS",
     "PUBLISHED_BN_EPS",
     "Generator",
@@ -63,4 +89,5 @@ __all__ = [
     "ResNet",
     "WideResNet",
     "build",
+    "identify",
 ]

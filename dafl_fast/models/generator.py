@@ -6,45 +6,16 @@ Linear -> BN -> [x2 nearest, Conv3x3, BN(eps 0.8), LeakyReLU 0.2] twice -> Conv3
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .functional import batch_norm, upsample_stage
 
 # The released code writes `BatchNorm2d(128, 0.8)`, whose second argument is eps, not momentum.
 # It was an accident, but the published results were obtained with it, so it is kept and named.
 PUBLISHED_BN_EPS = 0.8
-
-
-def upsample_stage(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
-    """Nearest x2 upsampling, `conv` (3x3, padding 1), `norm`, LeakyReLU(0.2), without waste.
-
-    The same values as those four layers one after the other. What is spared:
-
-    * the upsampled image: each output pixel of "upsample, then 3x3" sees only 2x2 distinct input
-      pixels, so the pair equals one stride-2 transposed convolution whose 4x4 kernel holds sums of
-      the 3x3's taps: 4 multiply-adds per output and channel pair instead of 9;
-    * the convolution's bias while training: BatchNorm subtracts it again, so its gradient is zero
-      and all that it does is shift the running mean.
-
-    x is [N, in_channels, H, W]; the result [N, out_channels, 2H, 2W].
-    """
-    assert isinstance(conv, nn.Conv2d)
-    assert isinstance(norm, nn.BatchNorm2d)
-    # Along one axis: kernel4[j] = w[2 - j] + w[3 - j], taking taps outside 0..2 as zero.
-    w = F.pad(conv.weight, (1, 1, 1, 1))
-    w = w[..., 1:, :] + w[..., :-1, :]
-    w = w[..., 1:] + w[..., :-1]
-    kernel = w.flip(2, 3).transpose(0, 1).contiguous()
-    bias, mean, momentum = conv.bias, norm.running_mean, norm.momentum
-    assert bias is not None and mean is not None and momentum is not None
-    if norm.training:
-        # Added before BatchNorm decays the running mean by (1 - m), so that m * bias remains.
-        with torch.no_grad():
-            mean.add_(bias, alpha=momentum / (1 - momentum))
-        bias = None
-    return F.leaky_relu(
-        norm(F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)), 0.2, inplace=True
-    )
 
 
 class Generator(nn.Module):
@@ -54,12 +25,16 @@ class Generator(nn.Module):
     mean and unit variance: images are in the units of *normalised* data, whatever the teacher's
     data were.
 
+    Two stages double the image's size, as published. Larger images get more of the first kind in
+    front, so that the linear layer makes 8x8 pixels or fewer where the size can be halved that
+    often: three stages for 64, four for 96, five for 224.
+
     Args:
         latent_dim: length of z.
         image_size: height and width, a multiple of 4.
         channels: image channels, 1 to 4.
-        width: channels of the first two stages (published: 128); the last stage has half.
-        bn_eps: eps of the two inner BatchNorms; see `PUBLISHED_BN_EPS`.
+        width: channels of all stages but the last (published: 128), which has half.
+        bn_eps: eps of the stages' BatchNorms; see `PUBLISHED_BN_EPS`.
 
     Raises:
         ValueError: a size that the architecture cannot take.
@@ -84,15 +59,22 @@ class Generator(nn.Module):
             )
         self.latent_dim = latent_dim
         self.image_shape = (channels, image_size, image_size)
-        self._width, self._start = width, image_size // 4
+        self._width, self._start, more = width, image_size // 4, 0
+        while self._start > 8 and self._start % 2 == 0:
+            self._start, more = self._start // 2, more + 1
         # Layers, numbering and names are those of the published code, so its checkpoints load.
         self.l1 = nn.Sequential(nn.Linear(latent_dim, width * self._start**2))
         self.conv_blocks0 = nn.Sequential(nn.BatchNorm2d(width))
-        self.conv_blocks1 = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width, eps=bn_eps),
-            nn.LeakyReLU(0.2),
-        )
+        stages = [
+            nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.BatchNorm2d(width, eps=bn_eps),
+                nn.LeakyReLU(0.2),
+            )
+            for _ in range(more + 1)
+        ]
+        self.more_blocks = nn.ModuleList(stages[:more])
+        self.conv_blocks1 = stages[more]
         self.conv_blocks2 = nn.Sequential(
             nn.Conv2d(width, width // 2, 3, padding=1),
             nn.BatchNorm2d(width // 2, eps=bn_eps),
@@ -104,14 +86,18 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.l1(z).view(-1, self._width, self._start, self._start)
-        conv1, norm1, _ = self.conv_blocks1
-        conv2, norm2, _, *to_image = self.conv_blocks2
-        assert isinstance(conv1.weight, Tensor)
-        if conv1.weight.is_contiguous(memory_format=torch.channels_last):
+        # Sequential's elements are plain modules to a type checker.
+        first: list[list[Any]] = [list(block) for block in (*self.more_blocks, self.conv_blocks1)]
+        (norm0,), (conv2, norm2, act2, to_image, *last) = (
+            list[Any](block) for block in (self.conv_blocks0, self.conv_blocks2)
+        )
+        if conv2.weight.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
-        x = upsample_stage(self.conv_blocks0(x), conv1, norm1)
-        x = upsample_stage(x, conv2, norm2)
-        for layer in to_image:
+        x = batch_norm(x, norm0)
+        for conv, norm, activation in first:
+            x = upsample_stage(x, conv, norm, activation.negative_slope)
+        x = upsample_stage(x, conv2, norm2, act2.negative_slope, to_image)
+        for layer in last:
             x = layer(x)
         return x
 

@@ -1,0 +1,165 @@
+// 5x5 convolution without padding, 2x2 max pooling and ReLU as one operator, for images with so few
+// channels (1 to some tens) that a convolution over channels leaves most of a vector empty.
+//
+// A vector lane is an image. The convolution's own outputs, four times the pooled ones, exist only
+// in registers; which of four won is kept in a byte, and 4 where ReLU gave zero. Everything is
+// computed in fp32 (fp64 for fp64), also for 16-bit activations.
+#include "layers_shared.h"
+
+namespace dafl {
+namespace {
+
+constexpr int64_t kImages = 2 * cpu::kConvPoolImages;  // of a piece
+
+void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  check_weight(x, weight, 5);
+  check_channels("bias", x, bias, weight.sym_size(0));
+  TORCH_CHECK_VALUE(x.sym_size(2) >= 6 && x.sym_size(3) >= 6,
+                    "x must have at least 6 rows and columns", got(x));
+}
+
+std::tuple<Tensor, Tensor> allocate(const Tensor& x, const Tensor& weight) {
+  const c10::SymInt N = x.sym_size(0), out = weight.sym_size(0);
+  const c10::SymInt height = (x.sym_size(2) - 4) / 2, width = (x.sym_size(3) - 4) / 2;
+  const c10::SymInt images = (N + (cpu::kConvPoolImages - 1)) / cpu::kConvPoolImages;
+  return {empty_activations(x, {N, out, height, width}, at::MemoryFormat::Contiguous),
+          empty(x, {images * cpu::kConvPoolImages * out * height * width}, at::kByte)};
+}
+
+// Operands as the kernels read them; holds what `arguments` points to.
+struct Operands {
+  Tensor x, weight, bias;
+  cpu::ConvPool arguments;
+
+  Operands(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, const Tensor& index)
+      : x(x_.contiguous()),
+        weight(weight_.to(stats_dtype(x_)).permute({1, 2, 3, 0}).contiguous()),
+        bias(bias_.to(stats_dtype(x_)).contiguous()),
+        arguments{x.size(0),
+                  x.size(1),
+                  x.size(2),
+                  x.size(3),
+                  weight.size(3),
+                  x.const_data_ptr(),
+                  weight.const_data_ptr(),
+                  bias.const_data_ptr(),
+                  static_cast<uint8_t*>(index.data_ptr())} {}
+
+  Tensor scratch(const cpu::LayerKernels& kernels) const {
+    return at::empty({kernels.conv_pool_scratch(arguments)}, weight.options());
+  }
+};
+
+std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  check(x, weight, bias);
+  auto [y, index] = allocate(x, weight);
+  const Operands operands(x, weight, bias, index);
+  const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
+  void* to = y.data_ptr();
+  for_pieces(x.size(0), kImages, [&](int64_t, int64_t begin, int64_t count) {
+    Tensor scratch = operands.scratch(kernels);
+    kernels.conv_pool(operands.arguments, begin, begin + count, to, scratch.data_ptr());
+  });
+  return {y, index};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_, const Tensor& x,
+                                                const Tensor& weight, const Tensor& bias,
+                                                const Tensor& index, bool want_input,
+                                                bool want_weight) {
+  check(x, weight, bias);
+  const Operands operands(x, weight, bias, index);
+  const Tensor grad = dense(grad_, x.scalar_type(), at::MemoryFormat::Contiguous);
+  Tensor grad_x = want_input ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  const int64_t N = x.size(0), taps = weight.numel(), width = taps + bias.numel();
+  std::vector<double> sums(want_weight ? std::max<int64_t>((N + kImages - 1) / kImages, 1) * width
+                                       : 0);
+  const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
+  for_pieces(N, kImages, [&](int64_t piece, int64_t begin, int64_t count) {
+    Tensor scratch = operands.scratch(kernels);
+    kernels.conv_pool_gradient(operands.arguments, begin, begin + count, grad.const_data_ptr(),
+                               want_input ? grad_x.data_ptr() : nullptr,
+                               want_weight ? sums.data() + piece * width : nullptr,
+                               scratch.data_ptr());
+  });
+  if (!want_weight)
+    return {grad_x, at::empty({0}, weight.options()), at::empty({0}, bias.options())};
+  Tensor total = at::empty({width}, x.options().dtype(at::kDouble));
+  double* to = total.mutable_data_ptr<double>();
+  for (int64_t k = 0; k < width; ++k) {
+    to[k] = 0;
+    for (size_t at = k; at < sums.size(); at += width) to[k] += sums[at];
+  }
+  return {grad_x, like_parameter(total.narrow(0, 0, taps).view(weight.sizes()), weight),
+          like_parameter(total.narrow(0, taps, bias.numel()), bias)};
+}
+
+std::tuple<Tensor, Tensor> forward_meta(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  check(x, weight, bias);
+  return allocate(x, weight);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_meta(const Tensor&, const Tensor& x,
+                                                 const Tensor& weight, const Tensor& bias,
+                                                 const Tensor&, bool want_input, bool want_weight) {
+  auto unwanted = [](const Tensor& like) { return empty(like, {0}, like.scalar_type()); };
+  return {want_input ? empty_grad(x) : unwanted(x),
+          want_weight ? at::empty_like(weight) : unwanted(weight),
+          want_weight ? at::empty_like(bias) : unwanted(bias)};
+}
+
+struct Function : torch::autograd::Function<Function> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context,
+                                                const Tensor& x, const Tensor& weight,
+                                                const Tensor& bias) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [y, index] = conv_pool(x, weight, bias);
+    context->save_for_backward({x, weight, bias, index});
+    context->mark_non_differentiable({index});
+    return {y, index};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list grads) {
+    auto saved = context->get_saved_variables();
+    const bool want_input = context->needs_input_grad(0);
+    const bool want_weight = context->needs_input_grad(1) || context->needs_input_grad(2);
+    auto [grad_x, grad_weight, grad_bias] = conv_pool_backward(
+        grads[0], saved[0], saved[1], saved[2], saved[3], want_input, want_weight);
+    return {want_input ? grad_x : Tensor(), want_weight ? grad_weight : Tensor(),
+            want_weight ? grad_bias : Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor> forward_autograd(const Tensor& x, const Tensor& weight,
+                                            const Tensor& bias) {
+  auto results = Function::apply(x, weight, bias);
+  return {results[0], results[1]};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> conv_pool(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  static auto op = operator_handle<decltype(conv_pool)>("dafl_fast::conv_pool");
+  return op.call(x, weight, bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_pool_backward(const Tensor& grad, const Tensor& x,
+                                                      const Tensor& weight, const Tensor& bias,
+                                                      const Tensor& index, bool want_input,
+                                                      bool want_weight) {
+  static auto op = operator_handle<decltype(conv_pool_backward)>("dafl_fast::conv_pool_backward");
+  return op.call(grad, x, weight, bias, index, want_input, want_weight);
+}
+
+TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
+  m.impl("conv_pool", forward_cpu);
+  m.impl("conv_pool_backward", backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dafl_fast, Meta, m) {
+  m.impl("conv_pool", forward_meta);
+  m.impl("conv_pool_backward", backward_meta);
+}
+TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) { m.impl("conv_pool", forward_autograd); }
+
+}  // namespace dafl

@@ -1,0 +1,137 @@
+// BatchNorm with the batch's statistics followed by LeakyReLU, as one operator.
+//
+// Forward: one pass that normalises, activates and writes, after one for the statistics (or none:
+// upsample_conv brings its output's along). Backward: one pass for the two sums over the batch, one
+// that writes. The normalised values are never stored: the backward pass computes the activation's
+// sign again from x.
+#include "norm.h"
+
+namespace dafl {
+namespace {
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+int64_t rows_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
+
+std::tuple<Tensor, Tensor> moments_meta(const Tensor& x) {
+  check_activations(x);
+  return {empty(x, {x.sym_size(1)}, stats_dtype(x)), empty(x, {x.sym_size(1)}, stats_dtype(x))};
+}
+
+std::tuple<Tensor, Tensor> moments_cpu(const Tensor& x_) {
+  auto [mean, variance] = moments_meta(x_);
+  TORCH_CHECK_VALUE(x_.numel() > 0, "x must have at least one value per channel", got(x_));
+  const Tensor x = x_.contiguous(kChannelsLast);
+  const int64_t C = x.size(1), rows = rows_of(x), part = norm_rows(C);
+  const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
+  Moments moments(rows, part, C);
+  for_pieces(rows, part, [&](int64_t piece, int64_t begin, int64_t count) {
+    moments.take(piece, offset<const char>(x, begin * C), count, kernels, x.element_size());
+  });
+  moments.write(mean, variance);
+  return {mean, variance};
+}
+
+Tensor forward_meta(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                    const Tensor& weight, const Tensor& bias, double eps, double) {
+  check_norm(x, mean, variance, weight, bias, eps);
+  return empty_activations(x, x.sym_sizes(), kChannelsLast);
+}
+
+Tensor forward_cpu(const Tensor& x_, const Tensor& mean, const Tensor& variance,
+                   const Tensor& weight, const Tensor& bias, double eps, double slope) {
+  Tensor y = forward_meta(x_, mean, variance, weight, bias, eps, slope);
+  const Tensor x = x_.contiguous(kChannelsLast);
+  const int64_t C = x.size(1);
+  const Norm norm(mean, variance, weight, bias, eps, slope);
+  const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
+  for_pieces(rows_of(x), norm_rows(C), [&](int64_t, int64_t begin, int64_t rows) {
+    norm.forward(kernels, offset<const char>(x, begin * C), rows, offset<char>(y, begin * C));
+  });
+  return y;
+}
+
+Gradients backward_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& mean,
+                       const Tensor& variance, const Tensor& weight, const Tensor& bias, double eps,
+                       double slope) {
+  check_norm(x_, mean, variance, weight, bias, eps);
+  const Tensor x = x_.contiguous(kChannelsLast);
+  const Tensor grad = dense(grad_, x.scalar_type(), kChannelsLast);
+  Tensor grad_x = at::empty_like(x, x.options(), kChannelsLast);
+  const int64_t C = x.size(1), rows = rows_of(x), piece_rows = norm_rows(C);
+  const Norm norm(mean, variance, weight, bias, eps, slope);
+  const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
+  std::vector<double> sums((rows + piece_rows - 1) / piece_rows * 2 * C);
+  for_pieces(rows, piece_rows, [&](int64_t piece, int64_t begin, int64_t count) {
+    norm.add_sums(kernels, offset<const char>(x, begin * C), offset<const char>(grad, begin * C),
+                  count, x.element_size(), sums.data() + piece * 2 * C);
+  });
+  const Norm::Gradient gradient(norm, add_pieces(sums, 2 * C), rows);
+  for_pieces(rows, piece_rows, [&](int64_t, int64_t begin, int64_t count) {
+    gradient.to_x(kernels, offset<const char>(x, begin * C), offset<const char>(grad, begin * C),
+                  count, offset<char>(grad_x, begin * C));
+  });
+  return {grad_x, like_parameter(gradient.weight, weight), like_parameter(gradient.bias, bias)};
+}
+
+Gradients backward_meta(const Tensor&, const Tensor& x, const Tensor&, const Tensor&,
+                        const Tensor& weight, const Tensor& bias, double, double) {
+  return {empty_activations(x, x.sym_sizes(), kChannelsLast), at::empty_like(weight),
+          at::empty_like(bias)};
+}
+
+struct Function : torch::autograd::Function<Function> {
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x,
+                        const Tensor& mean, const Tensor& variance, const Tensor& weight,
+                        const Tensor& bias, double eps, double slope) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    context->save_for_backward({x, mean, variance, weight, bias});
+    context->saved_data["eps"] = eps;
+    context->saved_data["slope"] = slope;
+    return norm_activation(x, mean, variance, weight, bias, eps, slope);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list grads) {
+    auto saved = context->get_saved_variables();
+    auto [grad_x, grad_weight, grad_bias] = norm_activation_backward(
+        grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
+        context->saved_data["eps"].toDouble(), context->saved_data["slope"].toDouble());
+    return {grad_x, Tensor(), Tensor(), grad_weight, grad_bias, Tensor(), Tensor()};
+  }
+};
+
+Tensor forward_autograd(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                        const Tensor& weight, const Tensor& bias, double eps, double slope) {
+  return Function::apply(x, mean, variance, weight, bias, eps, slope);
+}
+
+}  // namespace
+
+Tensor norm_activation(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                       const Tensor& weight, const Tensor& bias, double eps, double slope) {
+  static auto op = operator_handle<decltype(norm_activation)>("dafl_fast::norm_activation");
+  return op.call(x, mean, variance, weight, bias, eps, slope);
+}
+
+Gradients norm_activation_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                   const Tensor& variance, const Tensor& weight, const Tensor& bias,
+                                   double eps, double slope) {
+  static auto op =
+      operator_handle<decltype(norm_activation_backward)>("dafl_fast::norm_activation_backward");
+  return op.call(grad, x, mean, variance, weight, bias, eps, slope);
+}
+
+TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
+  m.impl("moments", moments_cpu);
+  m.impl("norm_activation", forward_cpu);
+  m.impl("norm_activation_backward", backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dafl_fast, Meta, m) {
+  m.impl("moments", moments_meta);
+  m.impl("norm_activation", forward_meta);
+  m.impl("norm_activation_backward", backward_meta);
+}
+TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) { m.impl("norm_activation", forward_autograd); }
+
+}  // namespace dafl

@@ -1,0 +1,195 @@
+// BatchNorm with the batch's statistics, LeakyReLU, and a 3x3 convolution with padding 1 from many
+// channels to the few of an image, as one operator.
+//
+// As a convolution the last has too few outputs to fill vectors. Here one matrix product gives, for
+// each output channel and tap, a plane of products, [9 Co, Ci] x [Ci, pixels], and each output is a
+// sum of nine planes, shifted. Backward, the shifted gradients are such planes, and two matrix
+// products give the gradients of the convolution's input and weight.
+//
+// The activations between norm and convolution, the largest tensor of a generator, and their
+// gradients exist for some thousand pixels at a time: both passes compute them again from x.
+#include <ATen/ops/sum.h>
+
+#include "norm.h"
+
+namespace dafl {
+namespace {
+
+constexpr int64_t kValues = 1 << 18;  // about as many activations exist at a time
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The sizes of one call, and its operands as the kernels read them.
+struct Call {
+  Tensor x, taps;  // taps [9 Co, Ci], output channel first, in the dtype of x
+  int64_t N, Ci, H, W, Co, images;
+  const cpu::LayerKernels& kernels;
+
+  Call(const Tensor& x_, const Tensor& weight)
+      : x(x_.contiguous(kChannelsLast)),
+        taps(weight.permute({0, 2, 3, 1})
+                 .reshape({9 * weight.size(0), weight.size(1)})
+                 .to(x_.scalar_type())),
+        N(x.size(0)),
+        Ci(x.size(1)),
+        H(x.size(2)),
+        W(x.size(3)),
+        Co(weight.size(0)),
+        kernels(cpu::layer_kernels(dtype_of(x))) {
+    const int64_t pieces = std::max<int64_t>((x.numel() + kValues - 1) / kValues, 1);
+    images = (N + pieces - 1) / pieces;
+  }
+
+  const char* pixels(int64_t image) const { return offset<const char>(x, image * H * W * Ci); }
+
+  Tensor activations(int64_t count) const { return at::empty({count * H * W, Ci}, x.options()); }
+
+  // The shifted gradients of `count` images from `begin`, [9 Co, pixels].
+  Tensor planes(const Tensor& grad, int64_t begin, int64_t count) const {
+    Tensor planes = at::empty({9 * Co, count * H * W}, x.options());
+    kernels.shift_apart({count, H, W, Co}, offset<const char>(grad, begin * H * W * Co),
+                        planes.data_ptr());
+    return planes;
+  }
+};
+
+Tensor forward_meta(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                    const Tensor& norm_weight, const Tensor& norm_bias, double eps, double,
+                    const Tensor& weight, const Tensor& bias) {
+  check_norm(x, mean, variance, norm_weight, norm_bias, eps);
+  check_weight(x, weight, 3);
+  check_channels("bias", x, bias, weight.sym_size(0));
+  return empty_activations(x, {x.sym_size(0), weight.sym_size(0), x.sym_size(2), x.sym_size(3)},
+                           at::MemoryFormat::Contiguous);
+}
+
+Tensor forward_cpu(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                   const Tensor& norm_weight, const Tensor& norm_bias, double eps, double slope,
+                   const Tensor& weight, const Tensor& bias_) {
+  Tensor y = forward_meta(x, mean, variance, norm_weight, norm_bias, eps, slope, weight, bias_);
+  if (y.numel() == 0) return y;
+  const Call call(x, weight);
+  const Norm norm(mean, variance, norm_weight, norm_bias, eps, slope);
+  const Tensor bias = bias_.to(mean.scalar_type()).contiguous();
+  for_pieces(call.N, call.images, [&](int64_t, int64_t begin, int64_t count) {
+    const int64_t pixels = count * call.H * call.W;
+    Tensor activations = call.activations(count);
+    Tensor planes = at::empty({9 * call.Co, pixels}, x.options());
+    Tensor scratch = at::empty({3 * (call.W + 32)}, mean.options());
+    norm.forward(call.kernels, call.pixels(begin), pixels, activations.data_ptr());
+    at::mm_out(planes, call.taps, activations.t());
+    call.kernels.sum_shifted(
+        {count, call.H, call.W, call.Co}, planes.const_data_ptr(), bias.const_data_ptr(),
+        offset<char>(y, begin * call.Co * call.H * call.W), scratch.data_ptr());
+  });
+  return y;
+}
+
+Gradients backward_cpu(const Tensor& grad_, const Tensor& x, const Tensor& mean,
+                       const Tensor& variance, const Tensor& norm_weight, const Tensor& norm_bias,
+                       double eps, double slope, const Tensor& weight, const Tensor& bias) {
+  const Call call(x, weight);
+  const Tensor grad = dense(grad_, x.scalar_type(), at::MemoryFormat::Contiguous);
+  Tensor grad_x = at::empty_like(call.x, x.options(), kChannelsLast);
+  if (grad.numel() == 0) {
+    return {grad_x.zero_(), at::zeros_like(norm_weight), at::zeros_like(norm_bias),
+            at::zeros_like(weight), at::zeros_like(bias)};
+  }
+  const Norm norm(mean, variance, norm_weight, norm_bias, eps, slope);
+  const int64_t Ci = call.Ci, size = call.H * call.W, images = call.images;
+  const int64_t summed = images_per_sum(call.N, images), pieces = (call.N + summed - 1) / summed;
+  const Tensor products = at::zeros({pieces, 9 * call.Co, Ci}, mean.options());
+  std::vector<double> sums(pieces * 2 * Ci);
+  for_pieces(call.N, summed, [&](int64_t piece, int64_t from, int64_t all) {
+    Tensor product = at::empty({9 * call.Co, Ci}, x.options());
+    for (int64_t done = 0; done < all; done += images) {
+      const int64_t begin = from + done, count = std::min(images, all - done);
+      const Tensor planes = call.planes(grad, begin, count);
+      Tensor activations = call.activations(count);
+      norm.forward(call.kernels, call.pixels(begin), count * size, activations.data_ptr());
+      at::mm_out(product, planes, activations);
+      products[piece].add_(product);
+      at::mm_out(activations, planes.t(), call.taps);  // their gradients in their place
+      norm.add_sums(call.kernels, call.pixels(begin), offset<const char>(activations, 0),
+                    count * size, x.element_size(), sums.data() + piece * 2 * Ci);
+    }
+  });
+  const Norm::Gradient gradient(norm, add_pieces(sums, 2 * Ci), call.N * size);
+  for_pieces(call.N, images, [&](int64_t, int64_t begin, int64_t count) {
+    Tensor grads = call.activations(count);
+    at::mm_out(grads, call.planes(grad, begin, count).t(), call.taps);
+    gradient.to_x(call.kernels, call.pixels(begin), offset<const char>(grads, 0), count * size,
+                  offset<char>(grad_x, begin * size * Ci));
+  });
+  const Tensor grad_weight = products.sum(0).view({call.Co, 3, 3, Ci}).permute({0, 3, 1, 2});
+  return {grad_x, like_parameter(gradient.weight, norm_weight),
+          like_parameter(gradient.bias, norm_bias), like_parameter(grad_weight, weight),
+          like_parameter(at::sum(grad, {0, 2, 3}, false, mean.scalar_type()), bias)};
+}
+
+Gradients backward_meta(const Tensor&, const Tensor& x, const Tensor&, const Tensor&,
+                        const Tensor& norm_weight, const Tensor& norm_bias, double, double,
+                        const Tensor& weight, const Tensor& bias) {
+  return {empty_activations(x, x.sym_sizes(), kChannelsLast), at::empty_like(norm_weight),
+          at::empty_like(norm_bias), at::empty_like(weight), at::empty_like(bias)};
+}
+
+struct Function : torch::autograd::Function<Function> {
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x,
+                        const Tensor& mean, const Tensor& variance, const Tensor& norm_weight,
+                        const Tensor& norm_bias, double eps, double slope, const Tensor& weight,
+                        const Tensor& bias) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    context->save_for_backward({x, mean, variance, norm_weight, norm_bias, weight, bias});
+    context->saved_data["eps"] = eps;
+    context->saved_data["slope"] = slope;
+    return norm_image_conv(x, mean, variance, norm_weight, norm_bias, eps, slope, weight, bias);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list grads) {
+    auto saved = context->get_saved_variables();
+    auto [grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias] =
+        norm_image_conv_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
+                                 context->saved_data["eps"].toDouble(),
+                                 context->saved_data["slope"].toDouble(), saved[5], saved[6]);
+    return {grad_x,   Tensor(), Tensor(),    grad_norm_weight, grad_norm_bias,
+            Tensor(), Tensor(), grad_weight, grad_bias};
+  }
+};
+
+Tensor forward_autograd(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                        const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+                        double slope, const Tensor& weight, const Tensor& bias) {
+  return Function::apply(x, mean, variance, norm_weight, norm_bias, eps, slope, weight, bias);
+}
+
+}  // namespace
+
+Tensor norm_image_conv(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                       const Tensor& norm_weight, const Tensor& norm_bias, double eps, double slope,
+                       const Tensor& weight, const Tensor& bias) {
+  static auto op = operator_handle<decltype(norm_image_conv)>("dafl_fast::norm_image_conv");
+  return op.call(x, mean, variance, norm_weight, norm_bias, eps, slope, weight, bias);
+}
+
+Gradients norm_image_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                   const Tensor& variance, const Tensor& norm_weight,
+                                   const Tensor& norm_bias, double eps, double slope,
+                                   const Tensor& weight, const Tensor& bias) {
+  static auto op =
+      operator_handle<decltype(norm_image_conv_backward)>("dafl_fast::norm_image_conv_backward");
+  return op.call(grad, x, mean, variance, norm_weight, norm_bias, eps, slope, weight, bias);
+}
+
+TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
+  m.impl("norm_image_conv", forward_cpu);
+  m.impl("norm_image_conv_backward", backward_cpu);
+}
+TORCH_LIBRARY_IMPL(dafl_fast, Meta, m) {
+  m.impl("norm_image_conv", forward_meta);
+  m.impl("norm_image_conv_backward", backward_meta);
+}
+TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) { m.impl("norm_image_conv", forward_autograd); }
+
+}  // namespace dafl

@@ -1,0 +1,261 @@
+// 3x3 convolution with padding 1, with 16 multiplications for 2x2 outputs and channel pair instead
+// of 36 (Lavin and Gray 2016, F(2x2, 3x3)).
+//
+// Along one axis two outputs of three taps w see four inputs x, and take four products:
+//   data  x0 - x2, x1 + x2, x2 - x1, x1 - x3
+//   times w0, (w0 + w1 + w2) / 2, (w0 - w1 + w2) / 2, w2
+//   give  y0 = m0 + m1 + m2, y1 = m1 - m2 - m3
+// In two dimensions the tensor product of this: in each of 16 products, data of all tiles [tiles,
+// Ci] times factors [Ci, Co]. The gradient of x is the same convolution of the output's gradient,
+// with the taps reversed; that of the factors is the product of data and the adjoint of the last
+// line. Data and factors are computed in fp32 and rounded once to the dtype of x, products are
+// summed in fp32: for 16-bit dtypes the error is about twice that of a direct convolution, which
+// rounds its result alone.
+//
+// Work is cut by shape into pieces whose data and products stay in the caches.
+#include "layers_shared.h"
+
+#include <ATen/ops/sum.h>
+
+#include "cpu/winograd_kernels.h"
+
+namespace dafl {
+namespace {
+
+// Tiles that the weight's gradient is summed over at a time.
+constexpr int64_t kTilesPerSum = 512;
+
+// Tiles computed at a time: enough for every factor that is loaded, a multiple of the rows that the
+// kernels multiply at once, and of few images only some, so that each thread has its share.
+int64_t tiles_at_a_time(int64_t tiles) { return tiles >= 1024 ? 72 : 24; }
+
+ScalarType compute_dtype(ScalarType dtype) { return dtype == at::kDouble ? dtype : at::kFloat; }
+
+int64_t padded(const cpu::WinogradKernels& kernels, int64_t channels) {
+  return (channels + kernels.panel - 1) / kernels.panel * kernels.panel;
+}
+
+// Scratch of the kernels, whose vectors are aligned.
+Tensor scratch(int64_t size, const Tensor& x, ScalarType dtype) {
+  return at::empty({size}, x.options().dtype(dtype));
+}
+
+const void* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+std::tuple<Tensor, Tensor> factors_meta(const Tensor& weight, ScalarType dtype, bool backward) {
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+                    "weight must be [Co, Ci, 3, 3]", got(weight));
+  check_dtype("weight", weight);
+  const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(dtype));
+  const int64_t size = 16 * padded(kernels, weight.size(0)) * padded(kernels, weight.size(1));
+  const auto options = weight.options().dtype(dtype);
+  return {at::empty({size}, options), at::empty({backward ? size : 0}, options)};
+}
+
+std::tuple<Tensor, Tensor> factors_cpu(const Tensor& weight, ScalarType dtype, bool backward) {
+  auto factors = factors_meta(weight, dtype, backward);
+  void* to_outputs = std::get<0>(factors).data_ptr();
+  void* to_inputs = backward ? std::get<1>(factors).data_ptr() : nullptr;
+  const Tensor w = weight.to(compute_dtype(dtype)).permute({0, 2, 3, 1}).contiguous();
+  const int64_t Co = weight.size(0), Ci = weight.size(1);
+  const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(dtype));
+  at::parallel_for(0, padded(kernels, Co) / kernels.panel, 1, [&](int64_t first, int64_t last) {
+    kernels.factors(Co, Ci, w.const_data_ptr(), first * kernels.panel, last * kernels.panel,
+                    to_outputs, to_inputs);
+  });
+  return factors;
+}
+
+Tensor outputs_meta(const Tensor& x, const Tensor&, const std::optional<Tensor>&,
+                    c10::SymInt channels) {
+  return empty_activations(x, {x.sym_size(0), channels, x.sym_size(2), x.sym_size(3)},
+                           kChannelsLast);
+}
+
+Tensor outputs_cpu(const Tensor& x_, const Tensor& factors, const std::optional<Tensor>& bias_,
+                   c10::SymInt channels) {
+  Tensor x = x_.contiguous(kChannelsLast), y = outputs_meta(x, factors, bias_, channels);
+  const ScalarType dtype = x.scalar_type(), compute = compute_dtype(dtype);
+  const int64_t Ci = x.size(1), Co = y.size(1);
+  const cpu::Tiles tiles{x.size(0), x.size(2), x.size(3)};
+  const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(dtype));
+  TORCH_CHECK_VALUE(factors.scalar_type() == dtype && factors.is_contiguous() &&
+                        factors.numel() == 16 * padded(kernels, Ci) * padded(kernels, Co),
+                    "the factors must be those of conv3x3_factors for ", dtype, ", ", Ci, " and ",
+                    Co, " channels", got(factors));
+  std::optional<Tensor> bias;
+  if (bias_) bias = bias_->to(compute).contiguous();
+  const int64_t count = tiles.count(), size = std::min(tiles_at_a_time(count), count);
+  at::parallel_for(
+      0, size == 0 ? 0 : (count + size - 1) / size, 1, [&](int64_t piece, int64_t last) {
+        at::AutoDispatchBelowADInplaceOrView below;  // threads of the pool do not inherit it
+        const Tensor data = scratch(16 * size * padded(kernels, Ci), x, dtype);
+        const Tensor products = scratch(16 * size * kernels.panel, x, compute);
+        for (; piece < last; ++piece) {
+          const int64_t begin = piece * size, end = std::min(begin + size, count);
+          kernels.inputs(tiles, Ci, x.const_data_ptr(), begin, end, data.data_ptr());
+          kernels.outputs(tiles, Ci, Co, data.const_data_ptr(), factors.const_data_ptr(),
+                          data_or_null(bias), begin, end, products.data_ptr(), y.data_ptr());
+        }
+      });
+  return y;
+}
+
+Tensor weight_grad_meta(const Tensor&, const Tensor&, const Tensor& weight) {
+  return at::empty_like(weight);
+}
+
+Tensor weight_grad_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& weight) {
+  const ScalarType dtype = x_.scalar_type(), compute = compute_dtype(dtype);
+  const Tensor x = x_.contiguous(kChannelsLast), grad = dense(grad_, dtype, kChannelsLast);
+  const int64_t Ci = x.size(1), Co = grad.size(1);
+  const cpu::Tiles tiles{x.size(0), x.size(2), x.size(3)};
+  const int64_t count = tiles.count(), size = std::min(kTilesPerSum, count);
+  if (count == 0) return at::zeros_like(weight);
+  const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(dtype));
+  const int64_t in = padded(kernels, Ci), out = padded(kernels, Co);
+  const int64_t items = in / kernels.panel * ((Co + kernels.lanes - 1) / kernels.lanes);
+  const int64_t item_size = 16 * kernels.lanes * kernels.panel;
+  const int64_t even = (size + 1) / 2 * 2;
+  const Tensor data = scratch(16 * even * in, x, dtype), grads = scratch(16 * even * out, x, dtype);
+  const bool one_sum = count <= size;
+  const Tensor all_sums = scratch(one_sum ? 0 : items * item_size, x, compute);
+  const Tensor result = at::empty({Co, 3, 3, Ci}, x.options().dtype(compute));
+  for (int64_t first = 0; first < count; first += size) {
+    const int64_t last = std::min(first + size, count);
+    at::parallel_for(0, (last - first + 1) / 2, 1, [&](int64_t begin, int64_t end) {
+      const cpu::TileRange range{first, last, first + 2 * begin, std::min(first + 2 * end, last)};
+      kernels.inputs_by_tile(tiles, Ci, x.const_data_ptr(), range, data.data_ptr());
+      kernels.output_grads(tiles, Co, grad.const_data_ptr(), range, grads.data_ptr());
+    });
+    at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      const Tensor sums = one_sum ? scratch(item_size, x, compute) : all_sums;
+      const cpu::WeightGradient sum{last - first,
+                                    Co,
+                                    Ci,
+                                    first == 0,
+                                    last == count,
+                                    grads.const_data_ptr(),
+                                    data.const_data_ptr(),
+                                    sums.data_ptr(),
+                                    result.data_ptr()};
+      kernels.weight_gradient(sum, begin, end);
+    });
+  }
+  const Tensor like_weight = result.permute({0, 3, 1, 2});
+  const bool same = weight.scalar_type() == compute && weight.strides() == like_weight.strides();
+  return same ? like_weight : like_parameter(like_weight, weight);
+}
+
+void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_weight(x, weight, 3);
+  if (bias) check_channels("bias", x, *bias, weight.sym_size(0));
+}
+
+// Also where no gradient is wanted; on the meta device it allocates only.
+Tensor compute(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& forward_factors, const std::optional<Tensor>&) {
+  check(x, weight, bias);
+  const Tensor factors = forward_factors
+                             ? *forward_factors
+                             : std::get<0>(conv3x3_factors(weight, x.scalar_type(), false));
+  return conv3x3_outputs(x, factors, bias, weight.sym_size(0));
+}
+
+struct Function : torch::autograd::Function<Function> {
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x,
+                        const Tensor& weight, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& forward_factors,
+                        const std::optional<Tensor>& backward_factors) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    check(x, weight, bias);
+    Tensor to_outputs, to_inputs;
+    if (forward_factors && backward_factors) {
+      to_outputs = *forward_factors;
+      to_inputs = *backward_factors;
+    } else {
+      std::tie(to_outputs, to_inputs) = conv3x3_factors(weight, x.scalar_type(), x.requires_grad());
+    }
+    const Tensor kept = weight.requires_grad() ? x : Tensor();
+    context->save_for_backward({kept, weight, bias.value_or(Tensor()), to_inputs});
+    context->saved_data["channels"] = x.sym_size(1);
+    return conv3x3_outputs(x, to_outputs, bias, weight.sym_size(0));
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list grads) {
+    auto saved = context->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &to_inputs = saved[3];
+    Tensor grad_x, grad_weight, grad_bias;
+    if (context->needs_input_grad(0)) {
+      grad_x = conv3x3_outputs(grads[0], to_inputs, std::nullopt,
+                               context->saved_data["channels"].toSymInt());
+    }
+    if (context->needs_input_grad(1)) grad_weight = conv3x3_weight_grad(grads[0], x, weight);
+    // A bias that is not there is not counted among the inputs.
+    if (bias.defined() && context->needs_input_grad(2)) {
+      const ScalarType compute = compute_dtype(grads[0].scalar_type());
+      grad_bias = grads[0].sum({0, 2, 3}, false, compute).to(bias.scalar_type());
+    }
+    return {grad_x, grad_weight, grad_bias, Tensor(), Tensor()};
+  }
+};
+
+Tensor autograd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& forward_factors,
+                const std::optional<Tensor>& backward_factors) {
+  if (!at::GradMode::is_enabled()) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return conv3x3(x, weight, bias, forward_factors, backward_factors);
+  }
+  return Function::apply(x, weight, bias, forward_factors, backward_factors);
+}
+
+}  // namespace
+
+Tensor conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& forward_factors,
+               const std::optional<Tensor>& backward_factors) {
+  static auto op = operator_handle<decltype(conv3x3)>("dafl_fast::conv3x3");
+  return op.call(x, weight, bias, forward_factors, backward_factors);
+}
+
+std::tuple<Tensor, Tensor> conv3x3_factors(const Tensor& weight, ScalarType dtype, bool backward) {
+  static auto op = operator_handle<decltype(conv3x3_factors)>("dafl_fast::conv3x3_factors");
+  return op.call(weight, dtype, backward);
+}
+
+Tensor conv3x3_outputs(const Tensor& x, const Tensor& factors, const std::optional<Tensor>& bias,
+                       c10::SymInt channels) {
+  static auto op = operator_handle<decltype(conv3x3_outputs)>("dafl_fast::conv3x3_outputs");
+  return op.call(x, factors, bias, channels);
+}
+
+Tensor conv3x3_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight) {
+  static auto op = operator_handle<decltype(conv3x3_weight_grad)>("dafl_fast::conv3x3_weight_grad");
+  return op.call(grad, x, weight);
+}
+
+bool conv3x3_pays(ScalarType dtype) {
+  if (dtype != at::kFloat && dtype != at::kBFloat16) return false;
+  return cpu::winograd_pays(dtype_of(dtype));
+}
+
+TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
+  m.impl("conv3x3", compute);
+  m.impl("conv3x3_factors", factors_cpu);
+  m.impl("conv3x3_outputs", outputs_cpu);
+  m.impl("conv3x3_weight_grad", weight_grad_cpu);
+}
+TORCH_LIBRARY_IMPL(dafl_fast, Meta, m) {
+  m.impl("conv3x3", compute);
+  m.impl("conv3x3_factors", factors_meta);
+  m.impl("conv3x3_outputs", outputs_meta);
+  m.impl("conv3x3_weight_grad", weight_grad_meta);
+}
+TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) { m.impl("conv3x3", autograd); }
+
+}  // namespace dafl

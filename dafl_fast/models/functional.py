@@ -1,0 +1,128 @@
+"""Layers of the networks, computed faster: the same values and gradients up to rounding.
+
+Each function stands for a few published layers in a row and takes their modules. On a CPU it runs
+one operator of `dafl_fast._C`; elsewhere, and wherever a module is not exactly the one that the
+operator replaces, the layers themselves. Under autocast, activations are cast to its dtype;
+parameters stay what they are and are rounded inside.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_OPS = torch.ops.dafl_fast
+
+
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """`norm` of x [N, C, H, W]."""
+    if not _takes_batch_statistics(norm, x):
+        return norm(x)
+    x = _autocast(x)
+    mean, variance = _OPS.moments(x.detach())
+    _update_running(norm, x, mean, variance)
+    return _OPS.norm_activation(x, mean, variance, norm.weight, norm.bias, norm.eps, 1.0)
+
+
+def upsample_stage(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+    slope: float,
+    to_image: nn.Conv2d | None = None,
+) -> Tensor:
+    """Nearest x2 upsampling, `conv`, `norm`, LeakyReLU with `slope`, then `to_image` if given.
+
+    Convolutions are 3x3 with padding 1. x is [N, in_channels, H, W]; the result has twice its
+    height and width. What is spared:
+
+    * the upsampled image, since each output pixel sees only 2x2 distinct pixels of x: on a CPU
+      6.25 multiply-adds per pixel of x and channel pair (csrc/upsample_conv.cpp), elsewhere one
+      stride-2 transposed convolution with 16, instead of 36;
+    * `conv`'s bias while training: `norm` subtracts it again, so its gradient is zero and all that
+      it does is shift the running mean;
+    * on a CPU, most passes over memory: csrc/norm_activation.cpp, csrc/norm_image_conv.cpp.
+    """
+    if x.device.type == "cpu":
+        y, mean, variance = _OPS.upsample_conv(_autocast(x), conv.weight)
+    else:
+        y = _upsample_by_transposed_conv(x, conv.weight)
+    if _takes_batch_statistics(norm, y):
+        _update_running(norm, y, mean, variance, conv.bias)
+        operands = (y, mean, variance, norm.weight, norm.bias, norm.eps, slope)
+        if to_image is None:
+            return _OPS.norm_activation(*operands)
+        return _OPS.norm_image_conv(*operands, to_image.weight, to_image.bias)
+    bias, running = conv.bias, norm.running_mean
+    assert bias is not None
+    if norm.training and running is not None and norm.momentum is not None:
+        # Added before BatchNorm decays the running mean by (1 - m), so that m * bias remains.
+        with torch.no_grad():
+            running.add_(bias, alpha=norm.momentum / (1 - norm.momentum))
+    else:
+        y = y + bias.to(y.dtype).view(1, -1, 1, 1)
+    y = F.leaky_relu(norm(y), slope, inplace=True)
+    return y if to_image is None else to_image(y)
+
+
+def conv_pool(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`conv` (5x5, no padding), 2x2 max pooling, ReLU.
+
+    x is [N, in_channels, H, W]; the result [N, out_channels, (H - 4) // 2, (W - 4) // 2].
+    """
+    if x.device.type == "cpu":
+        return _OPS.conv_pool(_autocast(x), conv.weight, conv.bias)[0]
+    # Pooling first gives the same values as ReLU first, with a quarter of the ReLU's work.
+    return F.relu(F.max_pool2d(conv(x), 2))
+
+
+def whole_image_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`conv` where its kernel is as large as the image, a linear layer: [N, out_channels]."""
+    return F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)
+
+
+def _upsample_by_transposed_conv(x: Tensor, weight: Tensor) -> Tensor:
+    # Along one axis: kernel4[j] = w[2 - j] + w[3 - j], taking taps outside 0..2 as zero.
+    w = F.pad(weight, (1, 1, 1, 1))
+    w = w[..., 1:, :] + w[..., :-1, :]
+    w = w[..., 1:] + w[..., :-1]
+    kernel = w.flip(2, 3).transpose(0, 1).contiguous()
+    return F.conv_transpose2d(x, kernel, None, stride=2, padding=1)
+
+
+def _takes_batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> bool:
+    """Whether the operators compute what `norm` would. A subclass may want other statistics (of
+    several processes), and torch refuses a batch with one value per channel."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and x.device.type == "cpu"
+        and x.numel() > x.shape[1]
+    )
+
+
+@torch.no_grad()
+def _update_running(
+    norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: Tensor, bias: Tensor | None = None
+) -> None:
+    """What `norm` does to its buffers when it sees x + bias, mean and biased variance being x's."""
+    running_mean, running_var = norm.running_mean, norm.running_var
+    assert running_mean is not None and running_var is not None and norm.momentum is not None
+    assert norm.num_batches_tracked is not None
+    if bias is not None:
+        mean = mean + bias
+    count = x.numel() // x.shape[1]
+    running_mean.lerp_(mean.to(running_mean.dtype), norm.momentum)
+    running_var.lerp_(variance.to(running_var.dtype) * (count / (count - 1)), norm.momentum)
+    norm.num_batches_tracked.add_(1)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype, as torch's own convolutions would take it."""
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype("cpu"))
+    return x

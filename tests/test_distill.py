@@ -1,0 +1,194 @@
+"""`distill`: networks of the user's own, as teachers and as students."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dafl_fast import distill
+from dafl_fast.config import make_config
+from dafl_fast.engine import loop
+from dafl_fast.engine.distributed import World
+from dafl_fast.engine.teacher import FrozenTeacher
+from dafl_fast.errors import UserError
+from dafl_fast.losses import adversarial_loss
+from dafl_fast.models import LeNet5, LeNet5Half
+
+CPU = torch.device("cpu")
+SMALL = dict(
+    batch_size=16, generator_width=8, student_batch_size=16, student_updates=2, bank_images=160,
+    latent_dim=10, log_every=2, precision="fp32",
+)  # fmt: skip
+
+
+class Residual(nn.Module):
+    """A small teacher with BatchNorm and colour."""
+
+    def __init__(self, classes: int = 5):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, classes)
+        for norm in (self.norm, self.norm2):
+            norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        y = F.relu(self.norm(self.conv(x)))
+        return self.head((y + self.norm2(self.conv2(y))).mean((2, 3)))
+
+
+def settings(tmp_path, **overrides):
+    return {**SMALL, "image_shape": (3, 8, 8), "steps": 4, "out_dir": tmp_path / "run", **overrides}
+
+
+def test_the_result_is_what_the_run_left(tmp_path):
+    teacher, student = Residual(), Residual()
+    images = torch.randn(50, 3, 8, 8)
+    labels = teacher.eval()(images).argmax(1)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    rows = []
+    result = distill(
+        teacher, student, callbacks=[rows.append], eval_loader=[(images, labels)] * 2,
+        **settings(tmp_path),
+    )  # fmt: skip
+    assert result.student is student
+    assert not result.student.training
+    assert rows == result.history
+    assert [row["step"] for row in rows if "generator_loss" in row] == [2, 4]
+    assert result.summary["teacher_accuracy"] == 1.0
+    assert result.summary["eval_count"] == 100
+    hits = (student(images).argmax(1) == labels).float().mean().item()
+    assert result.summary["student_accuracy"] == pytest.approx(hits)
+    assert (result.folder / "student.safetensors").exists()
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    again = distill(teacher, Residual(), resume=result.folder, **settings(tmp_path, steps=6))
+    assert again.summary["steps"] == 6
+
+
+def test_the_batch_norm_loss_is_the_distance_of_the_statistics(tmp_path):
+    teacher = Residual().double().eval()
+    frozen = FrozenTeacher(teacher, watch=True)
+    x = (torch.randn(6, 3, 8, 8).double() * 2 + 1).requires_grad_()
+    frozen(x)
+    loss = frozen.batch_norm_loss(World())
+    y = teacher.conv(x)
+    z = teacher.conv2(F.relu(teacher.norm(y)))
+    expected = sum(
+        (value.var((0, 2, 3), unbiased=False) - norm.running_var).norm()
+        + (value.mean((0, 2, 3)) - norm.running_mean).norm()
+        for value, norm in ((y, teacher.norm), (z, teacher.norm2))
+    )
+    torch.testing.assert_close(loss, expected)
+    (grad,) = torch.autograd.grad(loss, x)
+    (expected_grad,) = torch.autograd.grad(expected, x)
+    torch.testing.assert_close(grad, expected_grad)
+    # And it falls when the generator minimises it, if there are images with such statistics.
+    teacher.norm.momentum = teacher.norm2.momentum = 1.0
+    teacher.train()(F.interpolate(torch.randn(64, 3, 2, 2).double(), scale_factor=4) * 3)
+    result = distill(
+        teacher.float(), Residual(), bn_statistics=10.0, one_hot=0.0, entropy=0.0, activation=0.0,
+        **settings(tmp_path, steps=150, generator_lr=1e-2),
+    )  # fmt: skip
+    values = [row["bn_statistics"] for row in result.history if "bn_statistics" in row]
+    assert values[-1] < 0.9 * values[0]
+
+
+def test_the_adversarial_loss(tmp_path):
+    s = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([[3.0, 0.0, 1.0], [4.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    p, q = t.softmax(1)[0], s.softmax(1)[0]
+    expected = -(p * (p / q).log()).sum() / 2  # the second row's classes differ
+    torch.testing.assert_close(adversarial_loss(s, t), expected)
+    assert torch.autograd.gradcheck(adversarial_loss, (s, t))
+
+    rows = distill(
+        Residual(), Residual(), adversarial=1.0, adversarial_after=2, **settings(tmp_path)
+    ).history
+    first, second = (row for row in rows if "adversarial" in row)
+    assert first["adversarial"] < 0 and second["adversarial"] < 0
+    base = [row["one_hot"] * 0.5 + row["entropy"] * 5 + row["activation"] * 0.01
+            + row["bn_statistics"] for row in (first, second)]  # fmt: skip
+    assert first["generator_loss"] == pytest.approx(base[0], abs=1e-4)
+    assert second["generator_loss"] == pytest.approx(base[1] + second["adversarial"], abs=1e-4)
+
+
+def test_the_adversarial_loss_leaves_the_student_alone():
+    config = make_config("custom", "published", **SMALL | dict(
+        adversarial=1.0, image_shape=(3, 8, 8), student_updates=1, bank_images=0))  # fmt: skip
+    step = loop.prepare(config, Residual(), Residual(), CPU, "fp32")
+    step.set_student_lr(0.0)
+    before = {name: tensor.clone() for name, tensor in step.student.named_parameters()}
+    step._judged(torch.randn(4, 3, 8, 8))
+    step()
+    for name, parameter in step.student.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.requires_grad
+    assert step.student.training
+
+
+def test_a_teacher_without_batch_norm_goes_without_its_loss(tmp_path, caplog):
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(144, 5))
+    result = distill(teacher, Residual(), **settings(tmp_path))
+    assert "the teacher has no BatchNorm layers: the BatchNorm loss is off" in caplog.text
+    assert {row["bn_statistics"] for row in result.history if "bn_statistics" in row} == {0.0}
+
+
+class OwnGenerator(nn.Module):
+    def __init__(self, pixels: int = 192):
+        super().__init__()
+        self.fc = nn.Linear(10, pixels)
+
+    def forward(self, z):
+        return torch.tanh(self.fc(z)).view(len(z), 3, 8, -1)
+
+
+def test_a_generator_of_the_users_own(tmp_path):
+    generator = OwnGenerator()
+    before = generator.fc.weight.clone()
+    distill(Residual(), Residual(), generator=generator, **settings(tmp_path))
+    assert not torch.equal(before, generator.fc.weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (dict(image_shape=(3, 8, 10)), "--image-shape must be .* height and width equal"),
+        (dict(image_shape=(3, 6, 6)), "--image-shape must be .* a multiple of 4"),
+        (dict(image_shape=(5, 8, 8)), "--image-shape must be 1 to 4 channels"),
+        (dict(image_shape=(1, 8, 8)), r"the teacher does not take images of shape \[16, 1, 8, 8\]"),
+        (dict(num_classes=7), "--num-classes is 7, but the teacher tells 5 apart"),
+        (dict(student=Residual(4)), r"the student must return logits \[2, 5\].*as many classes"),
+        (dict(feature_layer="tail"), "no layer 'tail'; it has .*head"),
+        (dict(temperatur=2.0), "unknown setting 'temperatur'"),
+        (dict(generator=OwnGenerator(96)), r"must make images \[2, 3, 8, 8\] of noise \[2, 10\]"),
+        (
+            dict(generator=OwnGenerator(), generator_restart_every=5),
+            "--generator-restart-every needs a generator with a method reset",
+        ),
+    ],
+)
+def test_mistakes_show_before_training(tmp_path, arguments, sentence):
+    arguments = settings(tmp_path) | {"teacher": Residual(), "student": Residual()} | arguments
+    with pytest.raises(UserError, match=sentence):
+        distill(**arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_notebooks_five_lines_teach(tmp_path):
+    """A LeNet that knows nothing but its own mind, into half of it: agreement rises from chance."""
+    torch.manual_seed(0)
+    teacher = LeNet5()
+    with torch.no_grad():
+        teacher.fc2.weight.mul_(20)
+    result = distill(
+        teacher, LeNet5Half(), image_shape=(1, 32, 32), preset="mnist", max_seconds=6, log_every=1,
+        out_dir=tmp_path / "run",
+    )  # fmt: skip
+    agreements = [row["agreement"] for row in result.history if "agreement" in row]
+    assert agreements[0] < 0.5
+    assert result.summary["agreement"] > 0.6
