@@ -18,10 +18,11 @@ import tyro
 from torch import Tensor, nn
 
 from . import data
-from .engine.checkpoint import load_tensors, load_weights
+from .engine.checkpoint import load_tensors
 from .engine.evaluation import predictions
 from .errors import UserError, command
 from .models import GREY_SIZES, NETWORKS, build, identify
+from .networks import load_weights
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ _STATE_KEYS = ("state_dict", "model_state_dict", "model", "network", "net")
 
 
 def load_network(
-    name: str,
-    weights: Path | None = None,
+    name: str | Path,
+    weights: str | Path | None = None,
     *,
     role: str,
     num_classes: int | None = None,
@@ -41,9 +41,9 @@ def load_network(
     | --- | --- |
     | `LeNet5`, `ResNet34`, `WRN-40-2`, ... | one of `dafl_fast.models.NETWORKS` |
     | `timm:NAME`, `torchvision:NAME` | a classifier of that package, never downloaded |
-    | `package.module:callable` | what a function or class of your own returns; called with those of
+    | `package.module:callable` | what your own function or class returns, called with those of
       num_classes, channels or in_chans, image_size or img_size that its signature names |
-    | a file saved by torch.export.save, or a TorchScript file | the program in it, with its weights |
+    | a file of torch.export.save or TorchScript | the program in it, with its weights |
 
     Args:
         name: see above; files are told apart by their content.
@@ -56,6 +56,7 @@ def load_network(
         UserError: there is no such network, it does not fit the weights or the channels, a package
             is missing, or a file is not readable without running code that is in it.
     """
+    name = str(name)
     source, colon, rest = name.partition(":")
     if name in NETWORKS:
         network = build(name, 10 if num_classes is None else num_classes, channels)
@@ -79,7 +80,7 @@ def load_network(
     return network if weights is None else load_weights(network, weights, role)
 
 
-def _from_file(path: Path, weights: Path | None, role: str) -> nn.Module:
+def _from_file(path: Path, weights: str | Path | None, role: str) -> nn.Module:
     kind = kind_of(path, role)
     if kind not in ("export", "torchscript"):
         if kind == "checkpoint":
@@ -104,8 +105,7 @@ def _timm(
     require("timm", f"the {role} timm:{name}")
     import timm
 
-    # Names with a slash or a colon are looked up on a server.
-    if "/" in name or ":" in name or not timm.is_model(name):
+    if not timm.is_model(name):  # neither are names that timm would look up on a server
         raise UserError(_unknown(role, "timm", name, timm.list_models()))
     settings = _given(num_classes=num_classes, in_chans=channels, img_size=image_size)
     try:
@@ -179,7 +179,7 @@ def _not_built(role: str, name: str, error: Exception) -> UserError:
     )
 
 
-def load_weights(network: nn.Module, path: Path, role: str) -> nn.Module:
+def load_weights(network: nn.Module, path: str | Path, role: str) -> nn.Module:
     """Fills `network` from a file; `role` ("teacher") names it in messages.
 
     The state dict may lie under a usual key of a checkpoint ("state_dict", "model", ...), and all
@@ -196,6 +196,7 @@ def load_weights(network: nn.Module, path: Path, role: str) -> nn.Module:
         UserError: the file cannot be read without running code that is in it, or holds the
             weights of another network.
     """
+    path = Path(path)
     kind = kind_of(path, role)
     if kind == "safetensors":
         state = load_tensors(path, role)

@@ -24,6 +24,8 @@ from .errors import UserError
 Kind = Literal["export", "torchscript", "checkpoint", "safetensors"]
 
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
+# By the number of dimensions of their input.
+_BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _EXPORT_IT = (
     "torch.export.export(network.eval(), (images,), "
     'dynamic_shapes=({0: torch.export.Dim("N")},)) with two images or more'
@@ -195,11 +197,8 @@ def _layer(node: fx.Node, program: fx.GraphModule) -> tuple[str, nn.Module] | No
             inputs *= call["groups"]
             layer = nn.Conv2d(inputs, outputs, kernel, bias="bias" in tensors, **how)
         elif node.target is torch.ops.aten.batch_norm.default and "running_mean" in tensors:
-            if call["input"].meta["val"].dim() != 4:
-                return None
-            layer = nn.BatchNorm2d(
-                len(own["running_mean"]), call["eps"], affine="weight" in tensors
-            )
+            norm = _BATCH_NORMS[call["input"].meta["val"].dim()]
+            layer = norm(len(own["running_mean"]), call["eps"], affine="weight" in tensors)
         else:
             return None
     if layer.state_dict().keys() != own.keys():

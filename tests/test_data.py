@@ -15,10 +15,10 @@ from PIL import Image
 from torchvision.transforms.functional import normalize, pil_to_tensor, resize, to_pil_image
 
 from dafl_fast import data
-from dafl_fast.engine.checkpoint import load_weights
 from dafl_fast.engine.evaluation import accuracy
 from dafl_fast.errors import UserError
 from dafl_fast.models import build
+from dafl_fast.networks import load_weights
 
 MNIST = data.FORMATS["mnist"]
 ASSETS = Path(str(files("dafl_fast") / "assets"))

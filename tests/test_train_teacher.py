@@ -18,9 +18,9 @@ from torch import nn
 
 from dafl_fast import data
 from dafl_fast import train_teacher as command
-from dafl_fast.engine.checkpoint import load_weights
 from dafl_fast.errors import TrainingStopped, UserError
 from dafl_fast.models import build
+from dafl_fast.networks import load_weights
 from dafl_fast.train_teacher import TeacherConfig, Training, make_config, one_cycle, parse, train
 
 

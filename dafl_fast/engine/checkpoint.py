@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 
@@ -78,30 +78,6 @@ def load_tensors(path: Path, role: str) -> dict[str, Tensor]:
         raise UserError(
             f"the {role} file {path} is not a readable safetensors file: {error}"
         ) from error
-
-
-def load_weights(network: nn.Module, path: Path, role: str) -> nn.Module:
-    """Fills `network` from a safetensors file; `role` ("teacher") names it in messages.
-
-    Raises:
-        UserError: the file cannot be read, or holds the weights of another network.
-    """
-    state, own = load_tensors(path, role), network.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if wrong:
-        want, got = list(own[wrong[0]].shape), list(state[wrong[0]].shape)
-        detail = f"{wrong[0]} should be {want}, the file has {got}"
-    elif missing:
-        detail = f"{missing[0]} is missing"
-    elif extra:
-        detail = f"{extra[0]} is not part of it"
-    else:
-        network.load_state_dict(state)
-        return network
-    raise UserError(
-        f"the weights in {path} do not fit the {role} {type(network).__name__}: {detail}"
-    )
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 @torch.no_grad()
 def predictions(network: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
     """Lowest-index argmax class [N] of `network`'s logits for images [N, C, H, W], in fp32."""
-    device = next(network.parameters()).device
+    device = next(network.parameters(), images).device  # a frozen TorchScript has no parameters
     was_training = network.training
     network.eval()
     classes = [

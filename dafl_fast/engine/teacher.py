@@ -73,7 +73,7 @@ class FrozenTeacher(nn.Module):
         self._feature_layer = feature_layer or _last_linear(network)
         if self._feature_layer is None:
             log.warning(
-                "the teacher has no linear layer and no feature layer is named: the activation "
+                "the teacher shows no linear layer and no feature layer is named: the activation "
                 "loss is off"
             )
         else:
@@ -179,6 +179,10 @@ class FrozenTeacher(nn.Module):
             raise UserError(
                 f"the teacher does not take images of shape {shape}: {_first_line(error)}"
             ) from error
+        if not isinstance(logits, Tensor):
+            raise UserError(
+                f"the teacher must return logits [N, C] alone, got {type(logits).__name__}"
+            )
         if logits.dim() != 2 or len(logits) != len(images):
             raise UserError(
                 f"the teacher must return logits [N, C], got {list(logits.shape)} for {shape}"
