@@ -42,6 +42,9 @@ struct Pair : Access<Memory> {
     const auto both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(values[1], values[0]));
     return bit_cast<V>(_mm512_maskz_permutexvar_epi16(~0u, load<__m512i>(order), both));
   }
+  static DAFL_HD V along(const V* values) {
+    return bit_cast<V>(_mm512_cvtne2ps_pbh(values[1], values[0]));
+  }
 #else
   static DAFL_HD V multiply_add(Unit a, const Unit* b, V sum) {
     const U32 first = U32{} + a, second = load<U32>(b);
@@ -51,13 +54,13 @@ struct Pair : Access<Memory> {
   static DAFL_HD V across(const V* values) {
     return bit_cast<V>(Memory::encode_bits(values[0]) | (Memory::encode_bits(values[1]) << 16));
   }
-#endif
   static DAFL_HD V along(const V* values) {
     T parts[2 * Memory::lanes];
     Memory::encode(parts, values[0]);
     Memory::encode(parts + Memory::lanes, values[1]);
     return load<V>(parts);
   }
+#endif
 };
 
 // A block of a product that has its sums in registers: rows and vectors of columns.

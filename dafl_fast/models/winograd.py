@@ -17,10 +17,11 @@ _OPS = torch.ops.dafl_fast
 
 # What there are kernels for that gain on this processor.
 _DTYPES = frozenset(t for t in (torch.float32, torch.bfloat16) if _C.conv3x3_pays(t))
-# Below, the additions cost more than the multiplications that they save.
-_MIN_CHANNELS = 48
+# The kernels pad channels to a multiple of this; with fewer, the additions cost more than the
+# multiplications that they save.
+_CHANNELS = 64
 # Tiles of 2x2 outputs in a batch, below which the factors of the weights cost more than they save.
-_MIN_TILES = 64
+_MIN_TILES = 32
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -75,7 +76,7 @@ def _fits(layer: nn.Conv2d) -> bool:
         and layer.stride == layer.padding == layer.dilation == (1, 1)
         and layer.groups == 1
         and layer.padding_mode == "zeros"
-        and min(layer.in_channels, layer.out_channels) >= _MIN_CHANNELS
+        and layer.in_channels % _CHANNELS == layer.out_channels % _CHANNELS == 0
     )
 
 
