@@ -147,6 +147,30 @@ class OwnGenerator(nn.Module):
         return torch.tanh(self.fc(z)).view(len(z), 3, 8, -1)
 
 
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_the_student_comes_back_made_of_its_own_layers(tmp_path, ema_decay):
+    student = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3, padding=1), Pooled())
+    names = [type(module) for module in student.modules()]
+    seen = []
+    result = distill(
+        Residual(), student, ema_decay=ema_decay, **settings(tmp_path),
+        callbacks=[lambda row: seen.append(type(student[1]).__name__)],
+    )  # fmt: skip
+    assert "WinogradConv2d" in seen, "it was trained with faster layers"
+    for network in (student, result.student):
+        assert [type(module) for module in network.modules()] == names
+    assert (result.student is student) == (ema_decay == 0)
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 5)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
 def test_a_generator_of_the_users_own(tmp_path):
     generator = OwnGenerator()
     before = generator.fc.weight.clone()

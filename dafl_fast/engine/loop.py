@@ -155,6 +155,8 @@ def _run(
     keep_freed_memory()
     world = World.join(device)
     precision = pick_precision(config.precision, device)
+    # What is handed back is made of the layers that it was given with, not of faster ones.
+    classes = [type(module) for module in student.modules()]
     step = prepare(config, teacher, student, device, precision, generator, world)
     path = config.resume
     if path is None and world.first:
@@ -163,6 +165,9 @@ def _run(
     loop = _Loop(config, step, folder, teacher, held_out, callbacks)
     summary = loop.run()
     world.leave()
+    for network in {student, step.result}:
+        for module, given in zip(network.modules(), classes, strict=True):
+            module.__class__ = given
     return Result(step.result.eval(), loop.history, summary, folder.path)
 
 
