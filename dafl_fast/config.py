@@ -326,7 +326,6 @@ def _cifar(classes: int, published: dict[str, Any]) -> Preset:
         {
             "teacher": "ResNet34",
             "student": "ResNet18",
-            "feature_layer": "linear",
             "num_classes": classes,
             "image_shape": (3, 32, 32),
             "mean": FORMATS["cifar10"].mean,
@@ -342,7 +341,6 @@ PRESETS: dict[str, Preset] = {
             **_MNIST,
             "teacher": "LeNet5",
             "student": "LeNet5Half",
-            "feature_layer": "fc1",
             "image_shape": (1, 32, 32),
         },
         _with_paper(_FAST_MNIST, _PUBLISHED_MNIST),
@@ -353,7 +351,6 @@ PRESETS: dict[str, Preset] = {
             **_MNIST,
             "teacher": "HintonNet1200",
             "student": "HintonNet800",
-            "feature_layer": "fc3",
             "image_shape": (1, 28, 28),
         },
         _with_paper(_FAST_MNIST, _PUBLISHED_MNIST),

@@ -76,6 +76,17 @@ def test_torchscript_teacher_has_no_features(tmp_path):
     (gradient,) = torch.autograd.grad(logits.sum(), x)
     torch.testing.assert_close(gradient, torch.autograd.grad(network(x).sum(), x)[0])
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    with pytest.raises(UserError, match="a TorchScript teacher does not show what enters"):
+        FrozenTeacher(torch.jit.load(tmp_path / "teacher.pt"), "fc1")
+
+
+def test_a_network_may_name_its_own_feature_layer():
+    network, x = LeNet5(), torch.randn(2, 1, 32, 32)
+    assert FrozenTeacher(network)(x)[1].shape == (2, 120)
+    assert FrozenTeacher(network, "fc2")(x)[1].shape == (2, 84)
+    network = nn.Sequential(nn.Flatten())  # a layer of that name is another thing
+    network.feature_layer, network.head = nn.Linear(1024, 3), nn.Linear(3, 2)
+    assert FrozenTeacher(network)(x)[1].shape == (2, 3)
 
 
 def test_unknown_feature_layer():

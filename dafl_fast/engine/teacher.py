@@ -32,15 +32,15 @@ class FrozenTeacher(nn.Module):
 
     A copy of the network is frozen, so the backward pass computes the gradient to the images and
     no weight gradients; the network that was given is not changed. The features [N, F] are the
-    input of `feature_layer` (or of the last linear layer), taken by a hook. They are None, and a
-    warning is logged, when no layer is named and the network has no linear layer: the loss then
-    goes without its activation term.
+    input of a layer, taken by a hook. They are None, and a warning is logged, when no layer is
+    named and the network shows no linear layer: the loss then goes without its activation term.
 
     `network` is the copy: images -> logits.
 
     Args:
         network: the classifier; used in evaluation mode. It must return logits [N, C].
-        feature_layer: dotted name of the layer whose input is the feature vector.
+        feature_layer: dotted name of the layer whose input is the feature vector; when None, that
+            in the network's attribute `feature_layer`, or else its last linear layer.
         fold: compute each BatchNorm that follows a convolution or linear layer as part of that
             layer, see `fold_batch_norm`.
         watch: keep the statistics of what enters each BatchNorm, for `batch_norm_loss`; nothing is
@@ -70,7 +70,9 @@ class FrozenTeacher(nn.Module):
         for parameter in network.parameters():
             parameter.detach_()  # requires_grad_(False) refuses those of a copied TorchScript
         self._features: Tensor | None = None
-        self._feature_layer = feature_layer or _last_linear(network)
+        own = getattr(network, "feature_layer", None)
+        own = own if isinstance(own, str) else _last_linear(network)
+        self._feature_layer = feature_layer or own
         if self._feature_layer is None:
             log.warning(
                 "the teacher shows no linear layer and no feature layer is named: the activation "
@@ -82,6 +84,11 @@ class FrozenTeacher(nn.Module):
                 raise UserError(
                     f"the teacher has no layer {feature_layer!r}; it has "
                     + ", ".join(name for name in layers if name)
+                )
+            if isinstance(layers[self._feature_layer], torch.jit.ScriptModule):
+                raise UserError(
+                    "a TorchScript teacher does not show what enters its layers; name no feature "
+                    "layer, or give the teacher as a program of torch.export"
                 )
             layers[self._feature_layer].register_forward_pre_hook(self._keep_features)
         self.watched: list[Any] = []

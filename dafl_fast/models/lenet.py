@@ -13,6 +13,8 @@ class LeNet5(nn.Module):
     61,706 parameters with the default widths.
     """
 
+    feature_layer = "fc1"  # where FrozenTeacher takes the features
+
     def __init__(
         self, widths: tuple[int, int, int, int] = (6, 16, 120, 84), num_classes: int = 10
     ) -> None:
