@@ -71,7 +71,8 @@ def conv_pool(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
     x is [N, in_channels, H, W]; the result [N, out_channels, (H - 4) // 2, (W - 4) // 2].
     """
-    if x.device.type == "cpu":
+    # A program that is being exported must run without this package.
+    if x.device.type == "cpu" and not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
         return _OPS.conv_pool(_autocast(x), conv.weight, conv.bias)[0]
     # Pooling first gives the same values as ReLU first, with a quarter of the ReLU's work.
     return F.relu(F.max_pool2d(conv(x), 2))
