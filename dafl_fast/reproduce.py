@@ -75,7 +75,7 @@ def _ablation(**paper: float) -> dict[str, Row]:
     for name, accuracy in paper.items():
         losses = tuple(loss for loss in LOSSES if loss in name or name == "all")
         label = " + ".join(loss.replace("_", "-") for loss in losses)
-        rows[name.replace("_", "-")] = Row(label or "none", accuracy, "dafl", losses)
+        rows[name.replace("_", "-")] = Row(label or "none (generator as drawn)", accuracy, "dafl", losses)
     return rows
 
 
@@ -478,7 +478,7 @@ class Reproduction:
             "title": f"{self.table.title}: {self.teacher_name} → {self.student_name}",
             "recipe": self.config.recipe,
             "max_seconds_per_run": self.config.max_seconds_per_run,
-            "eval": self.config.eval or self.data,
+            "eval": Path(self.config.eval or self.data).name,
             "teacher_accuracy": teacher.get("accuracy"),
             "wall_seconds": sum(result["wall_seconds"] for result in results),
             "date": max((result["date"] for result in results), default=None),

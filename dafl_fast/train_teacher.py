@@ -403,7 +403,7 @@ def train(config: TeacherConfig) -> dict[str, Any]:
         "num_classes": len(classes),
         "classes": classes,
         **dataclasses.asdict(form),
-        "command": "python -m dafl_fast.train_teacher " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m dafl_fast." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "seed": config.seed,
         "torch": torch.__version__,
         "training_images": len(images),
