@@ -75,7 +75,9 @@ def _ablation(**paper: float) -> dict[str, Row]:
     for name, accuracy in paper.items():
         losses = tuple(loss for loss in LOSSES if loss in name or name == "all")
         label = " + ".join(loss.replace("_", "-") for loss in losses)
-        rows[name.replace("_", "-")] = Row(label or "none (generator as drawn)", accuracy, "dafl", losses)
+        rows[name.replace("_", "-")] = Row(
+            label or "none (generator as drawn)", accuracy, "dafl", losses
+        )
     return rows
 
 
