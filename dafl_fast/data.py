@@ -51,7 +51,7 @@ _TORCHVISION = {
     "cifar10": ("CIFAR10", "CIFAR-10", "cifar-10-batches-py"),
     "cifar100": ("CIFAR100", "CIFAR-100", "cifar-100-python"),
 }
-NAMES = ("mnist-5k", *_TORCHVISION, "imagefolder")
+NAMES = ("mnist-5k", *_TORCHVISION, "uci-digits", "imagefolder")
 # Folders of an image folder that are taken as its splits, where it has them.
 _SPLITS = {"train": ("train",), "test": ("test", "val")}
 
@@ -83,6 +83,8 @@ def load(
     root = data_dir or Path(os.environ.get("DAFL_DATA", "data"))
     if name == "mnist-5k":
         return _mnist_5k()
+    if name == "uci-digits":
+        return _uci_digits()
     if name in _TORCHVISION:
         return _torchvision(name, split, root, download)
     path = root if name == "imagefolder" else Path(name)
@@ -102,7 +104,7 @@ def has_test_split(name: str, data_dir: Path | None = None) -> bool:
     if name == "imagefolder":
         name = str(data_dir or os.environ.get("DAFL_DATA", "data"))
     elif name in NAMES:
-        return name != "mnist-5k"
+        return name not in ("mnist-5k", "uci-digits")
     return any((Path(name) / part).is_dir() for part in _SPLITS["test"])
 
 
@@ -119,6 +121,19 @@ def _mnist_5k() -> Labelled:
     return Labelled(
         torch.from_numpy(images).to(torch.uint8).view(-1, 1, 28, 28),
         torch.from_numpy(labels).long(),
+        tuple(str(digit) for digit in range(10)),
+    )
+
+
+def _uci_digits() -> Labelled:
+    """The 1,797 handwritten digits that scikit-learn carries, 8x8 with 17 grey levels."""
+    require("sklearn", "the data set uci-digits", package="scikit-learn")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return Labelled(
+        (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8).unsqueeze(1),
+        torch.from_numpy(digits.target).long(),
         tuple(str(digit) for digit in range(10)),
     )
 

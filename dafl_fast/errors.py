@@ -32,14 +32,20 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
     return run
 
 
-def require(module: str, purpose: str) -> None:
-    """Raises UserError, naming the package to install, unless `module` can be imported."""
+def require(module: str, purpose: str, package: str | None = None) -> None:
+    """Raises UserError, naming the package to install, unless `module` can be imported.
+
+    Args:
+        module: to import.
+        purpose: what needs it.
+        package: that has it, where it is not named like the module.
+    """
     import importlib
 
     try:
         importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"{purpose} needs the package {module!r}, which cannot be imported ({error}); "
-            f"run: pip install {module}"
+            f"{purpose} needs the package {package or module!r}, which cannot be imported "
+            f"({error}); run: pip install {package or module}"
         ) from error

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -137,6 +138,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # The presets' normalisations; that of other images is measured.
 _FORMATS = {**data.FORMATS, "hintonnet": data.FORMATS["mnist"]}
+# From images [N, C, H, W] in normalised units, the network's logits [N, classes] and the labels [N]
+# to the loss, and to the share of answers that are right.
+Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # What may differ when a training is resumed.
 _RESUMABLE = ("resume", "device", "data_dir", "download", "eval", "out", "save_every", "log_every")
 
@@ -165,6 +169,7 @@ class Training:
         labels: [N] int64.
         form: the images' normalisation.
         config: all settings.
+        objective: cross-entropy with the labels if None.
     """
 
     def __init__(
@@ -174,10 +179,12 @@ class Training:
         labels: Tensor,
         form: data.Format,
         config: TeacherConfig,
+        objective: Objective | None = None,
     ) -> None:
         from .engine.loop import pick_device, pick_precision
 
         self.config = config
+        self.objective = objective or self._cross_entropy
         self.device = pick_device(config.device)
         self.bf16 = pick_precision(config.precision, self.device) == "bf16"
         self.network = network.to(self.device).to(memory_format=torch.channels_last).train()
@@ -278,20 +285,23 @@ class Training:
             x.add_(torch.randn(x.shape, **draw), alpha=config.noise)
         return x
 
+    def _cross_entropy(self, x: Tensor, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
+        return loss, (logits.detach().argmax(1) == y).float().mean()
+
     def _step(self, index: Tensor) -> Tensor:
         """One update with the images number `index`; returns [loss, share of right answers]."""
         x, y = self._batch(index), self.labels[index]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.network(x)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
+        loss, right = self.objective(x, logits.float(), y)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.average.ramp(self.steps)
         self.average.update(self.network)
         self.steps += 1
-        return torch.stack([loss.detach(), (logits.detach().argmax(1) == y).float().mean()])
+        return torch.stack([loss.detach(), right])
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs."""
@@ -393,7 +403,7 @@ def train(config: TeacherConfig) -> dict[str, Any]:
         "num_classes": len(classes),
         "classes": classes,
         **dataclasses.asdict(form),
-        "command": "python -m dafl_fast.train_teacher " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m dafl_fast." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "seed": config.seed,
         "torch": torch.__version__,
         "training_images": len(images),

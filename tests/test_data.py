@@ -33,6 +33,16 @@ def test_mnist_5k_is_whole():
     assert images.float().mean() == pytest.approx(33.3, abs=0.5)
 
 
+def test_uci_digits_fill_the_grey_scale():
+    images, labels, classes = data.load("uci-digits", "train")
+    assert classes == tuple("0123456789")
+    assert images.shape == (1797, 1, 8, 8)
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert labels[:4].tolist() == [0, 1, 2, 3]
+    assert images[0, 0, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]  # 0 5 13 9 1 of 16
+    assert not data.has_test_split("uci-digits")
+
+
 def test_mnist_5k_is_left_out_of_teacher_training(data_dir):
     images, labels, _ = data.load("mnist", "train", data_dir)
     held_out = data.load("mnist-5k", "test").images

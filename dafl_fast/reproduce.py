@@ -1,0 +1,607 @@
+"""`python -m dafl_fast.reproduce mnist`: the rows of the paper's tables, beside its numbers.
+
+Each row is run once per seed, and what came of it is kept in a file of its own: a command that was
+stopped, in whatever way, goes on where it stood, and one that is complete only prints its table.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from . import data, train_teacher
+from .config import PRESETS, RecipeName
+from .engine.checkpoint import load_checkpoint, save_weights, write_text
+from .engine.evaluation import accuracy_on
+from .engine.folder import environment
+from .engine.loop import distill, keep_freed_memory, pick_device, pick_precision
+from .engine.step import AUTOCAST
+from .engine.teacher import FrozenTeacher
+from .errors import TrainingStopped, UserError, command, require
+from .losses import distill_loss
+from .networks import load_network
+from .report import save_comparison
+
+LOSSES = ("one_hot", "entropy", "activation")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: what is run, and the accuracy that the paper has for it, in per cent."""
+
+    label: str
+    paper: float
+    kind: Literal["teacher", "ordinary", "kd", "noise", "alternative", "dafl"]
+    losses: tuple[str, ...] = LOSSES
+    """Those of `LOSSES` that train the generator, with the recipe's weights."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper: the preset with its networks, and the rows by their names."""
+
+    title: str
+    preset: str
+    rows: dict[str, Row]
+
+
+def _comparison(
+    teacher: float, ordinary: float, kd: float, noise: float, alternative: float, dafl: float
+) -> dict[str, Row]:
+    return {
+        "teacher": Row("teacher", teacher, "teacher"),
+        "ordinary": Row("student, ordinary training", ordinary, "ordinary"),
+        "kd": Row("student, KD on real data", kd, "kd"),
+        "noise": Row("student, normal noise", noise, "noise"),
+        "alternative": Row("student, alternative data", alternative, "alternative"),
+        "dafl": Row("student, DAFL", dafl, "dafl"),
+    }
+
+
+def _ablation(**paper: float) -> dict[str, Row]:
+    rows = {}
+    for name, accuracy in paper.items():
+        losses = tuple(loss for loss in LOSSES if loss in name or name == "all")
+        label = " + ".join(loss.replace("_", "-") for loss in losses)
+        rows[name.replace("_", "-")] = Row(
+            label or "none (generator as drawn)", accuracy, "dafl", losses
+        )
+    return rows
+
+
+# Chen et al., ICCV 2019.
+TABLES = {
+    "mnist": Table("MNIST", "mnist", _comparison(98.91, 98.65, 98.91, 88.01, 94.56, 98.20)),
+    "hintonnet": Table("MNIST", "hintonnet", _comparison(98.39, 98.11, 98.39, 87.58, 93.99, 97.91)),
+    "ablation": Table(
+        "Generator losses on MNIST",
+        "mnist",
+        _ablation(
+            none=88.01, one_hot=78.77, entropy=88.14, activation=15.95, one_hot_activation=42.07,
+            one_hot_entropy=97.25, entropy_activation=95.53, all=98.20,
+        ),
+    ),
+    "cifar10": Table("CIFAR-10", "cifar10", _comparison(95.58, 93.92, 94.34, 14.89, 90.65, 92.22)),
+    "cifar100": Table(
+        "CIFAR-100", "cifar100", _comparison(77.84, 76.53, 76.87, 1.44, 69.88, 74.47)
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Run the rows of a table of the paper; the same command again goes on where it stopped."""
+
+    table: tyro.conf.Positional[str]
+    """mnist (LeNet-5), hintonnet, ablation (the eight combinations of the generator's losses on
+    MNIST), cifar10 or cifar100."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of each row; there is one teacher for all of them."""
+    max_seconds_per_run: float = 120.0
+    """Training seconds of each run, the teacher's included if it is to be trained. A recipe with a
+    number of steps may end earlier."""
+    only: tuple[str, ...] = ()
+    """Run only these rows: teacher, ordinary, kd, noise, alternative, dafl; of the ablation none,
+    one-hot, entropy, activation, one-hot-activation, one-hot-entropy, entropy-activation, all."""
+    out: Path | None = None
+    """Folder of results, table and plot; runs/reproduce-<table> when not given."""
+    recipe: RecipeName = "fast"
+    """Recipe of the DAFL rows; its temperature is that of all rows with a teacher."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU when there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the networks. auto: bf16 where the processor has it."""
+
+    # --- networks -----------------------------------------------------------------------------
+    teacher: Path | None = None
+    """The teacher's weights; when not given the bundled ones if there are any, else a teacher is
+    trained first."""
+    teacher_network: str | None = None
+    """The teacher, as ResNet20 or WRN-40-2; the paper's when not given."""
+    student_network: str | None = None
+    """The student, likewise; ResNet8 goes with ResNet20."""
+
+    # --- data ---------------------------------------------------------------------------------
+    data: str | None = None
+    """The real images: the table's set when not given; a folder or an .npz file, as for
+    train_teacher."""
+    eval: str | None = None
+    """The images that accuracies are measured on; the test split of --data when not given."""
+    alternative: str | None = None
+    """Images of the row alternative, named as in --data: for MNIST USPS where it is to be had,
+    else scikit-learn's uci-digits, when not given; for CIFAR the row is left out then."""
+    data_dir: Path | None = None
+    """Where the data lie, in torchvision's layout; default: the environment variable DAFL_DATA."""
+    download: bool = False
+    """Allow torchvision to download into --data-dir."""
+
+    def __post_init__(self) -> None:
+        if self.table not in TABLES:
+            raise UserError(f"unknown table {self.table!r}: choose one of {', '.join(TABLES)}")
+        rows = TABLES[self.table].rows
+        for name in self.only:
+            if name not in rows:
+                raise UserError(
+                    f"--only {name} is no row of {self.table}: choose from {', '.join(rows)}"
+                )
+        if not self.seeds:
+            raise UserError("--seeds must name at least one seed")
+        if self.max_seconds_per_run <= 0:
+            raise UserError(
+                f"--max-seconds-per-run must be positive, got {self.max_seconds_per_run}"
+            )
+
+
+# What the results in one folder must share.
+_SHARED = (
+    "table", "max_seconds_per_run", "recipe", "precision", "teacher", "teacher_network",
+    "student_network", "data", "eval", "alternative",
+)  # fmt: skip
+
+
+class Reproduction:
+    """The runs of one table in one folder; data and teacher are loaded when a run wants them.
+
+    settings.json  results/<row>-<seed>.json  runs/<row>-<seed>...  teacher.safetensors
+    <table>.md  <table>.json  <table>.png
+    """
+
+    def __init__(self, config: ReproduceConfig) -> None:
+        self.config = config
+        self.table = TABLES[config.table]
+        self.out = config.out or Path("runs") / f"reproduce-{config.table}"
+        preset = PRESETS[self.table.preset]
+        self.recipe = preset.recipes[config.recipe]
+        self.teacher_name = config.teacher_network or preset.networks["teacher"]
+        self.student_name = config.student_network or preset.networks["student"]
+        self.classes = preset.networks["num_classes"]
+        self.image_shape = channels, size, _ = preset.networks["image_shape"]
+        mean, std = (preset.networks[name] for name in ("mean", "std"))
+        self.form = data.Format(size, channels, mean, std)
+        grey = self.table.preset in ("mnist", "hintonnet")
+        self.data = config.data or ("mnist" if grey else self.table.preset)
+        self.device = pick_device(config.device)
+        self.precision = pick_precision(config.precision, self.device)
+
+    def run(self) -> None:
+        """Runs what is not done yet.
+
+        Raises:
+            UserError: the folder holds results of another setting, or something is not usable.
+            KeyboardInterrupt: a run was interrupted; it can be gone on with.
+        """
+        self._check_settings()
+        runs = [("teacher", 0)]  # one for all seeds, and its accuracy belongs to any table
+        for name in self.config.only or self.table.rows:
+            without = name == "alternative" and self._has_no_alternative
+            if name != "teacher" and not without:
+                runs += [(name, seed) for seed in self.config.seeds]
+        left = {name for name, seed in runs if not self._result(name, seed).exists()}
+        if left:  # mistakes show before anything has taken its time
+            _ = self._new_student(0), self.held_out
+        if "alternative" in left:
+            _ = self.alternative_images
+        for number, (name, seed) in enumerate(runs, 1):
+            path = self._result(name, seed)
+            if not path.exists():
+                print(f"{number} of {len(runs)}: {name}, seed {seed}", flush=True)
+                start = time.perf_counter()
+                result = self._run(name, seed)
+                result.setdefault("wall_seconds", time.perf_counter() - start)
+                result |= {
+                    "row": name,
+                    "seed": seed,
+                    "date": time.strftime("%Y-%m-%d"),
+                    "precision": self.precision,
+                    "environment": environment(),
+                }
+                write_text(self.out / "settings.json", json.dumps(self._settings, indent=2) + "\n")
+                write_text(path, json.dumps(result, indent=2) + "\n")
+                print(result.get("stopped") or f"accuracy {result['accuracy']:.2%}", flush=True)
+            self._remove_what_only_resuming_needs(name, seed)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        values = {name: getattr(self.config, name) for name in _SHARED}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+    def _check_settings(self) -> None:
+        path = self.out / "settings.json"
+        before = json.loads(path.read_text()) if path.exists() else self._settings
+        for name, value in self._settings.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"--{name.replace('_', '-')} cannot change: the results in {self.out} have "
+                    f"{before.get(name)}, got {value}; choose another folder with --out"
+                )
+
+    @property
+    def _has_no_alternative(self) -> bool:
+        return self.config.alternative is None and self.form.channels == 3
+
+    def _result(self, name: str, seed: int) -> Path:
+        return self.out / "results" / f"{name}-{seed}.json"
+
+    def _folder(self, name: str, seed: int) -> Path:
+        return self.out / "runs" / f"{name}-{seed}"
+
+    def _remove_what_only_resuming_needs(self, name: str, seed: int) -> None:
+        folder = self._folder(name, seed)
+        (self.out / "runs" / f"{name}-{seed}.checkpoint").unlink(missing_ok=True)
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        shutil.rmtree(folder / "bank", ignore_errors=True)
+
+    def _run(self, name: str, seed: int) -> dict[str, Any]:
+        """One run, from its last checkpoint if it has one: accuracy (None if training had to be
+        stopped), train_seconds, images (seen by the network) and, where it matters, data."""
+        if name == "teacher":
+            return self._run_teacher()
+        row = self.table.rows[name]
+        try:
+            if row.kind == "dafl":
+                return self._run_dafl(row, self._folder(name, seed), seed)
+            return self._run_student(row, self._folder(name, seed), seed)
+        except TrainingStopped as error:
+            # A collapse is a result too, and would only come again.
+            return {"accuracy": None, "train_seconds": None, "images": None, "stopped": str(error)}
+
+    def _run_teacher(self) -> dict[str, Any]:
+        note = {}
+        if self.config.teacher is None:
+            note = json.loads(self.teacher_weights.with_suffix(".json").read_text())
+        images = note["epochs"] * note["training_images"] if "epochs" in note else None
+        return {
+            "accuracy": self._accuracy(self.teacher),
+            "train_seconds": note.get("train_seconds"),
+            "images": None if images is None else round(images),
+        }
+
+    def _run_dafl(self, row: Row, folder: Path, seed: int) -> dict[str, Any]:
+        from .train import Progress
+
+        config, networks = self.config, PRESETS[self.table.preset].networks
+        known = self.teacher_name == networks["teacher"]
+        settings: dict[str, Any] = {loss: 0.0 for loss in LOSSES if loss not in row.losses}
+        settings["resume" if (folder / "config.yaml").exists() else "out_dir"] = folder
+        progress = Progress()
+        with progress.bar:
+            summary = distill(
+                self.teacher,
+                self._new_student(seed),
+                image_shape=self.image_shape,
+                num_classes=self.classes,
+                feature_layer=networks["feature_layer"] if known else None,
+                recipe=config.recipe,
+                steps=self.recipe.get("steps"),
+                max_seconds=config.max_seconds_per_run,
+                eval_loader=self.held_out,
+                callbacks=[progress],
+                preset=self.table.preset,
+                seed=seed,
+                device=config.device,
+                precision=config.precision,
+                eval_every=config.max_seconds_per_run / 10,
+                **settings,
+            ).summary
+        if summary["interrupted"]:
+            raise KeyboardInterrupt
+        return {
+            "accuracy": summary["student_accuracy"],
+            "train_seconds": summary["train_seconds"],
+            "wall_seconds": summary["wall_seconds"],
+            "images": summary["student_images"],
+        }
+
+    def _run_student(self, row: Row, folder: Path, seed: int) -> dict[str, Any]:
+        """A student on given images, with their labels or with the teacher's answers to them."""
+        start = time.perf_counter()
+        changes: dict[str, Any] = {"noise": 0.0}
+        objective = None if row.kind == "ordinary" else self._imitation
+        source = None
+        if row.kind == "noise":
+            # Images of the mean grey, with noise of deviation 1 added in normalised units.
+            grey = torch.tensor(self.form.mean).mul(255).round().to(torch.uint8)
+            images = grey.view(1, -1, 1, 1).repeat(4096, 1, *self.image_shape[1:])
+            labels = torch.zeros(len(images), dtype=torch.long)
+            changes = {"noise": 1.0, "shift": 0, "flip": False}
+        elif row.kind == "alternative":
+            images, labels, source = self.alternative_images
+        else:
+            images, labels = self.real_images
+        config = train_teacher.make_config(
+            self.table.preset,
+            network=self.student_name,
+            data=self.data,
+            max_seconds=self.config.max_seconds_per_run,
+            device=self.config.device,
+            precision=self.config.precision,
+            seed=seed,
+            **changes,
+        )
+        student = self._new_student(seed)
+        training = train_teacher.Training(student, images, labels, self.form, config, objective)
+        checkpoint = folder.with_suffix(".checkpoint")
+        if checkpoint.exists():
+            training.load_state_dict(load_checkpoint(checkpoint))
+            start -= training.seconds
+        training.run(checkpoint)
+        network = training.average.module
+        save_weights(folder.with_suffix(".safetensors"), network.state_dict())
+        return {
+            "accuracy": self._accuracy(network),
+            "train_seconds": training.seconds,
+            "wall_seconds": time.perf_counter() - start,
+            "images": training.steps * training.batch_size,
+            "data": source,
+        }
+
+    def _new_student(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return self._build(self.student_name, None, "student")
+
+    def _build(self, name: str, weights: Path | None, role: str) -> nn.Module:
+        channels, size, _ = self.image_shape
+        return load_network(
+            name, weights, role=role, num_classes=self.classes, channels=channels, image_size=size
+        )
+
+    def _accuracy(self, network: nn.Module) -> float:
+        return accuracy_on(network.to(self.device), self.held_out)[0]
+
+    @cached_property
+    def teacher_weights(self) -> Path:
+        """The teacher's file, trained if there is none."""
+        config, preset = self.config, PRESETS[self.table.preset]
+        if config.teacher is not None:
+            return config.teacher
+        if preset.bundled_teacher and self.teacher_name == preset.networks["teacher"]:
+            return Path(str(files("dafl_fast") / "assets" / preset.bundled_teacher))
+        path = self.out / "teacher.safetensors"
+        if not path.with_suffix(".json").exists():  # which is written last
+            train_teacher.train(
+                train_teacher.make_config(
+                    self.table.preset,
+                    network=self.teacher_name,
+                    data=self.data,
+                    data_dir=config.data_dir,
+                    download=config.download,
+                    eval="none",
+                    out=path,
+                    resume=path.with_suffix(".checkpoint").exists(),
+                    max_seconds=config.max_seconds_per_run,
+                    device=config.device,
+                    precision=config.precision,
+                )
+            )
+        return path
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        """The teacher with its weights."""
+        return self._build(self.teacher_name, self.teacher_weights, "teacher").eval()
+
+    @cached_property
+    def _imitation(self) -> train_teacher.Objective:
+        """The distillation loss at the recipe's temperature, and the agreement with the teacher."""
+        frozen = FrozenTeacher(self.teacher)
+        frozen.to(self.device).to(memory_format=torch.channels_last)
+        if self.precision in AUTOCAST:
+            frozen.cast(AUTOCAST[self.precision])
+        temperature = self.recipe.get("temperature", 1.0)
+
+        def objective(x: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                answers, _ = frozen(x)
+            loss = distill_loss(logits, answers, temperature=temperature)
+            return loss.total, loss.agreement
+
+        return objective
+
+    @cached_property
+    def real_images(self) -> tuple[Tensor, Tensor]:
+        """The data set that the student is to go without: images uint8 and labels."""
+        return self._load(self.data, "train")
+
+    @cached_property
+    def held_out(self) -> list[tuple[Tensor, Tensor]]:
+        """Batches of the test images, in normalised units, with their labels."""
+        name = self.config.eval or self.data
+        if self.config.eval is None and not data.has_test_split(name, self.config.data_dir):
+            raise UserError(f"{name} has no test images: name those to measure on with --eval")
+        images, labels = self._load(name, "test")
+        normaliser = data.Normaliser(self.form)
+        return [(normaliser(x), y) for x, y in zip(images.split(1000), labels.split(1000))]
+
+    @cached_property
+    def alternative_images(self) -> tuple[Tensor, Tensor, str]:
+        """Images of another kind, their labels, and what they are called."""
+        name = self.config.alternative
+        if name is None:
+            try:
+                return *self._load("usps", "train"), "USPS"
+            except UserError:
+                if self.config.download:
+                    raise
+            name = "uci-digits"
+        title = "UCI digits, 8x8" if name == "uci-digits" else Path(name).name
+        return *self._load(name, "train"), title
+
+    def _load(self, name: str, split: str) -> tuple[Tensor, Tensor]:
+        config, form = self.config, self.form
+        reading = (config.data_dir, config.download, form.image_size, form.channels)
+        images, labels, _ = data.load(name, split, *reading)
+        data.check_channels(images, form.channels)
+        if split == "test" or name == self.data:
+            data.check_labels(labels, self.classes)
+        return data.resized(images, form.image_size), labels
+
+    def report(self) -> dict[str, Any]:
+        """All results in the folder, as <table>.json has them."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for path in (self.out / "results").glob("*.json"):
+            result = json.loads(path.read_text())
+            found.setdefault(result["row"], []).append(result)
+        results = [result for results in found.values() for result in results]
+        teacher = found.get("teacher", [{}])[0]
+        return {
+            "table": self.config.table,
+            "title": f"{self.table.title}: {self.teacher_name} → {self.student_name}",
+            "recipe": self.config.recipe,
+            "max_seconds_per_run": self.config.max_seconds_per_run,
+            "eval": Path(self.config.eval or self.data).name,
+            "teacher_accuracy": teacher.get("accuracy"),
+            "wall_seconds": sum(result["wall_seconds"] for result in results),
+            "date": max((result["date"] for result in results), default=None),
+            "machines": sorted({_machine(result) for result in results}),
+            "rows": [
+                _summary(name, row, sorted(found.get(name, []), key=lambda result: result["seed"]))
+                for name, row in self.table.rows.items()
+            ],
+        }
+
+    def curves(self) -> dict[str, list[list[tuple[float, float]]]]:
+        """Accuracy (0..1) over seconds of training of each DAFL row, by label, a curve a seed."""
+        curves: dict[str, list[list[tuple[float, float]]]] = {}
+        for name, row in self.table.rows.items():
+            for path in sorted((self.out / "runs").glob(f"{name}-*/metrics.jsonl")):
+                if self.out.joinpath("results", f"{path.parent.name}.json").exists():
+                    lines = [json.loads(line) for line in path.read_text().splitlines()]
+                    points = [(x["train_seconds"], x["accuracy"]) for x in lines if "accuracy" in x]
+                    curves.setdefault(row.label, []).append(points)
+        return curves
+
+
+def _summary(name: str, row: Row, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the seeds of a row have in common."""
+    done = [result for result in results if result["accuracy"] is not None]
+    accuracies = [result["accuracy"] for result in done]
+
+    def mean(key: str) -> float | None:
+        values = [result[key] for result in done if result[key] is not None]
+        return statistics.fmean(values) if values else None
+
+    ours = "stopped" if results else "not run"
+    if accuracies:
+        ours = f"{100 * statistics.fmean(accuracies):.2f}"
+    if len(accuracies) > 1:
+        ours += f" ± {100 * statistics.stdev(accuracies):.2f}"
+    sources = sorted({result["data"] for result in done if result.get("data")})
+    return {
+        "row": name,
+        "label": row.label + (f" ({' and '.join(sources)})" if sources else ""),
+        "paper": row.paper,
+        "ours": ours,
+        "seeds": [result["seed"] for result in done],
+        "accuracies": accuracies,
+        "mean": mean("accuracy"),
+        "sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "train_seconds": mean("train_seconds"),
+        "images": mean("images"),
+        "stopped": {r["seed"]: r["stopped"] for r in results if r["accuracy"] is None},
+    }
+
+
+def _machine(result: dict[str, Any]) -> str:
+    machine = result["environment"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, no GPU"
+    return f"{where}, PyTorch {machine['torch']}, {result['precision']}"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a Markdown table with a title and a sentence on how it came about."""
+    lines = [
+        f"### {report['title']}",
+        "",
+        "| | paper | ours | seeds | training | images seen |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in report["rows"]:
+        count = str(len(row["seeds"]))
+        if row["stopped"]:
+            count += f" ({len(row['stopped'])} stopped)"
+        seconds, images = row["train_seconds"], row["images"]
+        cells = [
+            row["label"], f"{row['paper']:.2f}", row["ours"], count,
+            "" if seconds is None else f"{seconds:,.0f} s",
+            "" if images is None else f"{images:,.0f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    accuracy = report["teacher_accuracy"]
+    teacher = "" if accuracy is None else f" The teacher has {accuracy:.2%}."
+    lines += [
+        "",
+        f"Accuracy in % of the last weights on the test images of {report['eval']}, mean and "
+        f"standard deviation over the seeds.{teacher} Recipe `{report['recipe']}`, at most "
+        f"{report['max_seconds_per_run']:g} s of training a run, {report['wall_seconds'] / 60:.1f} "
+        f"minutes in all. {'; '.join(report['machines'])}. {report['date']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def reproduce(config: ReproduceConfig) -> str:
+    """Runs what is not done of a table, writes table and plot, and returns the table as Markdown.
+
+    Raises:
+        UserError: something in `config`, the data or the folder is not usable.
+        KeyboardInterrupt: a run was interrupted; the same call goes on with it.
+    """
+    require("matplotlib", "the plot of reproduce")  # not after an hour
+    keep_freed_memory()
+    reproduction = Reproduction(config)
+    reproduction.run()
+    report = reproduction.report()
+    text = markdown(report)
+    path = reproduction.out / config.table
+    write_text(path.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
+    write_text(path.with_suffix(".md"), text)
+    save_comparison(
+        path.with_suffix(".png"), report["title"], report["rows"], reproduction.curves()
+    )
+    return text
+
+
+@command
+def main() -> int:
+    config = tyro.cli(ReproduceConfig, prog="python -m dafl_fast.reproduce", args=sys.argv[1:])
+    try:
+        print(reproduce(config))
+    except KeyboardInterrupt:
+        print("the same command again goes on from here", file=sys.stderr)
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
