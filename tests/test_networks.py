@@ -308,8 +308,10 @@ def test_a_program_runs_in_low_precision(save, tmp_path):
         assert mine[0].dtype == torch.bfloat16
         with torch.autocast("cpu", torch.bfloat16):
             original = logits_and_gradient(network, x)
-        for a, b in zip(mine, original):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-2 * b.abs().max().item())
+        # The network's own layers round elsewhere, so both are held against fp32.
+        for a, b, exact in zip(mine, original, logits_and_gradient(network, x)):
+            assert (a - exact).norm() < 2 * (b - exact).norm()
+            assert (b - exact).norm() < 0.2 * exact.norm()
     assert accuracy(teacher.network, images, network(images).argmax(1)) > 0.8
 
 

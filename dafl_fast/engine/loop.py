@@ -25,7 +25,7 @@ from .. import __version__
 from ..config import PRESETS, Config, make_config
 from ..data import eval_set
 from ..errors import TrainingStopped, UserError
-from ..models import Generator
+from ..models import NETWORKS, Generator
 from ..models.winograd import accelerate
 from ..networks import load_network
 from ..report import save_samples
@@ -35,7 +35,7 @@ from .evaluation import accuracy_on
 from .folder import RunFolder, check_resumed
 from .graph import make_ready
 from .step import AUTOCAST, STATISTICS, Step
-from .teacher import FrozenTeacher
+from .teacher import FrozenTeacher, logits_of
 from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -186,16 +186,18 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
     assert config.teacher is not None and config.student is not None
     channels, size, _ = config.image_shape
     name, weights = config.teacher, config.teacher_weights
-    usual = preset.networks.get("teacher")
-    if usual is not None and name.endswith(".safetensors"):
-        name, weights = usual, Path(name)
-    if weights is None and name == usual:
-        if preset.bundled_teacher is None:
+    if _is_usual_teacher(config):
+        if name.endswith(".safetensors"):
+            name, weights = preset.networks["teacher"], Path(name)
+        elif weights is None and preset.bundled_teacher is not None:
+            weights = Path(str(files("dafl_fast") / "assets" / preset.bundled_teacher))
+        elif weights is None:
             raise UserError(
                 f"the preset {config.preset} has no bundled teacher: train one with `python -m "
                 f"dafl_fast.train_teacher {config.preset}` and name its file with --teacher"
             )
-        weights = Path(str(files("dafl_fast") / "assets" / preset.bundled_teacher))
+    elif weights is None and (name in NETWORKS or name.startswith(("timm:", "torchvision:"))):
+        raise UserError(f"--teacher-weights is needed: without weights {name} knows nothing")
     form: dict[str, Any] = {"channels": channels, "image_size": size}
     teacher = load_network(name, weights, role="teacher", num_classes=config.num_classes, **form)
     classes = outputs_of(teacher, config.image_shape)
@@ -206,11 +208,16 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
     return teacher, student
 
 
+def _is_usual_teacher(config: Config) -> bool:
+    """Whether the teacher is the preset's network, with whatever weights."""
+    usual, name = PRESETS[config.preset].networks.get("teacher"), str(config.teacher)
+    return usual is not None and (name == usual or name.endswith(".safetensors"))
+
+
 @torch.no_grad()
 def outputs_of(teacher: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """The teacher's number of classes, found by asking it."""
-    frozen = FrozenTeacher(teacher, fold=False)
-    return frozen.check(torch.randn(16, *image_shape))
+    return logits_of(teacher.eval(), torch.randn(2, *image_shape)).shape[1]
 
 
 def prepare(
@@ -278,7 +285,7 @@ def freeze(teacher: nn.Module, config: Config, images: Tensor) -> FrozenTeacher:
     if not frozen.folded:
         return frozen
     unfolded = FrozenTeacher(teacher, config.feature_layer, fold=False)
-    images = images.to(next(teacher.parameters()).device)
+    images = images.to(next(teacher.parameters(), images).device)
     with contextlib.suppress(RuntimeError):  # the check will say more of images that do not fit
         expected, got = unfolded.network(images), frozen.network(images)
         if not torch.allclose(got, expected, 1e-3, 1e-3 * expected.abs().max().item(), True):

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import logging
 from collections import Counter
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -176,24 +177,15 @@ class FrozenTeacher(nn.Module):
                 C > 1, hold NaN or infinity, are probabilities instead of logits, or give no
                 gradient to the images.
         """
-        shape = list(images.shape)
-        try:
-            with torch.enable_grad():
-                logits, features = self(images.detach().requires_grad_())
-        except UserError:
-            raise
-        except Exception as error:  # whatever the network says of images that do not fit
-            raise UserError(
-                f"the teacher does not take images of shape {shape}: {_first_line(error)}"
-            ) from error
-        if not isinstance(logits, Tensor):
-            raise UserError(
-                f"the teacher must return logits [N, C] alone, got {type(logits).__name__}"
-            )
-        if logits.dim() != 2 or len(logits) != len(images):
-            raise UserError(
-                f"the teacher must return logits [N, C], got {list(logits.shape)} for {shape}"
-            )
+        features: Tensor | None = None
+
+        def network(images: Tensor) -> Tensor:
+            nonlocal features
+            logits, features = self(images)
+            return logits
+
+        with torch.enable_grad():
+            logits = logits_of(network, images.detach().requires_grad_())
         if logits.shape[1] == 1:
             raise UserError(
                 "the teacher has a single output, which leaves nothing to choose; give a binary "
@@ -212,6 +204,30 @@ class FrozenTeacher(nn.Module):
             )
         _refuse_probabilities(logits.detach())
         return logits.shape[1]
+
+
+def logits_of(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """A teacher's logits for images [N, C, H, W].
+
+    Raises:
+        UserError: it does not take such images, or returns something else.
+    """
+    shape = list(images.shape)
+    try:
+        logits = network(images)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network says of images that do not fit
+        raise UserError(
+            f"the teacher does not take images of shape {shape}: {_first_line(error)}"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise UserError(f"the teacher must return logits [N, C] alone, got {type(logits).__name__}")
+    if logits.dim() != 2 or len(logits) != len(images):
+        raise UserError(
+            f"the teacher must return logits [N, C], got {list(logits.shape)} for {shape}"
+        )
+    return logits
 
 
 class _Autocast(nn.Module):

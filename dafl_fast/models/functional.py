@@ -44,7 +44,7 @@ def upsample_stage(
       it does is shift the running mean;
     * on a CPU, most passes over memory: csrc/norm_activation.cpp, csrc/norm_image_conv.cpp.
     """
-    if x.device.type == "cpu":
+    if operators_run(x):
         y, mean, variance = _OPS.upsample_conv(_autocast(x), conv.weight)
     else:
         y = _upsample_by_transposed_conv(x, conv.weight)
@@ -71,8 +71,7 @@ def conv_pool(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
     x is [N, in_channels, H, W]; the result [N, out_channels, (H - 4) // 2, (W - 4) // 2].
     """
-    # A program that is being exported must run without this package.
-    if x.device.type == "cpu" and not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+    if operators_run(x):
         return _OPS.conv_pool(_autocast(x), conv.weight, conv.bias)[0]
     # Pooling first gives the same values as ReLU first, with a quarter of the ReLU's work.
     return F.relu(F.max_pool2d(conv(x), 2))
@@ -81,6 +80,13 @@ def conv_pool(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def whole_image_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """`conv` where its kernel is as large as the image, a linear layer: [N, out_channels]."""
     return F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)
+
+
+def operators_run(x: Tensor) -> bool:
+    """Whether our operators take x: on a CPU, but not into a program that is being exported, which
+    should run where there is no dafl_fast."""
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return x.device.type == "cpu" and not exporting
 
 
 def _upsample_by_transposed_conv(x: Tensor, weight: Tensor) -> Tensor:
@@ -101,7 +107,7 @@ def _takes_batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> bool:
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and x.device.type == "cpu"
+        and operators_run(x)
         and x.numel() > x.shape[1]
     )
 

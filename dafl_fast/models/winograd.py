@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _C
-from .functional import _autocast
+from .functional import _autocast, operators_run
 
 _OPS = torch.ops.dafl_fast
 
@@ -41,7 +41,9 @@ class WinogradConv2d(nn.Conv2d):
             self._factors = _OPS.conv3x3_factors(self.weight.detach(), dtype, True)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = _autocast(input) if input.device.type == "cpu" else input
+        if not operators_run(input):
+            return super().forward(input)
+        x = _autocast(input)
         if x.dim() != 4 or not _pays(self, x.dtype):
             return super().forward(input)
         factors = self._factors
