@@ -91,8 +91,8 @@ Tensor outputs_cpu(const Tensor& x_, const Tensor& factors, const std::optional<
   at::parallel_for(
       0, size == 0 ? 0 : (count + size - 1) / size, 1, [&](int64_t piece, int64_t last) {
         at::AutoDispatchBelowADInplaceOrView below;  // threads of the pool do not inherit it
-        const Tensor data = scratch(16 * size * padded(kernels, Ci), x, dtype);
-        const Tensor products = scratch(16 * size * kernels.panel, x, compute);
+        const Tensor data = scratch(16 * cpu::plane_of(size, padded(kernels, Ci)), x, dtype);
+        const Tensor products = scratch(16 * cpu::plane_of(size, kernels.panel), x, compute);
         for (; piece < last; ++piece) {
           const int64_t begin = piece * size, end = std::min(begin + size, count);
           kernels.inputs(tiles, Ci, x.const_data_ptr(), begin, end, data.data_ptr());
@@ -118,11 +118,13 @@ Tensor weight_grad_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& weig
   const int64_t in = padded(kernels, Ci), out = padded(kernels, Co);
   const int64_t items = in / kernels.panel * ((Co + kernels.lanes - 1) / kernels.lanes);
   const int64_t item_size = 16 * kernels.lanes * kernels.panel;
-  const int64_t even = (size + 1) / 2 * 2;
-  const Tensor data = scratch(16 * even * in, x, dtype), grads = scratch(16 * even * out, x, dtype);
+  const int64_t row = cpu::row_of_steps(size, kernels.unit) * kernels.unit;
+  const Tensor data = scratch(16 * row * in, x, dtype), grads = scratch(16 * row * out, x, dtype);
   const bool one_sum = count <= size;
   const Tensor all_sums = scratch(one_sum ? 0 : items * item_size, x, compute);
-  const Tensor result = at::empty({Co, 3, 3, Ci}, x.options().dtype(compute));
+  // [Co, 3, 3, Ci] in memory, and no view: autograd takes it over without a copy.
+  const Tensor result =
+      at::empty({Co, Ci, 3, 3}, x.options().dtype(compute).memory_format(kChannelsLast));
   for (int64_t first = 0; first < count; first += size) {
     const int64_t last = std::min(first + size, count);
     at::parallel_for(0, (last - first + 1) / 2, 1, [&](int64_t begin, int64_t end) {
@@ -145,9 +147,8 @@ Tensor weight_grad_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& weig
       kernels.weight_gradient(sum, begin, end);
     });
   }
-  const Tensor like_weight = result.permute({0, 3, 1, 2});
-  const bool same = weight.scalar_type() == compute && weight.strides() == like_weight.strides();
-  return same ? like_weight : like_parameter(like_weight, weight);
+  const bool same = weight.scalar_type() == compute && weight.strides() == result.strides();
+  return same ? result : like_parameter(result, weight);
 }
 
 void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {

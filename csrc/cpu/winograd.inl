@@ -218,7 +218,7 @@ struct OutputGrads : Window<M, 2, 0> {
 template <class M>
 void inputs(const Tiles& a, int64_t C, const void* x, int64_t begin, int64_t end, void* data_) {
   using V = typename M::V;
-  const int64_t channels = Panel<M>::padded(C), plane = (end - begin) * channels;
+  const int64_t channels = Panel<M>::padded(C), plane = plane_of(end - begin, channels);
   auto* data = static_cast<typename M::T*>(data_);
   TilePlace place(a, begin);
   for (int64_t tile = begin; tile < end; ++tile, place.next(a), data += channels) {
@@ -237,7 +237,7 @@ template <class M, template <class> class Source>
 void by_tile(const Tiles& a, int64_t C, const void* x, const TileRange& range, void* data_) {
   using V = typename M::V;
   const int64_t channels = Panel<M>::padded(C);
-  const int64_t steps = (range.last - range.first + M::unit - 1) / M::unit;
+  const int64_t steps = row_of_steps(range.last - range.first, M::unit);
   const int64_t plane = channels * steps;
   auto* data = static_cast<typename M::Unit*>(data_);
   data += (range.begin - range.first) / M::unit * M::lanes;
@@ -269,7 +269,8 @@ void outputs(const Tiles& a, int64_t Ci, int64_t C, const void* data_, const voi
   using Unit = typename M::Unit;
   constexpr int64_t width = Panel<M>::width;
   const int64_t steps = Panel<M>::padded(Ci) / M::unit, panels = Panel<M>::padded(C) / width;
-  const int64_t tiles = end - begin, plane = tiles * width;
+  const int64_t tiles = end - begin, plane = plane_of(tiles, width);
+  const int64_t data_plane = plane_of(tiles, steps * M::unit) / M::unit;
   const Unit* data = static_cast<const Unit*>(data_);
   const S* bias = static_cast<const S*>(bias_);
   S* products = static_cast<S*>(scratch);
@@ -277,7 +278,7 @@ void outputs(const Tiles& a, int64_t Ci, int64_t C, const void* data_, const voi
     for (int k = 0; k < 16; ++k) {
       const Unit* factors =
           static_cast<const Unit*>(factors_) + (k * panels + panel) * steps * width;
-      multiply<M>({data + k * tiles * steps, steps, 1}, {factors, M::lanes, width}, tiles, steps,
+      multiply<M>({data + k * data_plane, steps, 1}, {factors, M::lanes, width}, tiles, steps,
                   false, products + k * plane);
     }
     const S* from = products;
@@ -318,7 +319,7 @@ void weight_gradient(const WeightGradient& a, int64_t begin, int64_t end) {
   using S = typename Compute::T;
   using Unit = typename M::Unit;
   constexpr int64_t width = Panel<M>::width, lanes = M::lanes, plane = lanes * width;
-  const int64_t steps = (a.tiles + M::unit - 1) / M::unit;
+  const int64_t steps = (a.tiles + M::unit - 1) / M::unit, row = row_of_steps(a.tiles, M::unit);
   const int64_t blocks = (a.Co + lanes - 1) / lanes;
   const int64_t in = Panel<M>::padded(a.Ci), out = Panel<M>::padded(a.Co);
   for (int64_t item = begin; item < end; ++item) {
@@ -327,8 +328,8 @@ void weight_gradient(const WeightGradient& a, int64_t begin, int64_t end) {
     S* sums = static_cast<S*>(a.sums) + (a.first && a.last ? 0 : item * 16 * plane);
     for (int k = 0; k < 16; ++k) {
       multiply<M>(
-          {static_cast<const Unit*>(a.grads) + (k * out + o) * steps, 1, lanes},
-          {static_cast<const Unit*>(a.data) + (k * in + panel) * steps, steps * lanes, lanes}, rows,
+          {static_cast<const Unit*>(a.grads) + (k * out + o) * row, 1, lanes},
+          {static_cast<const Unit*>(a.data) + (k * in + panel) * row, row * lanes, lanes}, rows,
           steps, !a.first, sums + k * plane);
     }
     if (!a.last) continue;

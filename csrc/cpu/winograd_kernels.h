@@ -30,6 +30,13 @@ struct TileRange {
   int64_t first, last, begin, end;
 };
 
+// Planes of data and products lie a little apart, and rows of steps (`unit` tiles each) are odd,
+// because powers of two would put them all into the same few sets of the caches.
+constexpr int64_t plane_of(int64_t tiles, int64_t channels) { return tiles * channels + 32; }
+constexpr int64_t row_of_steps(int64_t tiles, int64_t unit) {
+  return ((tiles + unit - 1) / unit) | 1;
+}
+
 // The gradient of the weight from `tiles` tiles. Its items are blocks of `lanes` output channels
 // and `panel` input channels; each has 16 * lanes * panel sums of compute type.
 struct WeightGradient {
@@ -46,15 +53,15 @@ struct WinogradKernels {
   int64_t lanes, panel;
   int64_t unit;  // values in it
 
-  // x [images, H, W, C] to data [16, end - begin, channels], units of channels
+  // x [images, H, W, C] to data, 16 planes of [end - begin, channels], units of channels
   void (*inputs)(const Tiles&, int64_t C, const void* x, int64_t begin, int64_t end, void* data);
   // y [images, H, W, C] from data of tiles [begin, end), factors, and bias [C] of compute type or
-  // null. scratch: 16 * (end - begin) * panel of compute type.
+  // null. scratch: 16 planes of [end - begin, panel] of compute type.
   void (*outputs)(const Tiles&, int64_t Ci, int64_t C, const void* data, const void* factors,
                   const void* bias, int64_t begin, int64_t end, void* scratch, void* y);
 
   // The same as `inputs`, and the adjoint of what `outputs` does with products, as
-  // [16, channels / lanes, tiles, lanes], units of tiles.
+  // [16, channels / lanes, row_of_steps, lanes], units of tiles.
   void (*inputs_by_tile)(const Tiles&, int64_t C, const void* x, const TileRange&, void* data);
   void (*output_grads)(const Tiles&, int64_t C, const void* grad, const TileRange&, void* data);
   void (*weight_gradient)(const WeightGradient&, int64_t begin, int64_t end);
