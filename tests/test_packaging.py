@@ -201,3 +201,15 @@ def run(arguments, environ=None):
         text=True,
         timeout=120,
     )
+
+
+def test_importing_needs_torch_alone():
+    code = """
+import sys
+for name in ("yaml", "numpy", "tyro", "rich", "safetensors", "torchvision", "PIL", "mlxtend",
+             "matplotlib", "timm"):
+    sys.modules[name] = None  # what makes importing it fail
+import dafl_fast
+assert callable(dafl_fast.distill)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from .. import __version__, build_info
@@ -88,6 +87,8 @@ class RunFolder:
             for name, value in dataclasses.asdict(config).items()
             if name not in ("resume", "out_dir")
         }
+        import yaml
+
         write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
@@ -227,6 +228,8 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there is no run in that folder.
     """
+    import yaml
+
     file = path / "config.yaml"
     if not file.is_file():
         raise UserError(f"--resume {path}: there is no run in that folder (no config.yaml)")
