@@ -158,6 +158,13 @@ class Config:
     """Say which step the run stands at when nothing has moved for so long (0: never)."""
 
     def __post_init__(self) -> None:
+        for name in ("out_dir", "resume", "teacher_weights", "student_weights", "data_dir"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        for name in ("image_shape", "mean", "std"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
         def check(ok: bool, name: str, want: str) -> None:
             if not ok:
                 flag = name.replace("_", "-")
@@ -188,9 +195,6 @@ class Config:
             "image_shape",
             "channels, height and width with height and width equal and a multiple of 4",
         )
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            check(value is None or len(value) == channels, name, f"{channels} numbers")
         for name in ("one_hot", "entropy", "activation", "bn_statistics", "adversarial"):
             check(math.isfinite(getattr(self, name)), name, "a finite number")
         for name in (
@@ -230,6 +234,12 @@ class Config:
                 "--mean and --std are needed to evaluate on real images: those with which the "
                 "teacher's data were normalised"
             )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.image_shape[0] or (name == "std" and min(values) <= 0):
+                raise UserError(
+                    f"--{name} must be {self.image_shape[0]} numbers, one a channel"
+                    f"{' and positive' if name == 'std' else ''}, got {values}"
+                )
         return Format(self.image_shape[1], self.image_shape[0], self.mean, self.std)
 
 
@@ -378,6 +388,9 @@ def make_config(preset: str = "mnist", recipe: str = "fast", **overrides: Any) -
     unknown = overrides.keys() - {field.name for field in dataclasses.fields(Config)}
     if unknown:
         raise UserError(f"unknown setting {sorted(unknown)[0]!r}; see --help for all of them")
+    for name in ("steps", "max_seconds"):  # None: not given
+        if overrides.get(name) is None:
+            overrides.pop(name, None)
     if overrides.get("steps") or overrides.get("max_seconds"):
         values.pop("steps", None)
         values.pop("max_seconds", None)

@@ -291,8 +291,7 @@ class Reproduction:
     def _run_dafl(self, row: Row, folder: Path, seed: int) -> dict[str, Any]:
         from .train import Progress
 
-        config, networks = self.config, PRESETS[self.table.preset].networks
-        known = self.teacher_name == networks["teacher"]
+        config = self.config
         settings: dict[str, Any] = {loss: 0.0 for loss in LOSSES if loss not in row.losses}
         settings["resume" if (folder / "config.yaml").exists() else "out_dir"] = folder
         progress = Progress()
@@ -302,7 +301,6 @@ class Reproduction:
                 self._new_student(seed),
                 image_shape=self.image_shape,
                 num_classes=self.classes,
-                feature_layer=networks["feature_layer"] if known else None,
                 recipe=config.recipe,
                 steps=self.recipe.get("steps"),
                 max_seconds=config.max_seconds_per_run,

@@ -48,6 +48,8 @@ def _resumed(path: Path, arguments: list[str]) -> Config:
     import tyro
 
     before = Config(**read_config(path), resume=path)
+    if _value_of(arguments, "--steps") or _value_of(arguments, "--max-seconds"):
+        before = dataclasses.replace(before, steps=None, max_seconds=None)
     config = _cli(tyro, before, arguments)
     check_resumed(config)
     return config

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from dafl_fast import train as command
 from dafl_fast.config import Config, make_config
 from dafl_fast.engine import loop
+from dafl_fast.engine.checkpoint import save_weights
 from dafl_fast.engine.loop import train
 from dafl_fast.errors import TrainingStopped, UserError
 from dafl_fast.models import LeNet5
@@ -369,6 +370,66 @@ def test_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(tmp_path, monke
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"]["steps"] == 2
 
 
+def test_non_finite_weights_are_never_saved(tmp_path):
+    original, calls = loop.Step.__call__, 0
+
+    def poisoned(self):
+        nonlocal calls
+        calls += 1
+        original(self)
+        if calls == 6:  # after the step whose losses are looked at
+            with torch.no_grad():
+                self.student.fc1.weight[0, 0] = float("inf")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Step, "__call__", poisoned)
+        with pytest.raises(TrainingStopped, match="weights are not finite after step 6.*kept"):
+            train(tiny(tmp_path / "run"))
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["step"]["steps"] == 4
+    assert saved["step"]["student"]["fc1.weight"].isfinite().all()
+
+
+def test_files_of_the_user_are_never_touched(tmp_path):
+    out = tmp_path / "run"
+    train(tiny(out, steps=2))
+    mine = [out / ".gitignore", out / "bank" / "notes.safetensors", out / "samples" / ".hidden.png"]
+    litter = [out / ".checkpoint.pt.abcd1234", out / "samples" / ".step-0000002.png.abcd1234"]
+    for path in (*mine, *litter):
+        path.write_text("x")
+    (out / ".ipynb_checkpoints").mkdir()
+    train(command.parse(["--resume", str(out), "--steps", "4"]))
+    assert all(path.read_text() == "x" for path in mine)
+    assert not any(path.exists() for path in litter)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="full is not empty; choose a new folder"):
+        train(tiny(tmp_path / "full"))
+
+
+def test_a_longer_run_replaces_the_length_it_was_begun_with(tmp_path):
+    out = tmp_path / "run"
+    train(tiny(out, steps=None, max_seconds=0.3))
+    config = command.parse(["--resume", str(out), "--steps", "100000"])
+    assert (config.steps, config.max_seconds) == (100000, None)
+    done = json.loads((out / "summary.json").read_text())["steps"]
+    assert (
+        train(command.parse(["--resume", str(out), "--steps", str(done + 3)]))["steps"] == done + 3
+    )
+    # And what it was lengthened to is what a later resume goes on with.
+    assert command.parse(["--resume", str(out)]).steps == done + 3
+    with pytest.raises(UserError, match="--steps or --max-seconds must say when to stop"):
+        train(Config(**{**tiny(tmp_path / "endless").__dict__, "steps": None}))
+
+
+def test_tied_weights_are_saved(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    network[1].weight = network[0].weight
+    save_weights(tmp_path / "tied.safetensors", network.state_dict())
+    found = load_file(tmp_path / "tied.safetensors")
+    assert torch.equal(found["0.weight"], found["1.weight"])
+
+
 def _save(path: Path, state: dict[str, torch.Tensor]) -> str:
     save_file(state, path)
     return str(path)
@@ -394,7 +455,10 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> str:
         (["mnist", "--teacher", "timm:test_resnet"], "--teacher-weights is needed"),
         (["mnist", "--teacher", "HintonNet1200"], "--teacher-weights is needed"),
         (["mnist", "--student", "Lenet"], "unknown student 'Lenet'"),
-        (["mnist", "--student", "ResNet8", "--image-shape", "3", "32", "32"], "does not take"),
+        (
+            ["mnist", "--student", "ResNet8", "--image-shape", "3", "32", "32"],
+            "takes images of one channel, got 3",
+        ),
         (["mnist", "--image-shape", "1", "30", "30"], "--image-shape must be channels, height"),
         (["mnist", "--batch-size", "0"], "--batch-size must be at least 2"),
         (["mnist", "--batch-size", "1"], "--batch-size must be at least 2"),
@@ -430,7 +494,7 @@ def test_teacher_files_that_do_not_serve(monkeypatch, capsys, tmp_path):
     poisoned = {**LeNet5().state_dict(), "fc2.bias": torch.full((10,), float("nan"))}
     _save(tmp_path / "nan.safetensors", poisoned)
     for name, sentence in (
-        ("corrupt", "is not a readable safetensors file"),
+        ("corrupt", "is no model that can be read"),
         ("misfit", "fc2.weight should be [10, 84], the file has [7, 84]"),
         ("nan", "the teacher's logits hold NaN or infinity"),
     ):

@@ -57,7 +57,12 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
     """Writes a state dict as safetensors, atomically."""
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        # Tied weights: safetensors refuses to store one memory under two names.
+        shared = any(tensor.data_ptr() == other.data_ptr() for other in tensors.values())
+        tensors[name] = tensor.clone() if shared and tensor.numel() else tensor
     write_atomically(path, lambda temporary: save_file(tensors, temporary))
 
 

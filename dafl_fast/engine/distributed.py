@@ -30,21 +30,24 @@ _SYNC_BUFFERS = next(
 class World:
     """The processes of this job. Without torchrun there is one, and every method is trivial."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, own: bool = False) -> None:
         self.rank, self.size = rank, size
+        self._own = own  # whether it is ours to end
 
     @classmethod
     def join(cls, device: torch.device) -> World:
-        """Meets the other processes that torchrun started, if it did."""
+        """Meets the other processes that torchrun started, if it did, or is one of those that the
+        caller has already brought together."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
-        if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), own=True)
 
     def leave(self) -> None:
         """Parts from the other processes, at the end of a run."""
-        if self.size > 1:
+        if self._own:
             dist.destroy_process_group()
 
     @property
@@ -83,12 +86,12 @@ class World:
         dist.all_gather(parts, raw)
         return torch.cat(parts).view(tensor.dtype).view(-1, *tensor.shape[1:])
 
-    def decide(self, *values: float) -> list[float]:
-        """What the first process says: clocks and signals differ, what is done may not."""
+    def largest(self, *values: float) -> list[float]:
+        """The largest that any process says: clocks and signals differ, what is done may not."""
         if self.size == 1:
             return list(values)
         agreed = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(agreed, 0)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
         said: list[float] = agreed.tolist()
         return said
 
@@ -107,6 +110,11 @@ class World:
         for module in network.modules():
             for plain, shared in _SHARED.items():
                 if type(module) is plain:
+                    if getattr(module, "momentum", None) is None:
+                        raise UserError(
+                            "the student's BatchNorm layers need a momentum to train in several "
+                            "processes, got None"
+                        )
                     module.__class__ = shared  # the same layer, parameters and names
         # Buffers are equal anyway. Static: a parameter that takes no part (a bias before
         # BatchNorm) never will.

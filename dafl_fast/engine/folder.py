@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +38,12 @@ RESUMABLE = (
     "save_every", "log_every", "stall_seconds", "cuda_graph", "compile", "teacher",
     "teacher_weights", "out_dir",
 )  # fmt: skip
+
+
+# Names of our own, the only ones that are ever removed: of temporaries (see `write_atomically`),
+_LEFTOVER = re.compile(r"\.[\w-]+\.(pt|yaml|jsonl?|safetensors|png)\.\w{8}")
+# and of files with entries of the replay bank.
+_SHARD = re.compile(r"\d{9,}-\d{9,}\.safetensors")
 
 
 class RunFolder:
@@ -75,6 +82,8 @@ class RunFolder:
                 f"--out-dir {path} holds another run; choose another folder, or go on with that "
                 f"run: --resume {path}"
             )
+        if any(path.iterdir()):
+            raise UserError(f"--out-dir {path} is not empty; choose a new folder")
         folder = cls(path)
         folder.write_config(config)
         folder.write_json("environment.json", environment())
@@ -159,8 +168,10 @@ class RunFolder:
     def restore(self, step: Step) -> dict[str, Any] | None:
         """Loads the last checkpoint into `step`; None when the run had not yet written one."""
         if step.world.first:
-            for path in self.path.glob(".*"):
-                path.unlink()  # what a killed process was about to write
+            for folder in (self.path, self.path / "bank", self.path / "samples"):
+                for path in folder.glob(".*"):
+                    if _LEFTOVER.fullmatch(path.name) and path.is_file():
+                        path.unlink()  # what a killed process was about to write
         if not self.checkpoint.exists():
             if step.world.first:
                 self.metrics.unlink(missing_ok=True)
@@ -197,8 +208,8 @@ class RunFolder:
 
     def _remove_other_shards(self, shards: list[tuple[int, int]]) -> None:
         wanted = {self._shard(*shard) for shard in shards}
-        for path in (self.path / "bank").glob("*"):
-            if path not in wanted:
+        for path in (self.path / "bank").glob("*.safetensors"):
+            if path not in wanted and _SHARD.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
 
@@ -240,12 +251,6 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ValueError("unknown settings")
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{file} is not the configuration of a run: {error}") from error
-    for name in ("teacher_weights", "student_weights", "data_dir"):
-        if values.get(name) is not None:
-            values[name] = Path(values[name])
-    for name in ("image_shape", "mean", "std"):
-        if values.get(name) is not None:
-            values[name] = tuple(values[name])
     return values
 
 

@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..config import Config
 from ..errors import UserError
+from .distributed import World
 from .step import Step
 
 log = logging.getLogger(__name__)
 
-# Ordinary steps before the capture; DistributedDataParallel needs eleven to settle.
-WARM_UP, WARM_UP_DISTRIBUTED = 3, 11
+# Ordinary steps before the capture.
+WARM_UP = 3
 
 
 def make_ready(step: Step) -> str | None:
@@ -34,26 +36,41 @@ def make_ready(step: Step) -> str | None:
         UserError: `cuda_graph` is "on" and the step cannot be captured.
     """
     wanted = step.config.cuda_graph
-    reason: str | None = None
-    if wanted == "off":
-        reason = "--cuda-graph off"
-    elif step.device.type != "cuda":
-        reason = f"the device is {step.device.type}"
-    elif wanted == "auto" and step.world.size > 1:
-        reason = "with several processes only --cuda-graph on captures"
-    else:
+    reason = why_not(step.config, step.device, step.world)
+    if reason is None:
         try:
             step.run = capture(step)
         except RuntimeError as error:
             # A network that waits for the device or copies from the host cannot be captured.
-            reason = str(error).splitlines()[0]
-    if wanted == "on" and reason is not None:
-        raise UserError(f"--cuda-graph on: the step cannot be captured: {reason}")
+            cause = error.__context__ or error
+            reason = str(cause).splitlines()[0]
+            if wanted == "on":
+                raise UserError(
+                    f"--cuda-graph on: the step cannot be captured: {reason}"
+                ) from error
     if wanted == "auto" and reason is not None and step.device.type == "cuda":
         log.warning("no CUDA graph: %s", reason)
     if step.config.compile and reason is not None:
         with unchanged(step, 1):  # compiles now, before the clock runs
             step.body()
+    return reason
+
+
+def why_not(config: Config, device: torch.device, world: World) -> str | None:
+    """Why a step with these settings will not even be tried to capture; None if it will be.
+
+    Raises:
+        UserError: `cuda_graph` is "on".
+    """
+    if config.cuda_graph == "off":
+        return "--cuda-graph off"
+    reason = None
+    if device.type != "cuda":
+        reason = f"the device is {device.type}"
+    elif world.size > 1:
+        reason = "there are several processes"
+    if config.cuda_graph == "on" and reason is not None:
+        raise UserError(f"--cuda-graph on: the step cannot be captured: {reason}")
     return reason
 
 
@@ -63,21 +80,32 @@ def capture(step: Step) -> Callable[[], None]:
     Raises:
         RuntimeError: something in the body cannot be captured; the step is as it was.
     """
-    warm_up = WARM_UP if step.world.size == 1 else WARM_UP_DISTRIBUTED
     side = torch.cuda.Stream(step.device)
     graph = torch.cuda.CUDAGraph()
-    with unchanged(step, warm_up):
-        side.wait_stream(torch.cuda.current_stream(step.device))
-        with torch.cuda.stream(side):
-            for _ in range(warm_up):
-                step.body()
-        torch.cuda.current_stream(step.device).wait_stream(side)
+    here = torch.cuda.current_stream(step.device)
+    with unchanged(step, WARM_UP):
+        side.wait_stream(here)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    step.body()
+        finally:
+            here.wait_stream(side)
         # Gradients are to be made anew inside the graph's memory, and never outside it.
         for optimizer in (step.generator_optimizer, step.student_optimizer):
             optimizer.zero_grad(set_to_none=True)
     graph.register_generator_state(step.random)
-    with torch.cuda.graph(graph, stream=side):
-        step.body()
+    # A capture that fails half-way may leave the generators, and the choice of stream, as they
+    # were inside it.
+    generators = (step.random, torch.cuda.default_generators[here.device_index])
+    spares = [generator.clone_state() for generator in generators]
+    try:
+        with torch.cuda.stream(here), torch.cuda.graph(graph, stream=side):
+            step.body()
+    except BaseException:
+        for generator, spare in zip(generators, spares, strict=True):
+            generator.graphsafe_set_state(spare)
+        raise
     return graph.replay
 
 

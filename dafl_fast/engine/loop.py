@@ -33,7 +33,7 @@ from .checkpoint import save_weights
 from .distributed import World, is_lost_contact
 from .evaluation import accuracy_on
 from .folder import RunFolder, check_resumed
-from .graph import make_ready
+from .graph import make_ready, why_not
 from .step import AUTOCAST, STATISTICS, Step
 from .teacher import FrozenTeacher, logits_of
 from .watchdog import Watchdog
@@ -151,23 +151,30 @@ def _run(
     held_out: Iterable[tuple[Tensor, Tensor]] | None,
     callbacks: Sequence[Callable[[dict[str, Any]], None]],
 ) -> Result:
+    if config.steps is None and config.max_seconds is None:
+        raise UserError("--steps or --max-seconds must say when to stop")
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
     precision = pick_precision(config.precision, device)
     # What is handed back is made of the layers that it was given with, not of faster ones.
     classes = [type(module) for module in student.modules()]
-    step = prepare(config, teacher, student, device, precision, generator, world)
-    path = config.resume
-    if path is None and world.first:
-        path = RunFolder.create(config)
-    folder = RunFolder(Path(world.decide_text(str(path))))
-    loop = _Loop(config, step, folder, teacher, held_out, callbacks)
-    summary = loop.run()
+    why_not(config, device, world)
+    networks = {student}
+    try:
+        step = prepare(config, teacher, student, device, precision, generator, world)
+        networks.add(step.result)
+        path = config.resume
+        if path is None and world.first:
+            path = RunFolder.create(config)
+        folder = RunFolder(Path(world.decide_text(str(path))))
+        loop = _Loop(config, step, folder, teacher, held_out, callbacks)
+        summary = loop.run()
+    finally:
+        for network in networks:
+            for module, given in zip(network.modules(), classes, strict=True):
+                module.__class__ = given
     world.leave()
-    for network in {student, step.result}:
-        for module, given in zip(network.modules(), classes, strict=True):
-            module.__class__ = given
     return Result(step.result.eval(), loop.history, summary, folder.path)
 
 
@@ -432,11 +439,18 @@ class _Loop:
         self.wall_start = time.perf_counter()
         self.teacher_hash = step.teacher.fingerprint()
         progress = folder.restore(step) or {}
+        if self.world.largest(step.steps)[0] != step.steps:
+            raise UserError(
+                f"process {self.world.rank} does not see the checkpoint in {folder.path}: all "
+                "processes need the run's folder to resume"
+            )
+        if config.resume is not None and self.world.first:
+            folder.write_config(config)  # its length may be another now
         if progress.get("teacher", self.teacher_hash) != self.teacher_hash:
             raise UserError(f"the run in {folder.path} was begun with another teacher")
         self.wall_before: float = progress.get("wall_seconds", 0.0)
         self.collapsed_steps: int = progress.get("collapsed_steps", 0)
-        self.logged = progress.get("logged", 0)  # steps up to the last look at the losses
+        self.logged = progress.get("logged", step.steps)  # steps up to the last look at the losses
         self.signalled = threading.Event()
         self.watchdog = Watchdog(config.stall_seconds)
         self.no_graph = make_ready(step)
@@ -465,7 +479,10 @@ class _Loop:
         """Steps until the run is over; whether it was a signal that ended it."""
         config, step, world = self.config, self.step, self.world
         while True:
-            done, signalled = world.decide(self._done(), self.signalled.is_set())
+            # The first process's clock counts, and any process's signal.
+            done, signalled = world.largest(
+                self._done() if world.first else 0.0, self.signalled.is_set()
+            )
             if done >= 1 or signalled:
                 return done < 1
             self.watchdog.beat(f"step {step.steps + 1}")
@@ -531,6 +548,7 @@ class _Loop:
                 f"{broken[0]} is not finite at step {step.steps}; try a lower learning rate or "
                 f"--precision fp32{self._kept()}"
             )
+        self._check_weights()
         self._watch_for_collapse(means["entropy"], count)
         seconds = self.clock.seconds
         images = count * self._images_per_step()
@@ -556,6 +574,13 @@ class _Loop:
                 f"the generator has collapsed: for {self.collapsed_steps} steps nearly all images "
                 "belong to one class; try a larger --entropy, a lower --generator-lr or another "
                 f"--seed{self._kept()}"
+            )
+
+    def _check_weights(self) -> None:
+        if not self.step.is_finite():
+            raise TrainingStopped(
+                f"weights are not finite after step {self.step.steps}; try a lower learning rate "
+                f"or --precision fp32{self._kept()}"
             )
 
     def _write_row(self, row: dict[str, Any]) -> None:
@@ -607,13 +632,12 @@ class _Loop:
         step, config, folder = self.step, self.config, self.folder
         if not interrupted:
             self._log(1.0)
+        self._check_weights()
         # An interrupted run is saved as it stands, statistics included: the resumed run looks at
         # them when the uninterrupted one would have.
         if self.world.first:
             self._save()
         train_seconds = self.clock.seconds
-        if not torch.stack([p.isfinite().all() for p in step.result.parameters()]).all():
-            raise TrainingStopped("the student's weights are not finite" + self._kept())
         step.newest = step.fresh()
         agreement = step.fresh_agreement()
         student = teacher = None

@@ -12,6 +12,7 @@ freshly drawn ones (the paper's text), or draws from the replay bank (`fast`).
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -226,12 +227,14 @@ class Step:
     def _judged(self, images: Tensor) -> Tensor:
         """The student's logits with a gradient to the images and none to its weights."""
         trained = [p for p in self.student.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        logits: Tensor = self.student.eval()(images)
-        self.student.train()
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            logits: Tensor = self.student.eval()(images)
+        finally:
+            self.student.train()
+            for parameter in trained:
+                parameter.requires_grad_(True)
         return logits
 
     def _update_student(self, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,6 +269,12 @@ class Step:
             torch.manual_seed(self.config.seed * 1_000_003 + self.steps)
             self.generator.reset()  # type: ignore[operator]
         _wipe(self.generator_optimizer)
+
+    def is_finite(self) -> bool:
+        """Whether all weights are finite. Waits for the device."""
+        networks = {self.generator, self.student, self.result}
+        weights = [p for network in networks for p in network.parameters()]
+        return bool(torch.stack([p.isfinite().all() for p in weights]).all())
 
     def tensors(self) -> list[Tensor]:
         """All tensors that `body` writes to, but for the bank's entries and the scalers' scales."""
@@ -308,7 +317,10 @@ class Step:
                     own[index][key].copy_(value)
         for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
             scaler.load_state_dict(saved)
-        self.random.set_state(state["random"])
+        if state["random"].shape == self.random.get_state().shape:
+            self.random.set_state(state["random"])
+        else:  # the run was begun on another kind of device, whose random numbers differ anyway
+            self.random.manual_seed(self.config.seed * 1_000_003 + state["steps"])
         torch.set_rng_state(state["global_random"])
         self.statistics.copy_(state["statistics"])
         self.steps = state["steps"]
@@ -328,7 +340,9 @@ def _begin(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = torch.zeros_like(parameter)
     rate = group["lr"].clone()
     group["lr"].zero_()
-    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a capturable optimizer steps outside of a capture
+        optimizer.step()
     group["lr"].copy_(rate)
     optimizer.zero_grad(set_to_none=True)
     _wipe(optimizer)
