@@ -136,9 +136,9 @@ TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) {
   m.impl("generator_loss_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("distill_loss_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("dafl_losses", torch::autograd::autogradNotImplementedFallback());
-  for (const char* name : {"upsample_conv_backward", "moments", "norm_activation_backward",
-                           "norm_image_conv_backward", "conv_pool_backward", "conv3x3_factors",
-                           "conv3x3_outputs", "conv3x3_weight_grad"}) {
+  for (const char* name :
+       {"upsample_conv_backward", "moments", "norm_activation_backward", "norm_image_conv_backward",
+        "conv_pool_backward", "conv3x3_factors", "conv3x3_outputs", "conv3x3_weight_grad"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -327,10 +327,9 @@ void weight_gradient(const WeightGradient& a, int64_t begin, int64_t end) {
     const int64_t rows = min_of(lanes, a.Co - o);
     S* sums = static_cast<S*>(a.sums) + (a.first && a.last ? 0 : item * 16 * plane);
     for (int k = 0; k < 16; ++k) {
-      multiply<M>(
-          {static_cast<const Unit*>(a.grads) + (k * out + o) * row, 1, lanes},
-          {static_cast<const Unit*>(a.data) + (k * in + panel) * row, row * lanes, lanes}, rows,
-          steps, !a.first, sums + k * plane);
+      multiply<M>({static_cast<const Unit*>(a.grads) + (k * out + o) * row, 1, lanes},
+                  {static_cast<const Unit*>(a.data) + (k * in + panel) * row, row * lanes, lanes},
+                  rows, steps, !a.first, sums + k * plane);
     }
     if (!a.last) continue;
     for (int64_t r = 0; r < rows; ++r, sums += width) {
