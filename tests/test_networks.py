@@ -311,7 +311,7 @@ def test_a_program_runs_in_low_precision(save, tmp_path):
         # The network's own layers round elsewhere, so both are held against fp32.
         for a, b, exact in zip(mine, original, logits_and_gradient(network, x)):
             assert (a - exact).norm() < 2 * (b - exact).norm()
-            assert (b - exact).norm() < 0.2 * exact.norm()
+            assert (b - exact).norm() < 0.4 * exact.norm()
     assert accuracy(teacher.network, images, network(images).argmax(1)) > 0.8
 
 
