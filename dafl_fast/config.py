@@ -363,7 +363,7 @@ PRESETS: dict[str, Preset] = {
             "student": "HintonNet800",
             "image_shape": (1, 28, 28),
         },
-        _with_paper(_FAST_MNIST, _PUBLISHED_MNIST),
+        _with_paper({**_FAST_MNIST, "temperature": 8.0}, _PUBLISHED_MNIST),
     ),
     "cifar10": _cifar(10, _PUBLISHED_CIFAR10),
     "cifar100": _cifar(100, _PUBLISHED_CIFAR100),

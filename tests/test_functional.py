@@ -15,7 +15,7 @@ from torch import nn
 
 from dafl_fast import _C
 from dafl_fast.models import functional
-from dafl_fast.models.functional import batch_norm, conv_pool, upsample_stage
+from dafl_fast.models.functional import batch_norm, conv_pool, upsample_stage, with_moments
 
 DOUBLE = torch.float64
 # Largest error relative to the largest value, and the dtype that activations are computed in.
@@ -245,6 +245,33 @@ def test_variance_survives_a_large_mean():
     torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)
     unbiased = wide.var((0, 2, 3)).float()
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * unbiased, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 7, 4), (33, 16, 8, 8), (1, 1, 1, 2), (9, 5)], ids=str)
+def test_moments_and_what_goes_on_share_a_gradient(shape, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=DOUBLE) * 2 + 1
+    upstream = torch.randn(shape, dtype=DOUBLE)
+    weights = torch.randn(2, shape[1], dtype=DOUBLE) * 30
+
+    def run(x, moments):
+        x = x.detach().requires_grad_()
+        y, mean, variance = moments(x)
+        loss = (y * upstream.to(y.dtype)).sum() + (torch.stack([mean, variance]) * weights).sum()
+        loss.backward()
+        return mean, variance, x.grad
+
+    def plain(x):
+        over = [0, *range(2, x.dim())]
+        mean = x.mean(over, keepdim=True)
+        return x, mean.flatten(), (x - mean).square().mean(over)
+
+    expected = run(x.to(dtype).double(), plain)
+    for got, want in zip(run(x.to(dtype), with_moments), expected, strict=True):
+        torch.testing.assert_close(
+            got.double(), want, rtol=0, atol=TOLERANCE[dtype] * want.abs().max().item()
+        )
 
 
 def test_a_norm_of_another_kind_is_called():

@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import UserError
 from ..losses import batch_norm_loss
+from ..models.functional import with_moments
 from .distributed import World
 
 log = logging.getLogger(__name__)
@@ -114,11 +115,11 @@ class FrozenTeacher(nn.Module):
         features, self._features = self._features, None
         return features
 
-    def _keep_statistics(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
-        across = [0, *range(2, x.dim())]
+    def _keep_statistics(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, mean, variance = with_moments(inputs[0])
         # Mean and mean square, because those of several processes' batches can be averaged.
-        self._statistics[layer] = torch.stack([x.mean(across), x.square().mean(across)])
+        self._statistics[layer] = torch.stack([mean, variance + mean.square()])
+        return (x, *inputs[1:])
 
     def batch_norm_loss(self, world: World) -> Tensor:
         """`losses.batch_norm_loss` of the last batch, which the processes of `world` share."""
