@@ -63,14 +63,14 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float) -> tuple
 
 
 @command
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path, metavar="OLD")
     parser.add_argument("new", type=Path, metavar="NEW")
     parser.add_argument(
         "--threshold", type=float, default=0.10, help="tolerated growth, 0.10: 10 %%"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if not options.threshold >= 0:
         raise UserError(f"--threshold must be 0 or more, got {options.threshold}")
     text, failed = compare(load(options.old), load(options.new), options.threshold)

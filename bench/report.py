@@ -45,7 +45,7 @@ ROLES = {
     "ours": "ours", "eager": "eager", "published": "eager", "tuned": "tuned",
     "compile": "compile", "compiled": "compile", "ours+": "ours+",
 }  # fmt: skip
-COLOURS = {"ours": "#1f5f99", "eager": "#b8c4d0", "tuned": "#8a9a5b", "compile": "#d98c3f"}
+COLOURS = {"ours": "#1f5f99", "eager": "#8d99a6", "tuned": "#8a9a5b", "compile": "#d98c3f"}
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 Row = dict[str, Any]
 
@@ -94,25 +94,33 @@ def machine(results: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def setting(results: dict[str, Any]) -> str:
+    """Machine, torch and day, for people."""
+    version = results["machine_info"].get("torch")
+    day = str(results.get("datetime", ""))[:10]
+    return ", ".join(filter(None, [machine(results), version and f"torch {version}", day]))
+
+
 def label(row: Row) -> str:
     """What a benchmark measured, for people."""
     kind, _, case = row["name"].removesuffix("]").partition("[")
     facts, settings = row["extra_info"], row.get("params") or {}
+    mnist = case.startswith("mnist")
     batch = f", batch {facts['batch']}" if "batch" in facts else ""
-    data = "MNIST" if case.startswith("mnist") else "CIFAR"
-    threads = f", {settings.get('threads')} threads" if settings.get("threads", 1) != 1 else ""
     if kind == "test_time_to_accuracy":
-        return "98 % on MNIST from scratch"
+        return "98 % on MNIST, from the first step"
     if kind == "test_step":
-        return f"{data} step{batch}"
+        return f"{'MNIST step, LeNet-5' if mnist else 'CIFAR step, ResNet-34 to 18'}{batch}"
     if kind == "test_teacher":
-        return f"{data} teacher, to the images and back{batch}"
+        return f"{'LeNet-5' if mnist else 'ResNet-34'} teacher + image gradient{batch}"
     if kind == "test_bank":
-        return f"{data} bank, {case.rpartition('-')[2]}"
+        return f"replay bank, {'MNIST' if mnist else 'CIFAR'}, {case.rpartition('-')[2]}"
     if kind == "test_sweep":
-        return f"{settings['loss']}, {settings['classes']} classes"
+        return f"{settings['loss']}, 4 million logits, {settings['classes']} classes"
     if kind == "test_losses":
         features = f", {settings['features']} features" if settings["features"] else ""
+        threads = f", {settings['threads']} thread{'s' * (settings['threads'] > 1)}"
+        threads *= facts.get("device", "cpu") == "cpu"
         return f"{settings['loss']} {settings['rows']}×{settings['classes']}{features}{threads}"
     return str(row["name"])
 
@@ -136,10 +144,13 @@ def times(row: Row, role: str) -> str:
     return f"{found[role] / found['ours']:.1f}×" if {role, "ours"} <= found.keys() else ""
 
 
-def table(header: str, alignment: str, lines: list[list[str]]) -> str:
+def table(columns: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    alignment = ["---", *["--:"] * (len(columns) - 1)]
     return "\n".join(
-        [header, alignment, *("| " + " | ".join(cells) + " |" for cells in lines)]
-    ).replace("|  |", "| |")
+        "|" + "".join(f" {cell} |" if cell else " |" for cell in line)
+        for line in [columns, alignment, *lines]
+    )
 
 
 def readme_table(results: dict[str, Any]) -> str:
@@ -152,11 +163,11 @@ def readme_table(results: dict[str, Any]) -> str:
         row = known[name]
         others = [duration(found.get(role)) for role in ("eager", "tuned", "compile")]
         lines.append([label(row), f"**{duration(found['ours'])}**", *others, times(row, "eager")])
-    return table(
-        "| | dafl_fast | eager | tuned | torch.compile | dafl_fast : eager |",
-        "| --- | --: | --: | --: | --: | --: |",
-        lines,
-    )
+    columns = [
+        "", "dafl_fast", "plain PyTorch", "bf16, channels_last, frozen teacher",
+        "with torch.compile", "times as fast as plain",
+    ]  # fmt: skip
+    return table(columns, lines)
 
 
 def full_table(results: dict[str, Any]) -> str:
@@ -174,19 +185,18 @@ def full_table(results: dict[str, Any]) -> str:
                 *(duration(found.get(role)) for role in ("ours", "eager", "tuned", "compile")),
                 times(row, "eager"),
                 times(row, "compile"),
-                fact("steps_per_second"),
-                fact("images_per_second", "{:.0f}"),
+                fact("steps_per_second", "{:,.1f}"),
+                fact("images_per_second", "{:,.0f}"),
                 fact("ours_GB_per_s", "{:.1f}"),
                 fact("percent_of_bandwidth", "{:.0f}"),
                 fact("ours_flop_utilisation", "{:.0%}"),
             ]
         )
-    return table(
-        "| | ours | eager | tuned | torch.compile | × eager | × compile | steps/s | images/s "
-        "| GB/s | % of bandwidth | utilisation |",
-        "| --- " + "| --: " * 11 + "|",
-        lines,
-    )
+    columns = [
+        "", "dafl_fast", "eager", "tuned", "torch.compile", "eager : ours", "compile : ours",
+        "steps/s", "images/s", "GB/s", "% of bandwidth", "FLOP utilisation",
+    ]  # fmt: skip
+    return table(columns, lines)
 
 
 def update_readme(results: dict[str, Any], path: Path = README) -> None:
@@ -212,9 +222,7 @@ def figure(width: float, height: float, title: str, results: dict[str, Any], pan
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    info = results["machine_info"]
-    where = info.get("gpu") or f"{info.get('cpu', {}).get('brand_raw', 'CPU')}"
-    drawing.suptitle(f"{title}\n{where}, torch {info.get('torch', '?')}", fontsize=11)
+    drawing.suptitle(f"{title}\n{setting(results)}", fontsize=11)
     axes = drawing.subplots(1, panels, squeeze=False, sharey=True)[0]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -387,14 +395,13 @@ def write(results: dict[str, Any], folder: Path, stem: str) -> list[Path]:
             write_atomically(path, lambda p, d=drawing: d.savefig(p, format="png"))
             pictures.append(f"![{name}]({path.name})")
             written.append(path)
-    head = f"{machine(results)}, torch {results['machine_info'].get('torch', '?')}"
-    text = f"{head}, {results.get('datetime', '?')[:10]}\n\n{full_table(results)}\n"
-    write_text(written[0], "\n".join([text, *pictures]) + "\n" * bool(pictures))
+    parts = [setting(results), full_table(results), *pictures]
+    write_text(written[0], "\n\n".join(parts) + "\n")
     return written
 
 
 @command
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="?", help="pytest-benchmark's JSON")
     parser.add_argument("--out", type=Path, help="folder for table and plots (beside the results)")
@@ -402,7 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--store", action="store_true", help="keep it as bench/results/MACHINE.json"
     )
     parser.add_argument("--readme", action="store_true", help="write README's table")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if options.readme:
         update_readme(load(options.results or README_RESULTS))
         return 0
