@@ -90,7 +90,10 @@ def machine(results: dict[str, Any]) -> str:
     """The machine's name, as results files are called."""
     info = results["machine_info"]
     cpu = info.get("cpu", {})
-    name = info.get("gpu") or f"cpu {cpu.get('count', 1)}x {cpu.get('brand_raw') or 'unknown'}"
+    gpu = info.get("gpu")
+    name = (
+        f"gpu {gpu}" if gpu else f"cpu {cpu.get('count', 1)}x {cpu.get('brand_raw') or 'unknown'}"
+    )
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -108,7 +108,7 @@ def test_full_table_shows_what_was_measured():
 
 def test_results_are_named_after_the_gpu_or_the_cpu():
     assert report.machine(results(cpu="AMD EPYC")) == "cpu-2x-amd-epyc"
-    assert report.machine(results(gpu="NVIDIA H100 80GB HBM3")) == "nvidia-h100-80gb-hbm3"
+    assert report.machine(results(gpu="NVIDIA H100 80GB HBM3")) == "gpu-nvidia-h100-80gb-hbm3"
 
 
 def test_plots_show_the_values():
