@@ -1,10 +1,13 @@
 """Tables, plots and comparison of benchmark results, on results that are made up."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bench import compare, report
+from bench import compare, measure, report
 
 
 def row(name, params=None, **facts):
@@ -55,6 +58,50 @@ def call(monkeypatch):
         return script.main()
 
     return run
+
+
+class Benchmark:
+    """As pytest-benchmark's fixture."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, target, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            target()
+
+
+def test_contenders_take_turns_and_medians_count(monkeypatch):
+    monkeypatch.setattr(measure, "ROUNDS", None)
+    turns = []
+
+    def contender(name, *seconds):
+        return lambda: turns.append(name) or seconds[turns.count(name) - 1]
+
+    contenders = {"eager": contender("eager", 5.0, 9.0, 6.0), "ours": contender("ours", 3, 1, 2)}
+    assert measure.take_turns(Benchmark(), contenders, 3) == {"eager": 6.0, "ours": 2}
+    assert turns == ["eager", "ours"] * 3
+
+
+def test_a_record_has_speeds_against_the_machines_limits(monkeypatch):
+    monkeypatch.setattr(measure, "bandwidth", lambda threads: 20.0 * threads)
+    monkeypatch.setattr(measure, "GPU", False)
+    torch.set_num_threads(2)
+    benchmark = Benchmark()
+    seconds = {"eager": 0.4, "ours": 0.1}
+    limits = dict(ideal_bytes=2 * 10**9, flop=10**11, peak=2e12)
+    open_capsys = SimpleNamespace(disabled=nullcontext)  # the printout stays captured
+    measure.record(benchmark, open_capsys, "title", seconds, images=50, **limits, batch=50)
+    assert benchmark.extra_info == {
+        "eager_ms": 400.0, "ours_ms": 100.0, "times_eager": 4.0,
+        "images_per_second": 500, "steps_per_second": 10.0,
+        "eager_GB_per_s": 5.0, "ours_GB_per_s": 20.0, "ideal_bytes": 2 * 10**9,
+        "bandwidth_GB_per_s": 40.0, "percent_of_bandwidth": 50.0,
+        "flop": 10**11, "eager_flop_utilisation": 0.125, "ours_flop_utilisation": 0.5,
+        "matrix_peak_tflops": 2.0, "threads": 2, "device": "cpu", "batch": 50,
+    }  # fmt: skip
+    assert report.seconds(row("test", **benchmark.extra_info)) == {"ours": 0.1, "eager": 0.4}
 
 
 def test_readmes_table_is_that_of_the_committed_results():
