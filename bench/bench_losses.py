@@ -24,6 +24,7 @@ from dafl_fast.engine.loop import keep_freed_memory
 # networks maximum, division, difference, exp, sum and probability; three for KL, two for the
 # gradient.
 FLOP_PER_LOGIT = {"generator_loss": 12, "distill_loss": 17}
+FLOP_PER_FEATURE = 3  # magnitude, sum, sign times weight
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:
@@ -77,7 +78,7 @@ def compare(benchmark, capsys, loss, rows, classes, features, calls, rounds, war
         seconds,
         unit="us",
         ideal_bytes=4 * sum(2 * x.numel() for x in inputs) + 4 * sum(x.numel() for x in constants),
-        flop=FLOP_PER_LOGIT[loss] * rows * classes,
+        flop=FLOP_PER_LOGIT[loss] * rows * classes + FLOP_PER_FEATURE * rows * features,
         isa=fused._C.build_info()["isa"],
     )
 

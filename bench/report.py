@@ -242,17 +242,20 @@ def plot_speedups(results: dict[str, Any]):
     ]
     if not known:
         return None
-    drawing, (ax,) = figure(9, 1.4 + 0.55 * len(known), "Times as fast", results)
+    drawing, (ax,) = figure(9, 1.4 + 0.45 * len(known), "Times as fast", results)
     for offset, role, name in ((-0.2, "eager", "eager PyTorch"), (0.2, "compile", "torch.compile")):
         bars = [(i, f[role] / f["ours"]) for i, (_, f) in enumerate(known) if role in f]
         drawn = ax.barh(
             [i + offset for i, _ in bars], [value for _, value in bars], 0.38,
             color=COLOURS[role], label=f"as {name}",
         )  # fmt: skip
-        ax.bar_label(drawn, [f"{value:.1f}" for _, value in bars], padding=3, fontsize=8)
+        ax.bar_label(
+            drawn, [f"{value:.1f}" for _, value in bars], padding=3, fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )  # fmt: skip
     ax.set_yticks(range(len(known)), [label(row) for row, _ in known], fontsize=9)
     ax.invert_yaxis()
-    ax.axvline(1, color="#444444", linewidth=1)
+    ax.axvline(1, color="#444444", linewidth=1, zorder=0)
     ax.margins(x=0.08, y=0.01)
     ax.set_xlabel("eager PyTorch's or torch.compile's time / ours")
     ax.legend(loc="lower right", frameon=False)
@@ -336,7 +339,8 @@ def plot_roofline(results: dict[str, Any]):
     ]
     if not pieces or not peaks:
         return None
-    drawing, (ax,) = figure(9, 5.6, "Roofline", results)
+    title = "Roofline (whoever needs fewer operations than the plain algorithm may pass the roof)"
+    drawing, (ax,) = figure(9, 5.6, title, results)
     groups = (
         ("generator_loss", "o", "generator_loss", "#1f5f99"),
         ("distill_loss", "s", "distill_loss", "#7b4ea3"),
@@ -364,11 +368,11 @@ def plot_roofline(results: dict[str, Any]):
     limits = {row["extra_info"]["threads"]: row["extra_info"]["bandwidth_GB_per_s"]
               for row in pieces}  # fmt: skip
     for (threads, limit), style in zip(sorted(limits.items()), ("--", "-", ":")):
-        ridge = max(left, peak / limit)
-        ax.plot([left, ridge, max(right, ridge)], [left * limit, peak, peak], style,
-                color="#444444", linewidth=1,
-                label=f"{limit:.0f} GB/s ({threads} thread{'s' * (threads > 1)}), "
-                      f"{peak:.0f} GFLOP/s")  # fmt: skip
+        ax.plot([left, peak / limit], [left * limit, peak], style, color="#444444", linewidth=1,
+                label=f"{limit:.0f} GB/s, {threads} thread{'s' * (threads > 1)}")  # fmt: skip
+    ridge = peak / max(limits.values())
+    ax.plot([ridge, max(right, 2 * ridge)], [peak, peak], "-.", color="#444444", linewidth=1,
+            label=f"{peak:,.0f} GFLOP/s, matrix product")  # fmt: skip
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.grid(which="major", color="#eeeeee")
