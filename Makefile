@@ -44,8 +44,10 @@ demo: $(STAMPS)/build ## distil a student from the bundled MNIST teacher, withou
 test: $(STAMPS)/test ## run the tests
 	$(PY) -m pytest $(ARGS)
 
-bench: $(STAMPS)/test ## run the benchmarks
-	$(PY) -m pytest bench --benchmark-only $(ARGS)
+bench: $(STAMPS)/test ## run the benchmarks (15 minutes); figures, table and plots in bench/out
+	@mkdir -p bench/out
+	$(PY) -m pytest bench --benchmark-only --benchmark-json=bench/out/latest.json $(ARGS)
+	$(PY) bench/report.py bench/out/latest.json
 
 lint: $(STAMPS)/lint ## check style and types, change nothing
 	$(PY) -m ruff check

@@ -2,29 +2,33 @@
 
     pytest bench/bench_losses.py --benchmark-only
 
-One benchmark per shape. It runs the contenders in turns: a round is some calls of ours, then as
-many of eager, then of torch.compile, so that what disturbs the machine disturbs all alike. The
-timed one is ours; the medians of all three and the ratios stand in extra_info and are printed. One
-thread but for the row that says otherwise.
+`test_losses` has the method's own sizes and a thousand classes, one thread but for the rows that
+say otherwise; what fits a cache may pass the memory's bandwidth. `test_sweep` has four million
+logits, which do not fit, at 10 to 10,000 classes. On a GPU these times include the host's; the
+kernels alone are measured by bench/gpu_check.py.
 """
 
 from __future__ import annotations
-
-import statistics
-import time
 
 import pytest
 import torch
 
 import dafl_fast.losses as fused
+from bench.measure import DEVICE, GPU, record, take_turns, timed
 from dafl_fast import reference
 from dafl_fast.engine.loop import keep_freed_memory
 
-ROUNDS = 30
+# Operations a logit, forward and backward, each exponential as one: the roofline's numerator.
+# Generator loss: maximum, difference, exp, sum, probability, its sum over the batch; the same
+# probability again, and the three products and sums of its gradient. Distillation loss: for both
+# networks maximum, division, difference, exp, sum and probability; three for KL, two for the
+# gradient.
+FLOP_PER_LOGIT = {"generator_loss": 12, "distill_loss": 17}
+FLOP_PER_FEATURE = 3  # magnitude, sum, sign times weight
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3).to(DEVICE)
 
 
 def problem(loss: str, rows: int, classes: int, features: int):
@@ -37,7 +41,16 @@ def problem(loss: str, rows: int, classes: int, features: int):
     return [logits], [], {}
 
 
-def contenders(loss: str, rows: int, classes: int, features: int):
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def compare(benchmark, capsys, loss, rows, classes, features, calls, rounds, warm_up):
+    keep_freed_memory()  # as in training, and for all contenders: no page is cleared anew
     inputs, constants, options = problem(loss, rows, classes, features)
     torch._dynamo.reset()
     functions = {
@@ -54,15 +67,20 @@ def contenders(loss: str, rows: int, classes: int, features: int):
 
         return run
 
-    return {name: step(function) for name, function in functions.items()}
-
-
-@pytest.fixture
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    steps = {name: timed(step(function), calls) for name, function in functions.items()}
+    for function in functions.values():  # compiles, and warms caches and allocator up
+        timed(step(function), warm_up)()
+    seconds = take_turns(benchmark, steps, rounds)
+    record(
+        benchmark,
+        capsys,
+        f"{loss} {rows}x{classes} features={features}",
+        seconds,
+        unit="us",
+        ideal_bytes=4 * sum(2 * x.numel() for x in inputs) + 4 * sum(x.numel() for x in constants),
+        flop=FLOP_PER_LOGIT[loss] * rows * classes + FLOP_PER_FEATURE * rows * features,
+        isa=fused._C.build_info()["isa"],
+    )
 
 
 CASES = [
@@ -77,6 +95,8 @@ CASES = [
     ("generator_loss", 1024, 1000, 0, 2),
     ("distill_loss", 1024, 1000, 0, 2),
 ]
+if GPU:  # which does the work, however many threads the host has
+    CASES = CASES[:-2]
 
 
 @pytest.mark.parametrize(
@@ -86,38 +106,13 @@ CASES = [
     ids=[f"{loss}-{n}x{c}-features{f}-threads{k}" for loss, n, c, f, k in CASES],
 )
 def test_losses(benchmark, capsys, loss, rows, classes, features, threads):
-    keep_freed_memory()  # as in training, and for all contenders: no page is cleared anew
-    steps = contenders(loss, rows, classes, features)
-    # Several calls in a row, so that each contender meets its own memory again, as in training.
-    calls = 10 if classes <= 32 else 6
-    seconds = {name: [] for name in steps}
+    calls = 50 if GPU else 10 if classes <= 32 else 6
+    compare(benchmark, capsys, loss, rows, classes, features, calls, rounds=30, warm_up=5)
 
-    def measure(name):
-        start = time.perf_counter()
-        for _ in range(calls):
-            steps[name]()
-        seconds[name].append((time.perf_counter() - start) / calls)
 
-    for step in steps.values():  # compiles, and warms caches and allocator up
-        for _ in range(5):
-            step()
-
-    def others():
-        measure("eager")
-        measure("compile")
-
-    benchmark.pedantic(lambda: measure("ours"), setup=others, rounds=ROUNDS)
-
-    medians = {name: statistics.median(values) * 1e6 for name, values in seconds.items()}
-    for name, value in medians.items():
-        benchmark.extra_info[f"{name}_us"] = round(value, 1)
-    for name in ("eager", "compile"):
-        benchmark.extra_info[f"times_{name}"] = round(medians[name] / medians["ours"], 2)
-    benchmark.extra_info["isa"] = fused._C.build_info()["isa"]
-    with capsys.disabled():
-        print(
-            f"\n{loss} {rows}x{classes} features={features} threads={threads}: "
-            + ", ".join(f"{name} {value:.0f} us" for name, value in medians.items())
-            + f" ({medians['eager'] / medians['ours']:.1f}x eager, "
-            f"{medians['compile'] / medians['ours']:.1f}x torch.compile)"
-        )
+@pytest.mark.parametrize("classes", [10, 100, 1000, 10000])
+@pytest.mark.parametrize("loss", ["generator_loss", "distill_loss"])
+@pytest.mark.parametrize("threads", [1], indirect=True)
+def test_sweep(benchmark, capsys, threads, loss, classes):
+    calls = 20 if GPU else 2
+    compare(benchmark, capsys, loss, 4_000_000 // classes, classes, 0, calls, rounds=7, warm_up=2)

@@ -1,6 +1,6 @@
 """The training step: the published algorithm as its users have it, and the same in faster hands.
 
-    pytest bench --benchmark-only -k step
+    pytest bench/bench_step.py --benchmark-only
 
 published  eager fp32, contiguous, teacher not frozen, as transcribed in tests/published.py
 tuned      the same code with what any user can switch on: frozen teacher, low precision
@@ -10,38 +10,39 @@ ours       `dafl_fast.engine.step.Step` with the recipe `published`; one CUDA gr
 ours+      on a GPU also with --compile
 
 MNIST: LeNet-5 to LeNet-5-Half, batch 512, generator width 128. CIFAR: ResNet-34 to ResNet-18,
-batch 1024 on a GPU and 32 on a CPU. Each contender lives in a process of its own, since how memory
-is kept is a setting of the process. They take turns, one step each; what counts are medians over
-the rounds. Utilisation counts the multiplications of `tuned`, however we get around them, against
-the measured speed of a large matrix product.
+batch 1024 on a GPU and 32 on a CPU; smaller batches of MNIST with the first and the fourth alone.
+Each contender lives in a process of its own, since how memory is kept is a setting of the process.
+They take turns, one step each; what counts are medians over the rounds. Utilisation counts the
+multiplications of `tuned`, however we get around them, against the measured speed of a large
+matrix product, which has its turns like the others.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import statistics
-import time
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.measure import (
+    DEVICE,
+    GPU,
+    PRECISION,
+    MatrixProduct,
+    autocast,
+    published_step,
+    record,
+    take_turns,
+    timed,
+    wait,
+)
 from dafl_fast.config import make_config
 from dafl_fast.engine.graph import make_ready
-from dafl_fast.engine.loop import keep_freed_memory, pick_precision, prepare
-from dafl_fast.engine.step import AUTOCAST
+from dafl_fast.engine.loop import keep_freed_memory, prepare
 from dafl_fast.models import build
-from tests.published import (
-    CIFAR10,
-    PublishedGenerator,
-    PublishedLeNet5,
-    PublishedResNet,
-    PublishedStep,
-)
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 CONTENDERS = ("published", "tuned", "compiled", "ours", *(("ours+",) if GPU else ()))
 
 
@@ -49,34 +50,26 @@ class Case(NamedTuple):
     preset: str
     batch: int
     rounds: int
-
-    def published(self) -> PublishedStep:
-        if self.preset == "mnist":
-            generator, settings = PublishedGenerator(), {}
-            networks = PublishedLeNet5(), PublishedLeNet5(3, 8, 60, 42)
-        else:
-            generator, settings = PublishedGenerator(1000, channels=3), CIFAR10
-            networks = PublishedResNet((3, 4, 6, 3)), PublishedResNet((2, 2, 2, 2))
-        return PublishedStep(*(n.to(DEVICE) for n in (generator, *networks)), **settings)
+    contenders: tuple[str, ...] = CONTENDERS
 
 
 CASES = {
     "mnist": Case("mnist", 512, 7),
     "cifar": Case("cifar10", 1024 if GPU else 32, 5),
+    **{f"mnist-{n}": Case("mnist", n, 3, ("published", "ours")) for n in (64, 128, 256)},
 }
 
 
 def make_step(contender: str, case: Case):
-    precision = pick_precision("auto", DEVICE)
     if contender.startswith("ours"):
         keep_freed_memory()
         config = make_config(
             case.preset, "published", batch_size=case.batch, compile=contender == "ours+"
         )
-        step = prepare(config, build(config.teacher), build(config.student), DEVICE, precision)
+        step = prepare(config, build(config.teacher), build(config.student), DEVICE, PRECISION)
         make_ready(step)
         return step
-    step = case.published()
+    step = published_step(case.preset)
     if contender != "published":
         for network in (step.generator, step.teacher, step.student):
             network.to(memory_format=torch.channels_last)
@@ -88,19 +81,13 @@ def make_step(contender: str, case: Case):
         for network in (step.generator, step.teacher, step.student):
             network.compile()
     latent = step.generator.l1[0].in_features
-    low = contender != "published" and precision in AUTOCAST
 
     def run():
-        with torch.autocast(DEVICE.type, AUTOCAST.get(precision), enabled=low):
+        with autocast(contender != "published"):
             # The published code draws z on the CPU and copies it.
             step(torch.randn(case.batch, latent).to(DEVICE))
 
     return run
-
-
-def wait() -> None:
-    if GPU:
-        torch.cuda.synchronize()
 
 
 def serve(contender: str, case_name: str, threads: int, pipe) -> None:
@@ -119,14 +106,9 @@ def serve(contender: str, case_name: str, threads: int, pipe) -> None:
         facts["kernel_seconds"] = seconds_of_kernels(step)
         facts["peak_bytes"] = torch.cuda.max_memory_reserved()
     pipe.send(facts)
-    calls = 10 if GPU else 1
+    turn = timed(step, calls=10 if GPU else 1)
     while pipe.recv():
-        wait()
-        start = time.perf_counter()
-        for _ in range(calls):
-            step()
-        wait()
-        pipe.send((time.perf_counter() - start) / calls)
+        pipe.send(turn())
 
 
 def seconds_of_kernels(step) -> float:
@@ -141,27 +123,12 @@ def seconds_of_kernels(step) -> float:
     return sum(on_device) / 5 * 1e-6
 
 
-def matrix_peak() -> float:
-    """FLOP/s of a large matrix product in the precision of the contenders."""
-    size = 8192 if GPU else 2048
-    dtype = AUTOCAST.get(pick_precision("auto", DEVICE), torch.float32)
-    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(10):
-        wait()
-        start = time.perf_counter()
-        a @ b
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds)
-
-
 @pytest.fixture
 def workers(request):
     """Per contender a pipe that times a step, and what it said of itself."""
     context = multiprocessing.get_context("spawn")
     pipes, processes, facts = {}, [], {}
-    for contender in CONTENDERS:
+    for contender in CASES[request.param].contenders:
         pipes[contender], theirs = context.Pipe()
         process = context.Process(
             target=serve, args=(contender, request.param, torch.get_num_threads(), theirs)
@@ -181,32 +148,28 @@ def workers(request):
 def test_step(benchmark, capsys, workers):
     name, pipes, facts = workers
     case = CASES[name]
-    seconds = {contender: [] for contender in CONTENDERS}
 
-    def measure(contender):
-        pipes[contender].send(True)
-        seconds[contender].append(pipes[contender].recv())
+    def turn(pipe):
+        def run():
+            pipe.send(True)
+            return pipe.recv()
 
-    def others():
-        for contender in CONTENDERS:
-            if contender != "ours":
-                measure(contender)
+        return run
 
-    benchmark.pedantic(lambda: measure("ours"), setup=others, rounds=case.rounds)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    times = {name: medians["published"] / value for name, value in medians.items()}
-    peak = matrix_peak()
-    used = {name: facts["tuned"]["flop"] / value / peak for name, value in medians.items()}
-    benchmark.extra_info.update(
-        {f"{name}_ms": round(value * 1e3, 2) for name, value in medians.items()},
-        **{f"{name}_times_published": round(value, 2) for name, value in times.items()},
-        **{f"{name}_flop_utilisation": round(value, 3) for name, value in used.items()},
-        images_per_second=round(case.batch / medians["ours"]),
-        steps_per_second=round(1 / medians["ours"], 2),
-        matrix_peak_tflops=round(peak / 1e12, 3),
-        precision=pick_precision("auto", DEVICE),
-        threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name() if GPU else "cpu",
+    product = MatrixProduct()
+    turns = {contender: turn(pipe) for contender, pipe in pipes.items()}
+    seconds = take_turns(benchmark, {**turns, "product": product}, case.rounds)
+    peak = product.flop / seconds.pop("product")
+    record(
+        benchmark,
+        capsys,
+        f"{case.preset} step, batch {case.batch}",
+        seconds,
+        images=case.batch,
+        flop=facts["tuned"]["flop"] if "tuned" in facts else None,
+        peak=peak,
+        batch=case.batch,
+        precision=PRECISION,
         **{
             f"{name}_{fact}": value
             for name, known in facts.items()
@@ -214,11 +177,3 @@ def test_step(benchmark, capsys, workers):
             if GPU
         },
     )
-    with capsys.disabled():
-        print(f"\n{name} step, batch {case.batch}, on {benchmark.extra_info['device']}")
-        for contender in CONTENDERS:
-            print(
-                f"  {contender:10s} {medians[contender] * 1e3:8.1f} ms  "
-                f"{times[contender]:5.1f}x published  "
-                f"{used[contender]:5.1%} of {peak / 1e12:.2f} TFLOP/s"
-            )

@@ -1,10 +1,11 @@
 """Everything that only a GPU can show, in one command: `make gpu-check`. Below nine minutes.
 
 Builds in place for the visible GPU, runs the GPU tests, compute-sanitizer over some of them, and
-the benchmarks of the step and of the kernels; writes bench/results/<gpu>.json, a table beside it
-and a log. Nothing is installed or downloaded: what is missing (pytest, pytest-benchmark,
-compute-sanitizer, Liger-Kernel) is named and left out. Without a GPU the same is done on the CPU
-with tiny sizes, into a temporary folder, to show that the script works.
+the benchmarks of step, teacher, bank and kernels (`make bench` has all of them, in 15 minutes);
+writes bench/results/<gpu>.json, a table beside it and a log. Nothing is installed or downloaded:
+what is missing (pytest, pytest-benchmark, compute-sanitizer, Liger-Kernel) is named and left out.
+Without a GPU the same is done on the CPU with tiny sizes, into a temporary folder, to show that the
+script works.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ SIZES = [
     (1024, 10, 84), (65536, 10, 84), (32768, 256, 0), (32768, 1024, 0), (32768, 4096, 0),
     (32768, 16384, 0), (16384, 131072, 0),
 ]  # fmt: skip
+# Suites of bench/ and the seconds they may take.
+SUITES = {"step": 200, "teacher": 60, "bank": 40}
 TINY = [(64, 10, 8), (16, 100, 0), (4, 2000, 0)]
 
 
@@ -298,25 +301,32 @@ def measure(N: int, C: int, F: int, dtype: torch.dtype, device: torch.device, pe
     return rows
 
 
-def benchmark_step(log: Path, results: dict[str, Any], limit: float) -> None:
-    """The MNIST and CIFAR steps against the published algorithm: bench/bench_step.py."""
+def benchmark_suites(log: Path, results: dict[str, Any], until: float) -> None:
+    """The step, the teacher and the bank against plain PyTorch: pytest-benchmark's suites."""
     if importlib.util.find_spec("pytest_benchmark") is None:
         results["step"] = "not run: pytest-benchmark is not installed (carry its wheel here)"
         say(f"step: {results['step']}")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "step.json"
-        code, output = logged(
-            log, [sys.executable, "-m", "pytest", "-q", "bench/bench_step.py", "--benchmark-only",
-                  "-p", "no:cacheprovider", f"--benchmark-json={found}"], limit)  # fmt: skip
-        results["step"] = f"exit status {code}"
-        if found.exists() and found.stat().st_size:
-            rows = json.loads(found.read_text())["benchmarks"]
-            results["steps"] = {row["name"]: row["extra_info"] for row in rows}
-    print(
-        "\n".join(line for line in output.splitlines() if line.startswith(("  ", "mnist", "cifar")))
-    )
-    say(f"step: {results['step']}")
+    for suite, limit in SUITES.items():
+        # A suite at a time: one that is cut off leaves no results.
+        limit = min(limit, until - (time.monotonic() - START))
+        if limit < 20:
+            results[suite] = "not run: out of time"
+            say(f"{suite}: {results[suite]}")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            found = Path(folder) / "results.json"
+            code, output = logged(
+                log, [sys.executable, "-m", "pytest", "-q", f"bench/bench_{suite}.py",
+                      "--benchmark-only", "-p", "no:cacheprovider", f"--benchmark-json={found}",
+                      *(("-k", "not mnist-") if suite == "step" else ())], limit)  # fmt: skip
+            results[suite] = f"exit status {code}"
+            if found.exists() and found.stat().st_size:
+                rows = json.loads(found.read_text())["benchmarks"]
+                results[f"{suite}s"] = {row["name"]: row["extra_info"] for row in rows}
+        lines = output.splitlines()
+        print("\n".join(line for line in lines if line.startswith(("  ", "mnist", "cifar"))))
+        say(f"{suite}: {results[suite]}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -402,18 +412,20 @@ def main() -> int:
         exercise(device)
     if not arguments.sanitize:
         if on_gpu:
-            benchmark_step(log, results, limit=200)
+            benchmark_suites(log, results, until=360)
         benchmark(device, results, until=470)
         (folder / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
         text = table(results["rows"])
         head = ", ".join(
-            f"{key} {value}" for key, value in results.items() if key not in ("rows", "steps")
+            f"{key} {value}"
+            for key, value in results.items()
+            if key not in ("rows", *(f"{suite}s" for suite in SUITES))
         )
         (folder / f"{stem}.md").write_text(f"{head}\n\n{text}\n")
         print(text)
         say(f"written: {folder / stem}.json, .md and .log")
     sanitizer = results.get("sanitizer")
-    outcomes = [results.get(what, "not run") for what in ("tests", "step")]
+    outcomes = [results.get(what, "not run") for what in ("tests", *SUITES)]
     outcomes += sanitizer.values() if isinstance(sanitizer, dict) else []
     bad = [text for text in outcomes if not text.startswith(("exit status 0", "not run"))]
     say("done" if not bad else f"FAILED: {'; '.join(bad)}")
