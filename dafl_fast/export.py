@@ -95,7 +95,8 @@ def export_student(
     """
     path = Path(path)
     if isinstance(student, Result):
-        student, run = student.student, run or student.folder
+        run = run or student.folder
+        student = student.student
     if format not in get_args(FormatName):
         raise UserError(
             f"--format must be one of {', '.join(get_args(FormatName))}, got {format!r}"
@@ -320,7 +321,7 @@ def _preprocessing(config: Config | None, image_shape: tuple[int, int, int]) -> 
 def _class_names(classes: tuple[str, ...], num_classes: int) -> str:
     if len(classes) != num_classes:
         return f"0 to {num_classes - 1}, in the teacher's order; their names are not recorded here."
-    return ", ".join(f"{index} {name}" for index, name in enumerate(classes)) + "."
+    return f"{', '.join(classes)}, in this order."
 
 
 def _origin(config: Config, summary: dict[str, Any]) -> list[str]:

@@ -197,16 +197,7 @@ def load_weights(network: nn.Module, path: str | Path, role: str) -> nn.Module:
             weights of another network.
     """
     path = Path(path)
-    kind = kind_of(path, role)
-    if kind == "safetensors":
-        state = load_tensors(path, role)
-    elif kind == "checkpoint":
-        state = _read_checkpoint(path, role)
-    else:
-        raise UserError(
-            f"the {role} weights {path} are a whole program; name it as the network itself: "
-            f"--{role} {path}"
-        )
+    state = read_state(path, role)
     own = network.state_dict()
     while not state.keys() & own.keys():
         prefixes = {name.partition(".")[0] for name in state}
@@ -229,6 +220,19 @@ def load_weights(network: nn.Module, path: str | Path, role: str) -> nn.Module:
         return network
     raise UserError(
         f"the weights in {path} do not fit the {role} {type(network).__name__}: {detail}"
+    )
+
+
+def read_state(path: Path, role: str) -> dict[str, Tensor]:
+    """The state dict in a file, safetensors or a checkpoint; see `load_weights`."""
+    kind = kind_of(path, role)
+    if kind == "safetensors":
+        return load_tensors(path, role)
+    if kind == "checkpoint":
+        return _read_checkpoint(path, role)
+    raise UserError(
+        f"the {role} weights {path} are a whole program; name it as the network itself: "
+        f"--{role} {path}"
     )
 
 
