@@ -94,7 +94,7 @@ class Opened:
             channels=channels,
             image_size=image_size,
         )
-        return network.eval().requires_grad_(False)
+        return network.eval()
 
 
 def open_network(path: Path, name: str | None, role: str) -> Opened:

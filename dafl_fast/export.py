@@ -172,7 +172,9 @@ def _as_onnx(student: nn.Module, images: Tensor) -> tuple[_Write, Callable[[Path
     assert made is not None
 
     def load(path: Path) -> _Network:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
         return lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
 
     return lambda path: made.save(str(path), external_data=False), load

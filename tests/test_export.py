@@ -47,7 +47,9 @@ def main(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 def onnx_logits(path: Path, images: torch.Tensor) -> torch.Tensor:
     onnxruntime = pytest.importorskip("onnxruntime")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
     return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
