@@ -192,7 +192,10 @@ def test_weights_of_networks_of_other_packages(monkeypatch, capsys, tmp_path):
     for arguments, sentence in (
         (command_line, "which one it is for with --network timm:NAME"),
         ([*command_line, "--network", "timm:test_vit"], "do not fit the model VisionTransformer"),
-        ([*command_line, *timm, "--data", small], "do not fit the model ResNet: fc.bias should be"),
+        (
+            [*command_line, *timm, "--data", small],
+            "do not fit the model ResNet: fc.weight should be",
+        ),
     ):
         code, printed, error = run(monkeypatch, capsys, *arguments)
         assert (code, printed) == (2, "")
