@@ -334,12 +334,13 @@ def _origin(config: Config, summary: dict[str, Any]) -> list[str]:
         for name, value in asdict(config).items()
         if name not in _NOT_LISTED | length and value != usual[name]
     }
+    teacher = Path(summary.get("teacher", str(config.teacher))).name  # it may be a file
     settings = ", ".join(f"{name} {value}" for name, value in changed.items())
     lines = [
         "Distilled from its teacher by data-free learning (Chen et al., ICCV 2019): no image of "
         "the teacher's training data was used.",
         "",
-        f"- Teacher: {summary.get('teacher', config.teacher)}, sha256 of its weights "
+        f"- Teacher: {teacher}, sha256 of its weights "
         f"`{summary.get('teacher_sha256', 'not recorded')}`.",
         f"- Recipe: {config.recipe} of the preset {config.preset}; settings that differ from it: "
         f"{settings or 'none'}.",
