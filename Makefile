@@ -32,7 +32,7 @@ CXX_FILES := $(shell find csrc -type f -name '*.[chi]*')
 BUILD_FILES := $(shell find csrc) setup.py pyproject.toml dafl_fast/_version.py
 
 .PHONY: help demo test bench lint format build cuda-check cuda-build-check gpu-check sanitize dist \
-    clean
+    dist-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -88,6 +88,18 @@ dist: $(STAMPS)/torch ## build the source distribution, and the wheel from it
 	$(PY) setup.py --quiet sdist
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
 	@ls -sh dist
+
+# The new environment sees torch and the rest where they are already installed; the wheel comes first.
+dist-check: dist $(STAMPS)/build ## install the wheel into a new environment and use it there
+	@echo '== Using the wheel in a new environment, away from the sources'
+	@unset PYTHONPATH; set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PY) -m venv "$$folder/venv"; new="$$folder/venv/bin/python"; \
+	"$$new" -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl; \
+	$(PY) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+	    > "$$("$$new" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"; \
+	mkdir "$$folder/empty"; cd "$$folder/empty"; \
+	"$$new" -c 'import dafl_fast, sys; assert dafl_fast.__file__.startswith(sys.prefix), dafl_fast'; \
+	"$$new" -m dafl_fast.info; "$$new" -m dafl_fast.train --max-seconds 3
 
 clean: ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,9 +3,16 @@
 Data-Free Learning of Student Networks (Chen et al., ICCV 2019) with fused losses.
 """
 
-import torch  # noqa: F401  (loads the libraries that the extension links to)
+import torch  # loads the libraries that the extension links to
 
-from ._C import build_info
+try:
+    from ._C import build_info
+except ImportError as error:
+    raise ImportError(
+        f"the extension of dafl_fast is not built for this Python and PyTorch {torch.__version__} "
+        f"({error}); build it, from the sources: pip install --no-build-isolation ."
+    ) from error
+
 from ._version import __version__
 from .config import Config, make_config
 from .engine.bank import ReplayBank

@@ -80,7 +80,7 @@ def load(
     Raises:
         UserError: an unknown name, missing or damaged files, contents that are not a data set.
     """
-    root = data_dir or Path(os.environ.get("DAFL_DATA", "data"))
+    root = data_dir or _default_root()
     if name == "mnist-5k":
         return _mnist_5k()
     if name == "uci-digits":
@@ -102,10 +102,25 @@ def load(
 def has_test_split(name: str, data_dir: Path | None = None) -> bool:
     """Whether `load(name, "test")` gives other images than `load(name, "train")`."""
     if name == "imagefolder":
-        name = str(data_dir or os.environ.get("DAFL_DATA", "data"))
+        name = str(data_dir or _default_root())
     elif name in NAMES:
         return name not in ("mnist-5k", "uci-digits")
     return any((Path(name) / part).is_dir() for part in _SPLITS["test"])
+
+
+def _default_root() -> Path:
+    return Path(os.environ.get("DAFL_DATA", "data"))
+
+
+def find() -> tuple[Path, list[str]]:
+    """Where data sets are looked for when no folder is named, and which of torchvision's lie there
+    (whole or not)."""
+    root = _default_root()
+    return root, [
+        name
+        for name, (_, _, where) in _TORCHVISION.items()
+        if all((root / part).exists() for part in where.split(" and "))
+    ]
 
 
 def _mnist_5k() -> Labelled:

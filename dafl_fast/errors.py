@@ -49,3 +49,8 @@ def require(module: str, purpose: str, package: str | None = None) -> None:
             f"{purpose} needs the package {package or module!r}, which cannot be imported "
             f"({error}); run: pip install {package or module}"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What `error` says, as far as it fits into one sentence."""
+    return (str(error) or type(error).__name__).splitlines()[0]

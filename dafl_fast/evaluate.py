@@ -1,6 +1,7 @@
 """`python -m dafl_fast.evaluate MODEL --data mnist`: how good, how fast and how large a network is.
 
-The file tells which network it holds by the names and shapes of its weights.
+The file tells which network it holds by the names and shapes of its weights, or is told; programs
+bring their own.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import tyro
 from torch import Tensor, nn
 
 from . import data
-from .engine.checkpoint import load_tensors
 from .engine.evaluation import predictions
+from .engine.folder import load_student
+from .engine.teacher import logits_of
 from .errors import UserError, command
 from .models import GREY_SIZES, NETWORKS, build, identify
-from .networks import load_weights
+from .networks import load_network, load_weights, read_state
+from .programs import kind_of, load_program
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,11 @@ class EvaluateConfig:
     """Accuracy, agreement with a teacher, latency and size of a trained network."""
 
     model: tyro.conf.Positional[Path]
-    """The network's weights (safetensors), as train and train_teacher write them."""
+    """A file of weights (safetensors, or a checkpoint), a program (.pt2, TorchScript), or the
+    folder of a run, whose student it is."""
+    network: str | None = None
+    """The network that the weights are for: timm:NAME, torchvision:NAME, package.module:callable;
+    those that dafl_fast.models names are known by their weights."""
     data: str = "mnist"
     """Labelled images: mnist-5k, mnist, fashion-mnist, usps, cifar10, cifar100; the path of a
     folder of images or an .npz file; or imagefolder, which is the folder --data-dir."""
@@ -41,7 +48,9 @@ class EvaluateConfig:
     download: bool = False
     """Allow torchvision to download into --data-dir."""
     teacher: Path | None = None
-    """A second network for the same images, to compare with: how often do both agree?"""
+    """A second model for the same images, to compare with: how often do both agree?"""
+    teacher_network: str | None = None
+    """The network that the teacher's weights are for, as --network."""
     normalise: Literal["auto", "mnist", "cifar10", "cifar100"] = "auto"
     """Whose mean and standard deviation the images are normalised with. auto: those in the note
     (.json) beside the model or the teacher, else those of --data."""
@@ -53,41 +62,120 @@ class EvaluateConfig:
     """Print JSON instead of a table."""
 
 
-def open_network(path: Path, role: str) -> tuple[str, int, int, nn.Module]:
-    """The network in a safetensors file: name, number of classes, image channels, and itself.
+@dataclass(frozen=True)
+class Opened:
+    """A network to measure, and what is known of it before it has seen an image.
+
+    Attributes:
+        file: that holds it.
+        name: of the network, or what kind of program it is.
+        network: itself; None while it must be built for the images, as named ones of other
+            packages must.
+        classes, channels, image_size: that it takes; None if asking it will tell.
+        mean, std: of the images that it was trained on, per channel; None if not known.
+    """
+
+    file: Path
+    name: str
+    network: nn.Module | None = None
+    classes: int | None = None
+    channels: int | None = None
+    image_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def built(self, role: str, classes: int, channels: int, image_size: int) -> nn.Module:
+        """The network in evaluation mode, made for such images if that was still to be done."""
+        network = self.network or load_network(
+            self.name,
+            self.file,
+            role=role,
+            num_classes=classes,
+            channels=channels,
+            image_size=image_size,
+        )
+        return network.eval()
+
+
+def open_network(path: Path, name: str | None, role: str) -> Opened:
+    """What is in `path`: a run's student, a program, or weights (of the network `name` if given).
 
     Raises:
-        UserError: the file cannot be read or holds none of the named networks.
+        UserError: the file cannot be read, or which network its weights are for is not known.
     """
-    found = identify(load_tensors(path, role))
+    if path.is_dir():
+        student, run = load_student(path)
+        shape = dict(zip(("channels", "image_size"), run.image_shape))
+        known: dict[str, Any] = {**shape, "mean": run.mean, "std": run.std}
+        return Opened(path / "student.safetensors", str(run.student), student, **known)
+    note = note_of(path)
+    mean, std = (tuple(note[key]) if note else None for key in ("mean", "std"))
+    size = note.get("image_size")
+    kind = kind_of(path, role)
+    if kind in ("export", "torchscript"):
+        title = "exported program" if kind == "export" else "TorchScript"
+        program = load_program(path, kind, role)
+        return Opened(path, title, program, image_size=size, mean=mean, std=std)
+    if name is not None and name not in NETWORKS:
+        return Opened(path, name, image_size=size, mean=mean, std=std)
+    found = identify(read_state(path, role))
     if found is None:
-        raise UserError(f"the {role} file {path} holds none of the networks {', '.join(NETWORKS)}")
+        flag = "network" if role == "model" else "teacher-network"
+        raise UserError(
+            f"the {role} file {path} holds none of the networks {', '.join(NETWORKS)}; "
+            f"say which one it is for with --{flag} timm:NAME, torchvision:NAME or "
+            "package.module:callable"
+        )
     network = load_weights(build(*found), path, role)
-    return *found, network.eval().requires_grad_(False)
+    size = GREY_SIZES.get(found[0]) or size
+    return Opened(path, found[0], network, *found[1:], image_size=size, mean=mean, std=std)
 
 
-def note_of(path: Path | None) -> dict[str, Any]:
+def note_of(path: Path) -> dict[str, Any]:
     """The note that train_teacher wrote beside the weights in `path`; empty if there is none."""
     try:
-        note = json.loads(path.with_suffix(".json").read_text()) if path else {}
+        note = json.loads(path.with_suffix(".json").read_text())
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) and {"mean", "std"} <= note.keys() else {}
 
 
-def pick_normalisation(config: EvaluateConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def pick_normalisation(
+    config: EvaluateConfig, networks: list[Opened]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel that the images are normalised with."""
-    note = note_of(config.model) or note_of(config.teacher)
-    if config.normalise == "auto" and note:
-        return tuple(note["mean"]), tuple(note["std"])
+    if config.normalise == "auto":
+        for opened in networks:
+            if opened.mean is not None and opened.std is not None:
+                return opened.mean, opened.std
     source = config.data if config.normalise == "auto" else config.normalise
-    known = data.FORMATS.get("mnist" if source == "mnist-5k" else source)
+    known = _format_of(source)
     if known is None:
         raise UserError(
             f"there is no note beside {config.model}, and with which mean and deviation it wants "
             f"{config.data} is not known: choose with --normalise"
         )
     return known.mean, known.std
+
+
+def _format_of(name: str) -> data.Format | None:
+    return data.FORMATS.get("mnist" if name == "mnist-5k" else name)
+
+
+@torch.no_grad()
+def pick_size(network: nn.Module, channels: int, sizes: list[int]) -> int:
+    """The first of `sizes` whose images the network takes, found by asking it.
+
+    Raises:
+        UserError: it takes none of them.
+    """
+    for size in sizes:
+        try:
+            logits_of(network, torch.zeros(2, channels, size, size), "model")
+            return size
+        except UserError as error:
+            refused = error
+    raise refused
 
 
 @torch.inference_mode()
@@ -104,6 +192,7 @@ def latency(network: nn.Module, batch: Tensor, seconds: float = 0.5) -> float:
     return statistics.median(times[warm_up:]) * 1e3
 
 
+@torch.no_grad()
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """All figures of the model, and of the teacher if there is one, as one dictionary.
 
@@ -114,21 +203,32 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     keep_freed_memory()
     device = pick_device(config.device)
-    name, classes, channels, network = open_network(config.model, "model")
-    mean, std = pick_normalisation(config)
+    model = open_network(config.model, config.network, "model")
+    teacher = None
+    if config.teacher is not None:
+        teacher = open_network(config.teacher, config.teacher_network, "teacher")
+    mean, std = pick_normalisation(config, [model, *([teacher] if teacher else [])])
+    channels = len(mean) if model.channels is None else model.channels
     if len(mean) != channels:
         raise UserError(
-            f"the {name} in {config.model} takes images of {channels} channel(s), the "
+            f"the {model.name} in {config.model} takes images of {channels} channel(s), the "
             f"normalisation is for {len(mean)}: choose another with --normalise"
         )
-    size = GREY_SIZES.get(name) or config.image_size or note_of(config.model).get("image_size")
+    size = GREY_SIZES.get(model.name) or config.image_size or model.image_size
     images, labels, names = data.load(
         config.data, config.split, config.data_dir, config.download, size, channels
     )
     data.check_channels(images, channels)
+    network = model.built("model", len(names), channels, size or images.shape[-1])
+    if size is None:
+        # Its own size, or that to which these data are usually brought.
+        usual = _format_of(config.data)
+        sizes = [images.shape[-1], *([usual.image_size] if usual else [])]
+        size = pick_size(network, channels, sizes)
+    classes = logits_of(network, torch.zeros(2, channels, size, size), "model").shape[1]
     data.check_labels(labels, classes)
-    images = images if size is None else data.resized(images, size)
-    normaliser = data.Normaliser(data.Format(images.shape[-1], channels, mean, std)).to(device)
+    images = data.resized(images, size)
+    normaliser = data.Normaliser(data.Format(size, channels, mean, std)).to(device)
     batch = normaliser(images[torch.arange(256) % len(images)].to(device))
     batch = batch.contiguous(memory_format=torch.channels_last)
 
@@ -154,7 +254,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         }
         return figures, predicted
 
-    model, predicted = measure(config.model, name, network)
+    figures, predicted = measure(model.file, model.name, network)
     result = {
         "data": config.data,
         "split": config.split,
@@ -163,18 +263,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "device": device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "model": model,
+        "model": figures,
     }
-    if config.teacher is not None:
-        name, *takes, network = open_network(config.teacher, "teacher")
-        here = [classes, channels, images.shape[-1]]
-        there = [*takes, GREY_SIZES.get(name, images.shape[-1])]
+    if teacher is not None:
+        here = [classes, channels, size]
+        there = [
+            teacher.classes or classes,
+            teacher.channels or channels,
+            GREY_SIZES.get(teacher.name) or size,
+        ]
+        if there == here:
+            network = teacher.built("teacher", *here)
+            there[0] = logits_of(network, batch[:2].cpu(), "teacher").shape[1]
         if there != here:
             raise UserError(
-                f"the teacher, {name}, has [classes, image channels, image size] {there}, the "
-                f"model {here}: they must be for the same images and classes"
+                f"the teacher, {teacher.name}, has [classes, image channels, image size] {there}, "
+                f"the model {here}: they must be for the same images and classes"
             )
-        result["teacher"], chosen = measure(config.teacher, name, network)
+        result["teacher"], chosen = measure(teacher.file, teacher.name, network)
         result["agreement"] = (chosen == predicted).double().mean().item()
     return result
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine.checkpoint import load_tensors
-from .errors import UserError, require
+from .errors import UserError, first_line, require
 from .models import NETWORKS, build
 from .programs import kind_of, load_program, refuse_code
 
@@ -140,7 +140,7 @@ def _own(module: str, attribute: str, role: str, settings: dict[str, int | None]
         found: Any = attrgetter(attribute)(importlib.import_module(module))
     except Exception as error:  # whatever the user's code raises while it is imported
         raise UserError(
-            f"the {role} {name} cannot be imported: {type(error).__name__}: {_first_line(error)}"
+            f"the {role} {name} cannot be imported: {type(error).__name__}: {first_line(error)}"
         ) from error
     if isinstance(found, nn.Module):
         return found
@@ -175,7 +175,7 @@ def _unknown(role: str, package: str, name: str, known: list[str]) -> str:
 
 def _not_built(role: str, name: str, error: Exception) -> UserError:
     return UserError(
-        f"the {role} {name} cannot be built: {type(error).__name__}: {_first_line(error)}"
+        f"the {role} {name} cannot be built: {type(error).__name__}: {first_line(error)}"
     )
 
 
@@ -197,16 +197,7 @@ def load_weights(network: nn.Module, path: str | Path, role: str) -> nn.Module:
             weights of another network.
     """
     path = Path(path)
-    kind = kind_of(path, role)
-    if kind == "safetensors":
-        state = load_tensors(path, role)
-    elif kind == "checkpoint":
-        state = _read_checkpoint(path, role)
-    else:
-        raise UserError(
-            f"the {role} weights {path} are a whole program; name it as the network itself: "
-            f"--{role} {path}"
-        )
+    state = read_state(path, role)
     own = network.state_dict()
     while not state.keys() & own.keys():
         prefixes = {name.partition(".")[0] for name in state}
@@ -232,6 +223,19 @@ def load_weights(network: nn.Module, path: str | Path, role: str) -> nn.Module:
     )
 
 
+def read_state(path: Path, role: str) -> dict[str, Tensor]:
+    """The state dict in a file, safetensors or a checkpoint; see `load_weights`."""
+    kind = kind_of(path, role)
+    if kind == "safetensors":
+        return load_tensors(path, role)
+    if kind == "checkpoint":
+        return _read_checkpoint(path, role)
+    raise UserError(
+        f"the {role} weights {path} are a whole program; name it as the network itself: "
+        f"--{role} {path}"
+    )
+
+
 def _read_checkpoint(path: Path, role: str) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -240,7 +244,7 @@ def _read_checkpoint(path: Path, role: str) -> dict[str, Tensor]:
             named = re.search(r"GLOBAL (\S+)", str(error))
             what = named[1] if named else "the objects in it"
             raise refuse_code(path, role, what) from error
-        raise UserError(f"the {role} file {path} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"the {role} file {path} cannot be read: {first_line(error)}") from error
     state = _find_state(content, role)
     if state is None:
         raise UserError(
@@ -259,7 +263,3 @@ def _find_state(content: Any, role: str) -> dict[str, Tensor] | None:
         if (state := _find_state(content.get(key), role)) is not None:
             return state
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 Kind = Literal["export", "torchscript", "checkpoint", "safetensors"]
 
@@ -94,8 +94,7 @@ def load_program(path: Path, kind: Kind, role: str) -> nn.Module:
     except Exception as error:  # whatever torch says of a damaged file
         if "Weights only load failed" in str(error):
             raise refuse_code(path, role, "the objects in it") from error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"the {role} file {path} cannot be read: {reason}") from error
+        raise UserError(f"the {role} file {path} cannot be read: {first_line(error)}") from error
     return from_export(program, role)
 
 

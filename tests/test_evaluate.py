@@ -11,8 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dafl_fast import data
 from dafl_fast import evaluate as command
+from dafl_fast.config import make_config
+from dafl_fast.engine.folder import RunFolder
 from dafl_fast.models import NETWORKS, build, identify
+from dafl_fast.networks import load_network
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
@@ -124,8 +128,102 @@ def test_other_weights_are_not_taken_for_a_network():
     assert identify({}) is None
 
 
+@pytest.mark.parametrize("kind", ["pt2", "torchscript", "checkpoint", "run"])
+def test_any_file_of_one_network_gives_the_same_figures(kind, monkeypatch, capsys, tmp_path):
+    """The data are 28x28, the network wants 32: found by asking."""
+    images, labels = np.random.default_rng(0).integers(0, 256, (80, 28, 28), np.uint8), [0, 9] * 40
+    np.savez(tmp_path / "d.npz", images=images, labels=labels)
+    network = build("LeNet5Half").eval()
+    (tmp_path / "run").mkdir()
+    weights = save(tmp_path / "run" / "student.safetensors", network)
+    batch, path = torch.randn(2, 1, 32, 32), tmp_path / "file"
+    if kind == "pt2":
+        open_batch = ({0: torch.export.Dim("N")},)
+        program = torch.export.export(network, (batch,), dynamic_shapes=open_batch)
+        path = tmp_path / "file.pt2"
+        torch.export.save(program, path)
+    elif kind == "torchscript":
+        torch.jit.trace(network, batch).save(path)
+    elif kind == "checkpoint":
+        torch.save({"state_dict": network.state_dict()}, path)
+    else:
+        path = tmp_path / "run"
+        RunFolder(path).write_config(make_config("mnist"))
+    monkeypatch.setitem(data.FORMATS, str(tmp_path / "d.npz"), data.FORMATS["mnist"])
+    results = []
+    for model, teacher in ((weights, str(path)), (str(path), weights)):
+        code, printed, error = run(
+            monkeypatch, capsys, model, "--teacher", teacher, "--data", str(tmp_path / "d.npz"),
+            "--device", "cpu", "--json",
+        )  # fmt: skip
+        assert (code, error) == (0, "")
+        results.append(json.loads(printed))
+    for result in results:
+        assert result["image_shape"] == [1, 32, 32]
+        assert result["agreement"] == 1
+        for figure in ("accuracy", "class_accuracy", "parameters"):
+            assert result["model"][figure] == result["teacher"][figure]
+        assert result["model"]["parameters"] == sum(p.numel() for p in network.parameters())
+
+
+def test_weights_of_networks_of_other_packages(monkeypatch, capsys, tmp_path):
+    """Built for the classes and channels of the data."""
+    data_file = write_data(tmp_path / "d.npz", size=32)
+    file = np.load(data_file)
+    network = load_network(
+        "timm:test_resnet", role="student", num_classes=int(file["labels"].max()) + 1, channels=3
+    ).eval()
+    path = save(tmp_path / "m.safetensors", network)
+    x = (file["images"] / 255 - data.FORMATS["cifar10"].mean) / data.FORMATS["cifar10"].std
+    with torch.no_grad():
+        chosen = network(torch.from_numpy(x).permute(0, 3, 1, 2).float()).argmax(1)
+    command_line = [path, "--data", data_file, "--normalise", "cifar10", "--json"]
+    timm = ["--network", "timm:test_resnet"]
+    code, printed, error = run(
+        monkeypatch, capsys, *command_line, *timm, "--teacher", path,
+        "--teacher-network", "timm:test_resnet",
+    )  # fmt: skip
+    assert (code, error) == (0, "")
+    result = json.loads(printed)
+    accuracy = (chosen.numpy() == file["labels"]).mean()
+    assert result["model"]["accuracy"] == result["teacher"]["accuracy"] == pytest.approx(accuracy)
+    assert result["model"]["network"] == "timm:test_resnet"
+    small = write_data(tmp_path / "small.npz", classes=3)
+    for arguments, sentence in (
+        (command_line, "which one it is for with --network timm:NAME"),
+        ([*command_line, "--network", "timm:test_vit"], "do not fit the model VisionTransformer"),
+        (
+            [*command_line, *timm, "--data", small],
+            "do not fit the model ResNet: fc.weight should be",
+        ),
+    ):
+        code, printed, error = run(monkeypatch, capsys, *arguments)
+        assert (code, printed) == (2, "")
+        assert sentence in error
+        assert error.count("\n") == 1
+
+
+def test_programs_that_do_not_fit_are_one_sentence(monkeypatch, capsys, tmp_path):
+    """Asked with the data's own size and the usual one."""
+    grey = write_data(tmp_path / "grey.npz", channels=1)
+    torch.jit.trace(build("LeNet5").eval(), torch.randn(2, 1, 32, 32)).save(tmp_path / "lenet.pt")
+    torch.jit.trace(torch.nn.ReLU(), torch.randn(2, 1, 4, 4)).save(tmp_path / "images.pt")
+    resnet = save(tmp_path / "resnet.safetensors", build("ResNet8", 4, 1))
+    as_mnist = ["--data", grey, "--normalise", "mnist"]
+    for arguments, sentence in (
+        ([str(tmp_path / "lenet.pt"), *as_mnist], "the model does not take images of shape [2, 1,"),
+        ([str(tmp_path / "images.pt"), *as_mnist], "the model must return logits [N, C], got [2, "),
+        ([resnet, *as_mnist, "--teacher", str(tmp_path / "lenet.pt")], "the teacher does not take"),
+        ([str(tmp_path)], "there is no run in that folder"),
+    ):
+        code, printed, error = run(monkeypatch, capsys, *arguments)
+        assert (code, printed) == (2, "")
+        assert sentence in error
+        assert error.count("\n") == 1
+
+
 def test_mistakes_are_one_sentence(monkeypatch, capsys, tmp_path):
-    data = write_data(tmp_path / "d.npz")
+    images = write_data(tmp_path / "d.npz")
     grey = write_data(tmp_path / "grey.npz", channels=1)
     many = write_data(tmp_path / "many.npz", classes=9)
     model = save(tmp_path / "m.safetensors", build("ResNet8", 4))
@@ -136,16 +234,19 @@ def test_mistakes_are_one_sentence(monkeypatch, capsys, tmp_path):
     for arguments, sentence in (
         (["none.safetensors"], "the model file none.safetensors does not exist"),
         ([other], "holds none of the networks LeNet5, LeNet5Half, HintonNet1200"),
-        ([model, "--data", data], "there is no note beside"),
-        ([model, "--data", data, "--normalise", "mnist"], "channel(s), the normalisation is for 1"),
+        ([model, "--data", images], "there is no note beside"),
+        (
+            [model, "--data", images, "--normalise", "mnist"],
+            "channel(s), the normalisation is for 1",
+        ),
         ([model, "--data", grey, *cifar], "the images have 1 channel(s), the network takes 3"),
         ([model, "--data", many, *cifar], "the network's 4 classes are 0 to 3"),
         (
-            [model, "--data", data, *cifar, "--teacher", more],
+            [model, "--data", images, *cifar, "--teacher", more],
             "image size] [5, 3, 12], the model [4, 3, 12]",
         ),
         (
-            [model, "--data", data, *cifar, "--teacher", lenet],
+            [model, "--data", images, *cifar, "--teacher", lenet],
             "image size] [4, 1, 32], the model [4, 3, 12]",
         ),
     ):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -165,9 +166,22 @@ def test_version_has_one_place(setup):
     assert f'__version__ = "{dafl_fast.__version__}"' in written
     assert dafl_fast.__version__ == setup.VERSION
     assert dafl_fast.build_info()["version"] == dafl_fast.__version__
-    for name in ("pyproject.toml", "setup.py", "csrc/bindings.cpp"):
-        assert dafl_fast.__version__ not in (ROOT / name).read_text()
+    for name in ("pyproject.toml", "setup.py", "csrc/bindings.cpp", "Makefile", "README.md"):
+        assert f'"{dafl_fast.__version__}"' not in (ROOT / name).read_text()
+        assert f"dafl_fast {dafl_fast.__version__}" not in (ROOT / name).read_text()
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    released = re.findall(r"^## \[(\d[^]]*)\]", changes, re.MULTILINE)
+    assert released[:1] in ([], [dafl_fast.__version__])
     assert f"version: {dafl_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_metadata_names_the_pythons_that_are_meant():
+    lines = (ROOT / "pyproject.toml").read_text()
+    minors = re.findall(r"Python :: 3\.(\d+)", lines)
+    assert minors == ["10", "11", "12", "13"]
+    for setting in ('requires-python = ">=3.10"', 'target-version = "py310"',
+                    'python_version = "3.10"'):  # fmt: skip
+        assert setting in lines
 
 
 def test_source_distribution_is_complete(tmp_path):
@@ -207,7 +221,7 @@ def test_importing_needs_torch_alone():
     code = """
 import sys
 for name in ("yaml", "numpy", "tyro", "rich", "safetensors", "torchvision", "PIL", "mlxtend",
-             "matplotlib", "timm"):
+             "matplotlib", "timm", "onnx", "onnxscript", "onnxruntime"):
     sys.modules[name] = None  # what makes importing it fail
 import dafl_fast
 assert callable(dafl_fast.distill)

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__, build_info
 from ..config import Config
 from ..errors import UserError
+from ..networks import load_network
 from .bank import ReplayBank
 from .checkpoint import (
     load_checkpoint,
@@ -243,7 +244,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     file = path / "config.yaml"
     if not file.is_file():
-        raise UserError(f"--resume {path}: there is no run in that folder (no config.yaml)")
+        raise UserError(f"{path}: there is no run in that folder (no config.yaml)")
     try:
         values = yaml.safe_load(file.read_text())
         known = {field.name for field in dataclasses.fields(Config)}
@@ -252,6 +253,47 @@ def read_config(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{file} is not the configuration of a run: {error}") from error
     return values
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What summary.json of the run in `path` holds; empty while there is none."""
+    file = path / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not the summary of a run: {error}") from error
+    return summary
+
+
+def load_student(path: Path) -> tuple[nn.Module, Config]:
+    """The student that the run in `path` has left, in evaluation mode, and the run's settings.
+
+    Raises:
+        UserError: there is no run, it has left no student yet, or no name says which network the
+            student is.
+    """
+    config = Config(**read_config(path))
+    weights = path / "student.safetensors"
+    if config.student is None:
+        raise UserError(
+            f"the student of {path} has no name, since it was given to distill() as a module: "
+            "export it from Python with dafl_fast.export.export_student(result, FILE)"
+        )
+    if not weights.is_file():
+        raise UserError(
+            f"the run in {path} has left no student yet; go on with it: "
+            f"python -m dafl_fast.train --resume {path}"
+        )
+    channels, size, _ = config.image_shape
+    student = load_network(
+        config.student,
+        weights,
+        role="student",
+        num_classes=read_summary(path).get("num_classes", config.num_classes),
+        channels=channels,
+        image_size=size,
+    )
+    return student.eval(), config
 
 
 def check_resumed(config: Config) -> None:

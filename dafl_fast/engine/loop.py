@@ -672,6 +672,7 @@ class _Loop:
             "agreement": agreement,
             "eval_set": config.eval,
             "eval_count": count,
+            "num_classes": step.num_classes,
             "teacher_parameters": _parameters(self.teacher),
             "student_parameters": _parameters(step.student),
             "bank_bytes": step.bank.bytes if step.bank is not None else 0,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..losses import batch_norm_loss
 from ..models.functional import with_moments
 from .distributed import World
@@ -66,7 +66,7 @@ class FrozenTeacher(nn.Module):
         except RuntimeError as error:
             raise UserError(
                 "the teacher cannot be copied; remove its weight_norm or other hooks that compute "
-                f"weights ({_first_line(error)})"
+                f"weights ({first_line(error)})"
             ) from error
         network.eval()
         for parameter in network.parameters():
@@ -207,8 +207,8 @@ class FrozenTeacher(nn.Module):
         return logits.shape[1]
 
 
-def logits_of(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """A teacher's logits for images [N, C, H, W].
+def logits_of(network: Callable[[Tensor], Tensor], images: Tensor, role: str = "teacher") -> Tensor:
+    """A classifier's logits for images [N, C, H, W]; `role` names it in messages.
 
     Raises:
         UserError: it does not take such images, or returns something else.
@@ -220,13 +220,13 @@ def logits_of(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         raise
     except Exception as error:  # whatever the network says of images that do not fit
         raise UserError(
-            f"the teacher does not take images of shape {shape}: {_first_line(error)}"
+            f"the {role} does not take images of shape {shape}: {first_line(error)}"
         ) from error
     if not isinstance(logits, Tensor):
-        raise UserError(f"the teacher must return logits [N, C] alone, got {type(logits).__name__}")
+        raise UserError(f"the {role} must return logits [N, C] alone, got {type(logits).__name__}")
     if logits.dim() != 2 or len(logits) != len(images):
         raise UserError(
-            f"the teacher must return logits [N, C], got {list(logits.shape)} for {shape}"
+            f"the {role} must return logits [N, C], got {list(logits.shape)} for {shape}"
         )
     return logits
 
@@ -270,7 +270,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
     except Exception as error:  # whatever the network's code makes of symbolic values
         log.warning(
             "the teacher's BatchNorm is not folded, torch.fx cannot trace it: %s",
-            _first_line(error),
+            first_line(error),
         )
         return network
     runs: Counter[nn.Module] = Counter()
@@ -436,7 +436,3 @@ def _refuse_probabilities(outputs: Tensor) -> None:
             "the teacher's outputs all lie between 0 and 1, as those of a sigmoid; the losses need "
             "logits"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
