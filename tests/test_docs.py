@@ -194,8 +194,8 @@ def call(module: str, arguments: list[str]) -> int:
         try:
             code = importlib.import_module(f"dafl_fast.{module}").main()
         except SystemExit as stop:
-            code = stop.code or 0
-    return code
+            code = stop.code
+    return code or 0
 
 
 # -- one rule for each program ---------------------------------------------------------------------
