@@ -444,24 +444,3 @@ def test_a_teacher_that_returns_more_than_logits():
 
     with pytest.raises(UserError, match=r"must return logits \[N, C\] alone, got tuple"):
         FrozenTeacher(Several()).check(torch.randn(2, 1, 32, 32))
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_the_documented_snippets_run(tmp_path, monkeypatch):
-    pytest.importorskip("timm")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    save_file(LeNet5().state_dict(), "teacher.safetensors")
-    text = (Path(__file__).parent.parent / "docs" / "networks.md").read_text()
-    for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        if snippet.startswith("# mynets.py"):
-            Path("mynets.py").write_text(snippet)
-        else:
-            exec(snippet, {})
-    x = torch.randn(16, 1, 32, 32)
-    expected = load_network("LeNet5", "teacher.safetensors", role="teacher")(x)
-    for path in (Path("teacher.pt2"), Path("teacher-script.pt")):
-        torch.testing.assert_close(load_network(path, role="teacher")(x), expected)
-    student = load_network("mynets:small", role="student", num_classes=10, channels=1)
-    assert student(x).shape == (16, 10)
-    assert student[0].weight.shape == (16, 1, 5, 5)
