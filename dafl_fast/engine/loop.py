@@ -28,7 +28,7 @@ from ..errors import TrainingStopped, UserError
 from ..models import NETWORKS, Generator
 from ..models.winograd import accelerate
 from ..networks import load_network
-from ..report import save_samples
+from ..pictures import save_samples
 from .checkpoint import save_weights
 from .distributed import World, is_lost_contact
 from .evaluation import accuracy_on
