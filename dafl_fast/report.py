@@ -22,7 +22,7 @@ from typing import Any
 
 import jinja2
 import tyro
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from .config import Config, make_config
 from .engine.checkpoint import write_text
@@ -33,6 +33,7 @@ GRIDS = 8  # grids of images in a report of one run,
 GRID_BYTES = 200_000  # each of about so many bytes at most: the file stays below 3 MB
 COLOURS = 8  # of curves, in the template's style sheet
 EMPTY = "—"
+PERCENT = "\N{NO-BREAK SPACE}%"
 
 # The curves of a run: title, keys in metrics.jsonl with their labels, the weight's setting if it
 # is a loss with one, whether the values are shares. Several runs are compared by the first key.
@@ -196,8 +197,9 @@ def chart(title: str, lines: Sequence[Line], percent: bool = False) -> Markup:
     """
     values = [y for line in lines for _, y in line.points]
     end = max(x for line in lines for x, _ in line.points)
-    name, unit = next(
-        (name, unit) for name, unit, most in
+    unit = PERCENT if percent else ""
+    name, seconds = next(
+        (name, seconds) for name, seconds, most in
         (("s", 1, 300), ("min", 60, 3 * 3600), ("h", 3600, math.inf)) if end <= most
     )  # fmt: skip
     low, high = min(values), max(values)
@@ -215,14 +217,14 @@ def chart(title: str, lines: Sequence[Line], percent: bool = False) -> Markup:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (b - a) / (c - a)
 
     parts = []
-    for y in log_ticks(low, high) if logarithmic else ticks(low, high):
-        at = f"{y_of(y):.1f}"
+    for value in log_ticks(low, high) if logarithmic else ticks(low, high):
+        at = f"{y_of(value):.1f}"
         parts.append(f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="y" x="{LEFT - 5}" y="{at}">{number(y)}</text>')
-    for x in ticks(0, end / unit):
-        at = f"{x_of(x * unit):.1f}"
-        text = number(x) + (f" {name}" if x == 0 else "")
-        parts.append(f'<text class="x" x="{at}" y="{HEIGHT - BOTTOM + 15}">{text}</text>')
+        parts.append(f'<text class="y" x="{LEFT - 5}" y="{at}">{number(value, unit)}</text>')
+    for time in ticks(0, end / seconds):
+        at = f"{x_of(time * seconds):.1f}"
+        label = number(time) + (f" {name}" if time == 0 else "")
+        parts.append(f'<text class="x" x="{at}" y="{HEIGHT - BOTTOM + 15}">{label}</text>')
     for line in lines:
         points = [(x_of(x), y_of(y)) for x, y in line.thinned()]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
@@ -232,17 +234,17 @@ def chart(title: str, lines: Sequence[Line], percent: bool = False) -> Markup:
         if len(points) <= 40 and not line.level:
             parts += [
                 f'<circle class="{colour}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.5">'
-                f"<title>{number(y, ' %' if percent else '')} after {number(x)} s</title></circle>"
+                f"<title>{number(y, unit)} after {number(x)} s</title></circle>"
                 for x, y in line.points
             ]
     legend = Markup("").join(
         Markup('<span><i class="key c{} {}"></i>{} <b>{}</b></span> ').format(
             line.colour % COLOURS, "level" if line.level else "", line.label,
-            number(line.points[-1][1], " %" if percent else ""),
+            number(line.points[-1][1], unit),
         )
         for line in lines
     )  # fmt: skip
-    return _figure(title, legend, parts)
+    return _figure(title + (", logarithmic" if logarithmic else ""), legend, parts)
 
 
 def bars(title: str, counts: Sequence[int]) -> Markup:
@@ -272,9 +274,9 @@ def bars(title: str, counts: Sequence[int]) -> Markup:
         at = f"{LEFT + wide * (i + 0.5):.1f}"
         parts.append(f'<text class="x" x="{at}" y="{base + 15}">{i}</text>')
         if every == 1 and wide > 14:
-            y = f"{base - counts[i] * tall - 4:.1f}"
-            parts.append(f'<text class="x" x="{at}" y="{y}">{counts[i]}</text>')
-    legend = Markup('<span>of {:,} images, classes present <b>{:,} of {:,}</b></span>').format(
+            above = base - counts[i] * tall - 4
+            parts.append(f'<text class="x" x="{at}" y="{above:.1f}">{counts[i]}</text>')
+    legend = Markup("<span>of {:,} images, classes present <b>{:,} of {:,}</b></span>").format(
         total, present, len(counts)
     )
     return _figure(title, legend, parts)
@@ -382,7 +384,7 @@ class Table:
 
 
 def share(value: float | None) -> str:
-    return EMPTY if value is None else f"{100 * value:.2f} %"
+    return EMPTY if value is None else f"{100 * value:.2f}{PERCENT}"
 
 
 def setting(value: Any) -> str:
@@ -417,10 +419,11 @@ def verdict(run: Run) -> str:
         parts.append(f"The student last had an accuracy of {share(accuracy)}, and {agreement}.")
     else:
         teacher = summary["teacher_accuracy"]
-        gap = f"{100 * abs(teacher - accuracy):.2f} points {'below' if accuracy < teacher else 'above'}"
+        side = "below" if accuracy < teacher else "above"
         parts.append(
             f"The student has an accuracy of {share(accuracy)} on {summary['eval_count']:,} "
-            f"held-out images, {gap} its teacher's {share(teacher)}, and {agreement}."
+            f"held-out images, {100 * abs(teacher - accuracy):.2f} points {side} its teacher's "
+            f"{share(teacher)}, and {agreement}."
         )
     return " ".join(parts)
 
@@ -520,14 +523,15 @@ def page_of_run(run: Run) -> dict[str, Any]:
         for key, label in SUMMARY.items()
         if run.summary.get(key) is not None
     ]
-    tables = [Table("Summary", (), shown)] if shown else []
     head = ("setting", "this run", "recipe")
-    tables += [
-        Table("Settings that differ from the recipe's", head, differing) if differing
-        else Table("Settings: all as the recipe has them", (), ()),
+    tables = [
+        Table("Summary", (), shown),
+        Table(
+            "Settings that differ from the recipe's", head, differing or [("none", EMPTY, EMPTY)]
+        ),
         Table("All other settings", (), usual, folded=True),
         Table("Environment", (), _flat(run.environment), folded=True),
-    ]  # fmt: skip
+    ]
     pictures = [grid(path, _step_of(path)) for path in spread(run.grids(), GRIDS)]
     return {
         "title": run.path.name,
@@ -553,7 +557,8 @@ def page_of_runs(runs: Sequence[Run]) -> dict[str, Any]:
     rows = [(name, *(values[name] for values in settings)) for name in settings[0]]
     differing = [row for row in rows if len(set(row[1:])) > 1]
     best = max(runs, key=lambda run: run.accuracy or 0)
-    words = f"{len(runs)} runs, {len(differing)} settings that differ."
+    many = "setting differs" if len(differing) == 1 else "settings differ"
+    words = f"{len(runs)} runs, {len(differing)} {many}."
     if best.accuracy is not None:
         words += f" The most accurate student is that of {best.path.name}: {share(best.accuracy)}."
     pictures = [grid(paths[-1], f"{run.path.name}, {_step_of(paths[-1])}")
