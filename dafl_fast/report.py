@@ -231,7 +231,7 @@ def chart(title: str, lines: Sequence[Line], percent: bool = False) -> Markup:
         dash = "dashed" if line.level or line.colour >= COLOURS else ""
         colour = f"c{line.colour % COLOURS} {dash}"
         parts.append(f'<path class="line {colour}" d="M{path}"/>')
-        if len(points) <= 40 and not line.level:
+        if len(points) <= 16 and not line.level:
             parts += [
                 f'<circle class="{colour}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.5">'
                 f"<title>{number(y, unit)} after {number(x)} s</title></circle>"
@@ -239,7 +239,7 @@ def chart(title: str, lines: Sequence[Line], percent: bool = False) -> Markup:
             ]
     legend = Markup("").join(
         Markup('<span><i class="key c{} {}"></i>{} <b>{}</b></span> ').format(
-            line.colour % COLOURS, "level" if line.level else "", line.label,
+            line.colour % COLOURS, "level" if line.level else "", line.label or "at the end",
             number(line.points[-1][1], unit),
         )
         for line in lines
@@ -267,8 +267,8 @@ def bars(title: str, counts: Sequence[int]) -> Markup:
     ]
     if len(counts) > 100:
         label = f"classes, the most frequent first ({present:,} of {len(counts):,})"
-        at = LEFT + (WIDTH - LEFT - RIGHT) / 2
-        parts.append(f'<text class="x" x="{at}" y="{base + 15}">{label}</text>')
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        parts.append(f'<text class="x" x="{middle}" y="{base + 15}">{label}</text>')
     every = 1 if len(counts) <= 20 else 10
     for i in range(0, len(counts) if len(counts) <= 100 else 0, every):
         at = f"{LEFT + wide * (i + 0.5):.1f}"
@@ -567,12 +567,12 @@ def page_of_runs(runs: Sequence[Run]) -> dict[str, Any]:
         "title": " · ".join(names) if len(names) <= 3 else f"{len(names)} runs",
         "kind": "comparison of runs",
         "verdict": words,
-        "cards": [],
+        "cards": [(run.path.name, *_in_short(run)) for run in runs],
         "charts": curves(runs),
         "grids": [picture for picture in pictures if picture],
         "tables": [
             Table("Settings that differ", ("setting", *names), differing, marked=_odd(differing)),
-            Table("Summaries", ("", *names), figures, marked=_odd(figures)),
+            Table("Summaries", ("", *names), figures),
             Table(
                 "Settings that are the same", (),
                 [row[:2] for row in rows if row not in differing], folded=True,
@@ -580,6 +580,14 @@ def page_of_runs(runs: Sequence[Run]) -> dict[str, Any]:
         ],
         "commands": [],
     }  # fmt: skip
+
+
+def _in_short(run: Run) -> tuple[str, str]:
+    """The figure by which a run is known, and a remark."""
+    remark = f"{run.rows[-1]['step']:,} steps in {run.rows[-1]['train_seconds']:,.0f} s"
+    if run.accuracy is None:
+        return share(run.agreement), f"agreement, no held-out images; {remark}"
+    return share(run.accuracy), f"accuracy, agreement {share(run.agreement)}; {remark}"
 
 
 def _odd(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
