@@ -321,7 +321,7 @@ def curves(runs: Sequence[Run]) -> list[Markup]:
         if any(y for line in lines if not line.level for _, y in line.points):
             made.append(chart(title, lines, percent))
     if len(runs) == 1 and (counts := runs[0].last("class_counts")):
-        made.append(bars("Classes of the newest images, by the teacher", counts))
+        made.append(bars("Class balance of the newest images", counts))
     return made
 
 
