@@ -65,6 +65,7 @@ class Run:
         defaults: those that its preset and recipe have by themselves.
         rows: of metrics.jsonl.
         summary: empty while the run goes on, or when it was stopped without one.
+        name: the folder's.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class Run:
     rows: list[dict[str, Any]]
     summary: dict[str, Any]
     environment: dict[str, Any]
+    name: str
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -93,7 +95,7 @@ class Run:
             summary = {}
         return cls(
             path, config, make_config(config.preset, config.recipe), rows, summary,
-            _json(path / "environment.json"),
+            _json(path / "environment.json"), path.resolve().name,
         )  # fmt: skip
 
     def curve(self, key: str, scale: float = 1.0) -> list[tuple[float, float]]:
@@ -123,7 +125,8 @@ class Run:
 
     def grids(self) -> list[Path]:
         """The PNG grids of generated images, oldest first."""
-        return sorted((self.path / "samples").glob("step-*.png"))
+        found = (self.path / "samples").glob("step-*.png")
+        return sorted(path for path in found if path.stem.removeprefix("step-").isdigit())
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -308,10 +311,10 @@ def curves(runs: Sequence[Run]) -> list[Markup]:
                 title = f"{title}, weight {getattr(run.config, weight):g}"
         else:
             key = next(iter(keys))
-            lines = [Line(run.path.name, run.curve(key, scale), i) for i, run in enumerate(runs)]
+            lines = [Line(run.name, run.curve(key, scale), i) for i, run in enumerate(runs)]
         charts.append((title, lines, percent))
     places = enumerate(runs)
-    names = [""] if len(runs) == 1 else [run.path.name for run in runs]
+    names = [""] if len(runs) == 1 else [run.name for run in runs]
     balance = [Line(names[i], run.classes(), i) for i, run in places]
     charts.append(("Class balance: effective number of classes", balance, False))
     made = []
@@ -490,7 +493,8 @@ def commands(run: Run) -> list[tuple[str, str]]:
         else:
             found.append(("Go on where it stopped", f"train --resume {folder}"))
     if (run.path / "student.safetensors").exists():
-        data = {"mnist": "mnist", "hintonnet": "mnist"}.get(config.preset, config.preset)
+        # Those MNIST images come with a package.
+        data = "mnist-5k" if config.preset in ("mnist", "hintonnet") else config.preset
         if data != "custom":
             weights = shlex.quote(str(run.path / "student.safetensors"))
             found.append(("Evaluate the student", f"evaluate {weights} --data {data}"))
@@ -534,7 +538,7 @@ def page_of_run(run: Run) -> dict[str, Any]:
     ]
     pictures = [grid(path, _step_of(path)) for path in spread(run.grids(), GRIDS)]
     return {
-        "title": run.path.name,
+        "title": run.name,
         "kind": recipe,
         "verdict": verdict(run),
         "cards": cards(run),
@@ -547,7 +551,7 @@ def page_of_run(run: Run) -> dict[str, Any]:
 
 def page_of_runs(runs: Sequence[Run]) -> dict[str, Any]:
     """What the template shows of several runs."""
-    names = [run.path.name for run in runs]
+    names = [run.name for run in runs]
     figures = [
         (label, *(figure_of(key, run.summary.get(key)) for run in runs))
         for key, label in SUMMARY.items()
@@ -560,14 +564,14 @@ def page_of_runs(runs: Sequence[Run]) -> dict[str, Any]:
     many = "setting differs" if len(differing) == 1 else "settings differ"
     words = f"{len(runs)} runs, {len(differing)} {many}."
     if best.accuracy is not None:
-        words += f" The most accurate student is that of {best.path.name}: {share(best.accuracy)}."
-    pictures = [grid(paths[-1], f"{run.path.name}, {_step_of(paths[-1])}")
+        words += f" The most accurate student is that of {best.name}: {share(best.accuracy)}."
+    pictures = [grid(paths[-1], f"{run.name}, {_step_of(paths[-1])}")
                 for run in runs if (paths := run.grids())]  # fmt: skip
     return {
         "title": " · ".join(names) if len(names) <= 3 else f"{len(names)} runs",
         "kind": "comparison of runs",
         "verdict": words,
-        "cards": [(run.path.name, *_in_short(run)) for run in runs],
+        "cards": [(run.name, *_in_short(run)) for run in runs],
         "charts": curves(runs),
         "grids": [picture for picture in pictures if picture],
         "tables": [
@@ -621,7 +625,11 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: as `write_report`.
     """
-    write_text(out, render(page_of_runs([Run.read(path) for path in paths])))
+    runs = [Run.read(path) for path in paths]
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.path)
+    write_text(out, render(page_of_runs(runs)))
     return out
 
 

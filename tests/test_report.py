@@ -101,7 +101,7 @@ def test_the_figures_of_a_run_are_in_its_report(make_run):
     (path / "student.safetensors").touch()
     text = words(report.render(report.page_of_run(report.Run.read(path))))
     assert f"python -m dafl_fast.train --resume {path} --max-seconds 240" in text
-    assert f"python -m dafl_fast.evaluate {path}/student.safetensors --data mnist" in text
+    assert f"python -m dafl_fast.evaluate {path}/student.safetensors --data mnist-5k" in text
     assert f"python -m dafl_fast.export {path} --format onnx" in text
 
 
@@ -216,6 +216,14 @@ def test_runs_side_by_side(make_run, tmp_path, monkeypatch, capsys):
     assert len(re.findall('<path class="line c0 ', page)) == len(
         re.findall('<path class="line c1 ', page)
     )
+
+
+def test_runs_of_one_name_are_told_apart(make_run, tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+    paths = [make_run("a/dafl-0"), make_run("b/dafl-0")]
+    text = words(report.write_comparison(paths, tmp_path / "c.html").read_text())
+    assert f"One-hot loss {paths[0]} 0.3 {paths[1]} 0.3" in text
 
 
 def test_mistakes_get_one_sentence(make_run, tmp_path, monkeypatch, capsys):
