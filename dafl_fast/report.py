@@ -268,6 +268,8 @@ def bars(title: str, counts: Sequence[int]) -> Markup:
         f'<path class="line dashed" d="M{LEFT} {even:.1f}H{WIDTH - RIGHT}"/>',
         f'<text class="y" x="{LEFT - 5}" y="{even:.1f}">{number(total / len(counts))}</text>',
     ]
+    if len(counts) > 20:  # no room for a number above each bar
+        parts.append(f'<text class="y" x="{LEFT - 5}" y="{base - top * tall:.1f}">{top}</text>')
     if len(counts) > 100:
         label = f"classes, the most frequent first ({present:,} of {len(counts):,})"
         middle = (LEFT + WIDTH - RIGHT) / 2
