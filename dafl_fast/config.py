@@ -154,6 +154,8 @@ class Config:
     """Seconds of training between checkpoints."""
     log_every: int = 20
     """Steps between two looks at the losses; the device is never waited for in between."""
+    tensorboard: bool = False
+    """Write metrics and grids of images for TensorBoard too, into the run's folder."""
     stall_seconds: float = 120.0
     """Say which step the run stands at when nothing has moved for so long (0: never)."""
 

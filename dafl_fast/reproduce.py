@@ -32,7 +32,7 @@ from .engine.teacher import FrozenTeacher
 from .errors import TrainingStopped, UserError, command, require
 from .losses import distill_loss
 from .networks import load_network
-from .report import save_comparison
+from .pictures import save_comparison
 
 LOSSES = ("one_hot", "entropy", "activation")
 

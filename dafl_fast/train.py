@@ -87,8 +87,9 @@ class Progress:
         self.accuracy = ""
 
     def __call__(self, row: dict[str, Any]) -> None:
-        if "accuracy" in row:
-            self.accuracy = f" · accuracy {row['accuracy']:.2%}"
+        if "class_counts" in row:  # an evaluation
+            if "accuracy" in row:
+                self.accuracy = f" · accuracy {row['accuracy']:.2%}"
             return
         text = (
             f"step {row['step']} · {row['steps_per_second']:.1f} steps/s · "
@@ -116,6 +117,9 @@ def describe(summary: dict[str, Any]) -> str:
         f"student of {summary['student_parameters']:,} parameters (teacher "
         f"{summary['teacher_parameters']:,}): {summary['run']}/student.safetensors"
     )
+    page = Path(summary["run"], "report.html")
+    if page.exists():
+        lines.append(f"the run at a glance: {page}")
     if summary["interrupted"]:
         again = f"python -m dafl_fast.train --resume {summary['run']}"
         lines.append(f"interrupted; go on with: {again}")

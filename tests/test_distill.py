@@ -277,6 +277,7 @@ def test_teachers_from_elsewhere_teach(tmp_path, make, hand_over, steps):
         ema_decay=0.98, temperature=4.0, bank_images=20_000, bank_flip=False, bank_crop=0,
         log_every=1, out_dir=tmp_path / "run",
     )  # fmt: skip
-    assert result.history[-1]["entropy"] < -1.5, "the images' classes differ: ln 10 is 2.3"
+    *_, last = (row for row in result.history if "entropy" in row)
+    assert last["entropy"] < -1.5, "the images' classes differ: ln 10 is 2.3"
     assert result.history[0]["agreement"] < 0.5
     assert result.summary["agreement"] > 0.6

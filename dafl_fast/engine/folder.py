@@ -1,7 +1,7 @@
 """The folder of one run: what lies where, and how it is written and read again.
 
 config.yaml  metrics.jsonl  summary.json  environment.json  checkpoint.pt  bank/*.safetensors
-student.safetensors  samples/*.png
+student.safetensors  samples/*.png  report.html  tensorboard/
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from .step import Step
 RESUMABLE = (
     "steps", "max_seconds", "resume", "device", "eval", "data_dir", "download", "eval_every",
     "save_every", "log_every", "stall_seconds", "cuda_graph", "compile", "teacher",
-    "teacher_weights", "out_dir",
+    "teacher_weights", "out_dir", "tensorboard",
 )  # fmt: skip
 
 
 # Names of our own, the only ones that are ever removed: of temporaries (see `write_atomically`),
-_LEFTOVER = re.compile(r"\.[\w-]+\.(pt|yaml|jsonl?|safetensors|png)\.\w{8}")
+_LEFTOVER = re.compile(r"\.[\w-]+\.(pt|yaml|jsonl?|safetensors|png|html)\.\w{8}")
 # and of files with entries of the replay bank.
 _SHARD = re.compile(r"\d{9,}-\d{9,}\.safetensors")
 
@@ -89,6 +89,10 @@ class RunFolder:
         folder.write_config(config)
         folder.write_json("environment.json", environment())
         return path
+
+    def samples(self, step: int) -> Path:
+        """The grid of images generated at `step`."""
+        return self.path / "samples" / f"step-{step:07d}.png"
 
     def write_config(self, config: Config) -> None:
         """Writes config.yaml, from which a run can be resumed."""

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from .. import __version__
 from ..config import PRESETS, Config, make_config
 from ..data import eval_set
-from ..errors import TrainingStopped, UserError
+from ..errors import TrainingStopped, UserError, require
 from ..models import NETWORKS, Generator
 from ..models.winograd import accelerate
 from ..networks import load_network
-from ..report import save_samples
+from ..pictures import save_samples
 from .checkpoint import save_weights
 from .distributed import World, is_lost_contact
 from .evaluation import accuracy_on
@@ -36,6 +36,7 @@ from .folder import RunFolder, check_resumed
 from .graph import make_ready, why_not
 from .step import AUTOCAST, STATISTICS, Step
 from .teacher import FrozenTeacher, logits_of
+from .tensorboard import TensorBoard
 from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,8 @@ def _run(
 ) -> Result:
     if config.steps is None and config.max_seconds is None:
         raise UserError("--steps or --max-seconds must say when to stop")
+    if config.tensorboard:
+        require("tensorboard", "--tensorboard")
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
@@ -161,6 +164,7 @@ def _run(
     classes = [type(module) for module in student.modules()]
     why_not(config, device, world)
     networks = {student}
+    board = None
     try:
         step = prepare(config, teacher, student, device, precision, generator, world)
         networks.add(step.result)
@@ -169,8 +173,13 @@ def _run(
             path = RunFolder.create(config)
         folder = RunFolder(Path(world.decide_text(str(path))))
         loop = _Loop(config, step, folder, teacher, held_out, callbacks)
+        if config.tensorboard and world.first:
+            board = TensorBoard(folder, step)
+            loop.callbacks.append(board)
         summary = loop.run()
     finally:
+        if board is not None:
+            board.close()
         for network in networks:
             for module, given in zip(network.modules(), classes, strict=True):
                 module.__class__ = given
@@ -434,7 +443,7 @@ class _Loop:
     ) -> None:
         self.config, self.step, self.folder, self.teacher = config, step, folder, teacher
         self.world = step.world
-        self.held_out, self.callbacks = held_out, callbacks
+        self.held_out, self.callbacks = held_out, [*callbacks]
         self.history: list[dict[str, Any]] = []
         self.wall_start = time.perf_counter()
         self.teacher_hash = step.teacher.fingerprint()
@@ -474,6 +483,17 @@ class _Loop:
             ) from error
         finally:
             self.folder.close()
+            if self.world.first and self.folder.metrics.exists():
+                self._report()
+
+    def _report(self) -> None:
+        """Writes report.html, of runs that were stopped too; a run never fails for its report."""
+        try:
+            from ..report import write_report  # needs packages that training does not
+
+            write_report(self.folder.path)
+        except Exception as error:
+            log.warning("no report of the run could be made: %s", error)
 
     def _train(self) -> bool:
         """Steps until the run is over; whether it was a signal that ended it."""
@@ -608,22 +628,25 @@ class _Loop:
         self.saved_at = self.clock.seconds
 
     def _evaluate(self) -> float | None:
-        """Accuracy of the student that would be saved now, and a grid of the newest images."""
+        """Accuracy of the student that would be saved now, if there are images to measure it on;
+        what the newest generated images are like, with a grid of them."""
         step = self.step
         self.watchdog.beat(f"evaluating after step {step.steps}")
         with self.clock.paused("evaluation"):
             images, logits = (tensor.clone() for tensor in step.newest)
-            path = self.folder.path / "samples" / f"step-{step.steps:07d}.png"
+            path = self.folder.samples(step.steps)
             self.folder.later(lambda: save_samples(path, images, logits), step.device)
-            if self.held_out is None:
-                return None
-            student, _ = accuracy_on(step.result, self.held_out)
+            student = None
+            if self.held_out is not None:
+                student, _ = accuracy_on(step.result, self.held_out)
             agreement = step.agreement(images, logits)
+            counts = logits.argmax(1).bincount(minlength=step.num_classes).tolist()
         row = {
             "step": step.steps,
             "train_seconds": round(self.clock.seconds, 3),
-            "accuracy": student,
+            **({"accuracy": student} if student is not None else {}),
             "agreement_fresh": agreement,
+            "class_counts": counts,
         }
         self._write_row(row)
         return student

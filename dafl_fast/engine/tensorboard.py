@@ -1,0 +1,46 @@
+"""The metrics of a run as TensorBoard events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .folder import RunFolder
+from .step import Step
+
+
+class TensorBoard:
+    """A callback that writes each row's numbers, and each grid of images, to RUN/tensorboard.
+
+    Args:
+        folder: of the run.
+        step: as restored; events of later steps, from before the run was resumed, are purged.
+    """
+
+    def __init__(self, folder: RunFolder, step: Step) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder, self._device = folder, step.device
+        self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
+            str(folder.path / "tensorboard"), purge_step=step.steps + 1
+        )
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        step = row["step"]
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._writer.add_scalar(name, value, step)
+        if "class_counts" in row:
+            # The writing thread has the grid in its queue already.
+            self._folder.later(lambda: self._add_grid(step), self._device)
+
+    def _add_grid(self, step: int) -> None:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(self._folder.samples(step)) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        self._writer.add_image("generated", pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()
