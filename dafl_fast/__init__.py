@@ -26,6 +26,7 @@ from .losses import (
     distill_loss,
     generator_loss,
 )
+from .networks import bundled_teacher, load_network
 
 __all__ = [
     "Config",
@@ -37,9 +38,11 @@ __all__ = [
     "Result",
     "__version__",
     "build_info",
+    "bundled_teacher",
     "dafl_losses",
     "distill",
     "distill_loss",
     "generator_loss",
+    "load_network",
     "make_config",
 ]

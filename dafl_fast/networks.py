@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib.resources import files
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import PRESETS
 from .engine.checkpoint import load_tensors
 from .errors import UserError, first_line, require
 from .models import NETWORKS, build
@@ -78,6 +80,15 @@ def load_network(
             "torchvision:NAME, package.module:callable, or a file saved by torch.export.save"
         )
     return network if weights is None else load_weights(network, weights, role)
+
+
+def bundled_teacher() -> nn.Module:
+    """LeNet-5, trained on 55,000 of MNIST's images with `python -m dafl_fast.train_teacher`.
+
+    It takes images [N, 1, 32, 32], normalised with `dafl_fast.data.FORMATS["mnist"]`.
+    """
+    name = PRESETS["mnist"].bundled_teacher
+    return load_network("LeNet5", str(files("dafl_fast") / "assets" / str(name)), role="teacher")
 
 
 def _from_file(path: Path, weights: str | Path | None, role: str) -> nn.Module:

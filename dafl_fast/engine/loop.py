@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import logging
 import math
@@ -300,13 +301,13 @@ def freeze(teacher: nn.Module, config: Config, images: Tensor) -> FrozenTeacher:
     frozen = FrozenTeacher(teacher, config.feature_layer, watch=config.bn_statistics != 0)
     if not frozen.folded:
         return frozen
-    unfolded = FrozenTeacher(teacher, config.feature_layer, fold=False)
+    unfolded = copy.deepcopy(teacher).eval()
     images = images.to(next(teacher.parameters(), images).device)
     with contextlib.suppress(RuntimeError):  # the check will say more of images that do not fit
-        expected, got = unfolded.network(images), frozen.network(images)
+        expected, got = unfolded(images), frozen.network(images)
         if not torch.allclose(got, expected, 1e-3, 1e-3 * expected.abs().max().item(), True):
             log.warning("the teacher's BatchNorm is not folded: it would answer differently")
-            return unfolded
+            return FrozenTeacher(teacher, config.feature_layer, fold=False)
     return frozen
 
 
