@@ -30,8 +30,10 @@ def test_time_to_accuracy(benchmark, capsys, tmp_path):
     def watch(row):
         if "accuracy" in row:
             curve.append((row["train_seconds"], 100 * row["accuracy"]))
-            if curve[-1][1] >= GOALS[-1]:
-                signal.raise_signal(signal.SIGINT)  # ends the run after this step
+            # Ends the run after this step, whose evaluation comes once more; a second signal would
+            # end the process.
+            if sum(percent >= GOALS[-1] for _, percent in curve) == 1:
+                signal.raise_signal(signal.SIGINT)
 
     summary = benchmark.pedantic(lambda: train(config, watch), rounds=1)
     reached = {

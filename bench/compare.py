@@ -1,8 +1,8 @@
 """Whether a benchmark has become slower: python bench/compare.py OLD NEW [--threshold 0.10].
 
 On one machine our times are compared. On different ones it is our time in units of eager PyTorch's,
-which had its turns in the same run. The exit status is 1 if one grew by more than the threshold,
-and 2 if the files cannot be compared.
+which had its turns in the same run. The exit status is 1 if one grew by more than the threshold
+or has gone, and 2 if the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dafl_fast.errors import UserError, command  # noqa: E402
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], threshold: float) -> tuple[str, bool]:
-    """A table of all benchmarks in either file, and whether one is slower beyond the threshold."""
+    """A table of all benchmarks in either file, and whether one is gone or too slow."""
     same = machine(old) == machine(new)
     befores, afters = rows(old), rows(new)
     if not befores.keys() & afters.keys():
@@ -46,7 +46,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float) -> tuple
         before = value(befores[name]) if name in befores else None
         after = value(afters[name]) if name in afters else None
         if name not in afters:
-            verdict = "missing"
+            verdict, failed = "MISSING", True
         elif name not in befores:
             verdict = "new"
         elif before is None:

@@ -270,7 +270,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         there = [
             teacher.classes or classes,
             teacher.channels or channels,
-            GREY_SIZES.get(teacher.name) or size,
+            GREY_SIZES.get(teacher.name) or teacher.image_size or size,
         ]
         if there == here:
             network = teacher.built("teacher", *here)

@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 from . import data
 from .config import Config, make_config
 from .engine.checkpoint import save_weights, write_atomically, write_text
-from .engine.folder import environment, load_student, read_config, read_summary
+from .engine.folder import RESUMABLE, environment, load_student, read_config, read_summary
 from .engine.loop import Result
 from .engine.teacher import logits_of
 from .errors import UserError, command, first_line, require
@@ -40,9 +40,8 @@ ROUNDING = 1e-4
 # Settings that say where a run took place and how it was watched, which is nobody else's business,
 # or that the card states by themselves.
 _NOT_LISTED = {
-    "preset", "recipe", "out_dir", "resume", "device", "teacher", "teacher_weights", "student",
-    "student_weights", "num_classes", "image_shape", "mean", "std", "eval", "data_dir", "download",
-    "eval_every", "save_every", "log_every", "stall_seconds", "cuda_graph", "compile",
+    *RESUMABLE, "preset", "recipe", "student", "student_weights", "num_classes", "image_shape",
+    "mean", "std",
 }  # fmt: skip
 
 
@@ -115,6 +114,8 @@ def export_student(
     num_classes = logits_of(student, example, "student").shape[1]
     write, load = _FORMATS[format](student, example)
     check: dict[str, Any] = {}
+    if run is not None:
+        read_summary(run)  # the card needs it: say so before there is a file without a card
 
     def write_and_check(temporary: Path) -> None:
         write(temporary)
@@ -328,11 +329,10 @@ def _class_names(classes: tuple[str, ...], num_classes: int) -> str:
 
 def _origin(config: Config, summary: dict[str, Any]) -> list[str]:
     usual = asdict(make_config(config.preset, config.recipe))
-    length = {"steps", "max_seconds"}
     changed = {
         name: value
         for name, value in asdict(config).items()
-        if name not in _NOT_LISTED | length and value != usual[name]
+        if name not in _NOT_LISTED and value != usual[name]
     }
     teacher = Path(summary.get("teacher", str(config.teacher))).name  # it may be a file
     settings = ", ".join(f"{name} {value}" for name, value in changed.items())

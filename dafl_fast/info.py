@@ -19,7 +19,7 @@ from .engine.loop import pick_device, pick_precision
 from .errors import command
 
 # Extras for those who work on dafl_fast itself.
-_DEVELOPMENT = ("lint", "dev")
+_DEVELOPMENT = ("test", "lint", "dev")
 
 
 @dataclass(frozen=True)

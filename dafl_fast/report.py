@@ -26,7 +26,7 @@ from markupsafe import Markup
 
 from .config import Config, make_config
 from .engine.checkpoint import write_text
-from .engine.folder import read_config
+from .engine.folder import read_config, read_summary
 from .errors import UserError, command
 
 GRIDS = 8  # grids of images in a report of one run,
@@ -41,7 +41,7 @@ CURVES: tuple[tuple[str, dict[str, str], str | None, bool], ...] = (
     ("Accuracy on held-out images", {"accuracy": "student"}, None, True),
     (
         "Agreement with the teacher",
-        {"agreement": "images it learns from", "agreement_fresh": "newest images"},
+        {"agreement": "images it learns from", "agreement_newest": "newest images"},
         None,
         True,
     ),
@@ -83,13 +83,11 @@ class Run:
         Raises:
             UserError: there is none, or it has no metrics yet.
         """
-        if not (path / "config.yaml").is_file():
-            raise UserError(f"{path} is not the folder of a run (it has no config.yaml)")
         config = Config(**read_config(path))
         rows = [*_rows(path / "metrics.jsonl")]
         if not rows:
             raise UserError(f"the run in {path} has no metrics yet: nothing to report")
-        summary = _json(path / "summary.json")
+        summary = read_summary(path)
         # A run that was resumed and then killed still has the summary of its first part.
         if summary.get("steps", -1) < rows[-1]["step"]:
             summary = {}
@@ -322,7 +320,7 @@ def curves(runs: Sequence[Run]) -> list[Markup]:
     made = []
     for title, lines, percent in charts:
         lines = [line for line in lines if line.points]
-        # A loss that is off is zero throughout.
+        # The BatchNorm and the adversarial loss are zero throughout when they are off.
         if any(y for line in lines if not line.level for _, y in line.points):
             made.append(chart(title, lines, percent))
     if len(runs) == 1 and (counts := runs[0].last("class_counts")):
@@ -413,7 +411,9 @@ def verdict(run: Run) -> str:
     """In one or two sentences, how far the student is."""
     summary, accuracy = run.summary, run.accuracy
     parts = []
-    if not summary:
+    if not summary and (reason := run.rows[-1].get("stopped")):
+        parts.append(f"Stopped at step {run.rows[-1]['step']:,}: {reason}.")
+    elif not summary:
         parts.append(f"Not finished: this is how it stood at step {run.rows[-1]['step']:,}.")
     elif summary["interrupted"]:
         parts.append(f"Interrupted after step {summary['steps']:,}.")
@@ -485,21 +485,21 @@ def commands(run: Run) -> list[tuple[str, str]]:
     """How to go on: what for, and the command."""
     folder, config = shlex.quote(str(run.path)), run.config
     found = []
-    if (run.path / "checkpoint.pt").exists():
+    # The networks of `distill` have no names: its runs go on in Python only.
+    if (run.path / "checkpoint.pt").exists() and config.teacher and config.student:
         if run.summary and not run.summary["interrupted"]:
             length = (
                 f"--steps {2 * config.steps}" if config.steps is not None
                 else f"--max-seconds {2 * (config.max_seconds or 60):g}"
             )  # fmt: skip
             found.append(("Train on, to twice the length", f"train --resume {folder} {length}"))
-        else:
+        elif "stopped" not in run.rows[-1]:
             found.append(("Go on where it stopped", f"train --resume {folder}"))
-    if (run.path / "student.safetensors").exists():
+    if (run.path / "student.safetensors").exists() and config.student:
         # Those MNIST images come with a package.
         data = "mnist-5k" if config.preset in ("mnist", "hintonnet") else config.preset
         if data != "custom":
-            weights = shlex.quote(str(run.path / "student.safetensors"))
-            found.append(("Evaluate the student", f"evaluate {weights} --data {data}"))
+            found.append(("Evaluate the student", f"evaluate {folder} --data {data}"))
         found.append(("Export the student", f"export {folder} --format onnx"))
     found.append(("Write this page again", f"report {folder}"))
     lines = [(what, f"python -m dafl_fast.{line}") for what, line in found]

@@ -12,7 +12,7 @@ from typing import Any
 from .config import Config, make_config
 from .engine.folder import check_resumed, read_config
 from .engine.loop import train
-from .errors import command
+from .errors import UserError, command
 
 _EPILOG = "The preset, when given, comes first: python -m dafl_fast.train mnist --recipe paper"
 
@@ -47,7 +47,10 @@ def _cli(tyro: Any, defaults: Config, arguments: list[str]) -> Config:
 def _resumed(path: Path, arguments: list[str]) -> Config:
     import tyro
 
-    before = Config(**read_config(path), resume=path)
+    try:
+        before = Config(**read_config(path), resume=path)
+    except UserError as error:
+        raise UserError(f"--resume: {error}") from error
     if _value_of(arguments, "--steps") or _value_of(arguments, "--max-seconds"):
         before = dataclasses.replace(before, steps=None, max_seconds=None)
     config = _cli(tyro, before, arguments)

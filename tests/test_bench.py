@@ -204,9 +204,9 @@ def test_on_different_machines_the_ratio_to_eager_counts(call, file, capsys, eag
 def test_missing_and_new_benchmarks_are_named(call, file, capsys):
     old = file("old", results(losses(), step(64)))
     new = file("new", results(losses(), step(512)))
-    assert call(compare, old, new) == 0
+    assert call(compare, old, new) == 1
     verdicts = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()}
-    assert verdicts["test_step[mnist-64]"] == "missing"
+    assert verdicts["test_step[mnist-64]"] == "MISSING"
     assert verdicts["test_step[mnist]"] == "new"
 
 

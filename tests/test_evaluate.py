@@ -214,7 +214,7 @@ def test_programs_that_do_not_fit_are_one_sentence(monkeypatch, capsys, tmp_path
         ([str(tmp_path / "lenet.pt"), *as_mnist], "the model does not take images of shape [2, 1,"),
         ([str(tmp_path / "images.pt"), *as_mnist], "the model must return logits [N, C], got [2, "),
         ([resnet, *as_mnist, "--teacher", str(tmp_path / "lenet.pt")], "the teacher does not take"),
-        ([str(tmp_path)], "there is no run in that folder"),
+        ([str(tmp_path)], "there is no run in"),
     ):
         code, printed, error = run(monkeypatch, capsys, *arguments)
         assert (code, printed) == (2, "")

@@ -235,7 +235,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(run, monkeypatch, capsys,
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.yaml").write_text((run / "config.yaml").read_text())
     for arguments, sentence in (
-        ([str(tmp_path)], "there is no run in that folder"),
+        ([str(tmp_path)], "there is no run in"),
         ([str(tmp_path / "begun")], "has left no student yet; go on with it: python -m dafl"),
     ):
         code, printed, error = main(monkeypatch, capsys, *arguments)

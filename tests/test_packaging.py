@@ -199,9 +199,10 @@ setup.main()
     with tarfile.open(tmp_path / f"dafl_fast-{dafl_fast.__version__}.tar.gz") as archive:
         shipped = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "dafl_fast/py.typed"}
-    for folder in ("csrc", "dafl_fast/assets", "tests", "bench"):
+    for folder in ("csrc", "dafl_fast/assets", "tests", "bench", "docs"):
         files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
-        wanted |= {str(p.relative_to(ROOT)) for p in files if "__pycache__" not in p.parts}
+        made = {"__pycache__", "out"}  # by Python and by `make bench`
+        wanted |= {str(p.relative_to(ROOT)) for p in files if not made & {*p.parts}}
     assert wanted - shipped == set()
     assert not [name for name in shipped if name.endswith((".so", ".pyc"))]
 

@@ -57,7 +57,7 @@ def make_run(tmp_path):
                 "steps_per_second": 6.7, "images_per_second": 22000.0 + step, "done": step / 60,
             })  # fmt: skip
         folder.append_metrics({
-            "step": 60, "train_seconds": 9.1, "accuracy": 0.9753, "agreement_fresh": 0.8359375,
+            "step": 60, "train_seconds": 9.1, "accuracy": 0.9753, "agreement_newest": 0.8359375,
             "class_counts": [31, *[25] * 8, 0][:classes] + [0] * (classes - 10),
         })  # fmt: skip
         for step in range(samples):
@@ -230,9 +230,9 @@ def test_mistakes_get_one_sentence(make_run, tmp_path, monkeypatch, capsys):
     empty = RunFolder.create(make_config("mnist", out_dir=tmp_path / "empty"))
     for arguments, message in (
         ([], "name the folder of a run"),
-        ([str(tmp_path)], f"{tmp_path} is not the folder of a run (it has no config.yaml)"),
+        ([str(tmp_path)], f"there is no run in {tmp_path} (no config.yaml)"),
         ([str(empty)], f"the run in {empty} has no metrics yet: nothing to report"),
-        ([str(make_run()), str(tmp_path / "no")], "no is not the folder of a run"),
+        ([str(make_run()), str(tmp_path / "no")], "no (no config.yaml)"),
     ):
         monkeypatch.setattr(sys, "argv", ["report", *arguments])
         assert report.main() == 2
@@ -266,7 +266,7 @@ def test_a_run_reports_itself_and_writes_for_tensorboard(tmp_path):
     assert [row["step"] for row in evaluated] == [2, 4, 4, 6, 8, 8]
     assert all(sum(row["class_counts"]) == 16 for row in evaluated)
     read = events(path)
-    for name in ("generator_loss", "distill_loss", "images_per_second", "agreement_fresh"):
+    for name in ("generator_loss", "distill_loss", "images_per_second", "agreement_newest"):
         expected = [(row["step"], pytest.approx(row[name])) for row in rows if name in row]
         assert [(x.step, x.value) for x in read.Scalars(name)] == expected
     pictures = read.Images("generated")

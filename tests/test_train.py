@@ -465,7 +465,7 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> str:
         (["mnist", "--temperature", "0"], "--temperature must be positive, got 0"),
         (["mnist", "--log-base", "1"], "--log-base must be greater than 1"),
         (["mnist", "--bank-images", "3"], "--bank-images must be at least the batch size"),
-        (["mnist", "--resume", "nowhere"], "nowhere: there is no run in that folder"),
+        (["mnist", "--resume", "nowhere"], "--resume: there is no run in nowhere"),
         (["mnist", "--eval", "mnist", "--data-dir", "nowhere"], "MNIST was not found in nowhere"),
     ],
 )

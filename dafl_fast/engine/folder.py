@@ -42,7 +42,7 @@ RESUMABLE = (
 
 
 # Names of our own, the only ones that are ever removed: of temporaries (see `write_atomically`),
-_LEFTOVER = re.compile(r"\.[\w-]+\.(pt|yaml|jsonl?|safetensors|png|html)\.\w{8}")
+_LEFTOVER = re.compile(r"\.[\w-]+\.(pt2?|yaml|jsonl?|safetensors|png|onnx|html)(\.md)?\.\w{8}")
 # and of files with entries of the replay bank.
 _SHARD = re.compile(r"\d{9,}-\d{9,}\.safetensors")
 
@@ -248,7 +248,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     file = path / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{path}: there is no run in that folder (no config.yaml)")
+        raise UserError(f"there is no run in {path} (no config.yaml)")
     try:
         values = yaml.safe_load(file.read_text())
         known = {field.name for field in dataclasses.fields(Config)}

@@ -91,8 +91,8 @@ def distill(
         image_shape: C, H and W; H = W, a multiple of 4.
         num_classes: checked against the teacher's outputs when given.
         generator: from noise [N, latent_dim] to images; the published one, with as many stages as
-            the image size asks for, when not given. It needs a method `reset` to be drawn anew, if
-            the recipe does that.
+            the image size asks for, when not given. One with a method `reset`, which draws its
+            parameters anew, is restarted as the recipe says; others are kept for the whole run.
         feature_layer: name of the teacher's layer whose input is the feature vector of the
             activation loss; its last linear layer when not given.
         recipe: "fast", "published" or "paper"; see docs/recipes.md.
@@ -108,6 +108,8 @@ def distill(
         TrainingStopped: the generator collapsed, a loss is not finite, or another process is gone;
             the run's last good checkpoint is kept.
     """
+    if generator is not None and not hasattr(generator, "reset"):
+        settings.setdefault("generator_restart_every", 0)
     config = make_config(
         preset,
         recipe,
@@ -474,6 +476,11 @@ class _Loop:
             with self._stop_on_signals(), self.watchdog:
                 interrupted = self._train()
                 return self._finish(interrupted)
+        except TrainingStopped as error:
+            if self.world.first:  # for the report
+                now = {"step": self.step.steps, "train_seconds": round(self.clock.seconds, 3)}
+                self.folder.append_metrics({**now, "stopped": str(error)})
+            raise
         except RuntimeError as error:
             if self.world.size == 1 or not is_lost_contact(error):
                 raise
@@ -646,7 +653,7 @@ class _Loop:
             "step": step.steps,
             "train_seconds": round(self.clock.seconds, 3),
             **({"accuracy": student} if student is not None else {}),
-            "agreement_fresh": agreement,
+            "agreement_newest": agreement,
             "class_counts": counts,
         }
         self._write_row(row)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
+from ..errors import first_line
 from .folder import RunFolder
 from .step import Step
+
+log = logging.getLogger(__name__)
 
 
 class TensorBoard:
@@ -19,19 +24,22 @@ class TensorBoard:
     def __init__(self, folder: RunFolder, step: Step) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder, self._device = folder, step.device
+        self._folder, self._device, self._broken = folder, step.device, False
         self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
             str(folder.path / "tensorboard"), purge_step=step.steps + 1
         )
 
     def __call__(self, row: dict[str, Any]) -> None:
         step = row["step"]
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._writer.add_scalar(name, value, step)
+        self._write(lambda: self._add_scalars(row))
         if "class_counts" in row:
             # The writing thread has the grid in its queue already.
-            self._folder.later(lambda: self._add_grid(step), self._device)
+            self._folder.later(lambda: self._write(lambda: self._add_grid(step)), self._device)
+
+    def _add_scalars(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._writer.add_scalar(name, value, row["step"])
 
     def _add_grid(self, step: int) -> None:
         import numpy as np
@@ -41,6 +49,16 @@ class TensorBoard:
             pixels = np.asarray(picture.convert("RGB"))
         self._writer.add_image("generated", pixels, step, dataformats="HWC")
 
+    def _write(self, write: Callable[[], object]) -> None:
+        """A run never fails for its curves."""
+        if self._broken:
+            return
+        try:
+            write()
+        except Exception as error:  # a full disk, a picture that is gone
+            self._broken = True
+            log.warning("no more TensorBoard events are written: %s", first_line(error))
+
     def close(self) -> None:
         """Writes what is left."""
-        self._writer.close()
+        self._write(self._writer.close)
