@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,6 +141,26 @@ def test_a_teacher_without_batch_norm_goes_without_its_loss(tmp_path, caplog):
     result = distill(teacher, Residual(), **settings(tmp_path))
     assert "the teacher has no BatchNorm layers: the BatchNorm loss is off" in caplog.text
     assert {row["bn_statistics"] for row in result.history if "bn_statistics" in row} == {0.0}
+
+
+@pytest.mark.parametrize("classes", [2, 21_843])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_few_and_many_classes(tmp_path, classes, channels):
+    def network():
+        return nn.Sequential(nn.Flatten(), nn.Linear(channels * 64, classes))
+
+    student = network()
+    before = student[1].weight.clone()
+    shape = (channels, 8, 8)
+    result = distill(
+        network(), student, num_classes=classes, **settings(tmp_path, image_shape=shape)
+    )
+    assert result.summary["num_classes"] == classes
+    assert not torch.equal(student[1].weight, before)
+    first = result.history[0]
+    # Linear teachers of such images are of many minds: p̄ is nearly uniform, and no row is sure.
+    assert -math.log(classes) < first["entropy"] < -0.9 * math.log(classes)
+    assert 0 < first["one_hot"] < math.log(classes)
 
 
 class OwnGenerator(nn.Module):
