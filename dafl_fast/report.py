@@ -26,7 +26,7 @@ from markupsafe import Markup
 
 from .config import Config, make_config
 from .engine.checkpoint import write_text
-from .engine.folder import read_config, read_summary
+from .engine.folder import read_config
 from .errors import UserError, command
 
 GRIDS = 8  # grids of images in a report of one run,
@@ -87,7 +87,7 @@ class Run:
         rows = [*_rows(path / "metrics.jsonl")]
         if not rows:
             raise UserError(f"the run in {path} has no metrics yet: nothing to report")
-        summary = read_summary(path)
+        summary = _json(path / "summary.json")
         # A run that was resumed and then killed still has the summary of its first part.
         if summary.get("steps", -1) < rows[-1]["step"]:
             summary = {}

@@ -101,7 +101,7 @@ def test_the_figures_of_a_run_are_in_its_report(make_run):
     (path / "student.safetensors").touch()
     text = words(report.render(report.page_of_run(report.Run.read(path))))
     assert f"python -m dafl_fast.train --resume {path} --max-seconds 240" in text
-    assert f"python -m dafl_fast.evaluate {path}/student.safetensors --data mnist-5k" in text
+    assert f"python -m dafl_fast.evaluate {path} --data mnist-5k" in text
     assert f"python -m dafl_fast.export {path} --format onnx" in text
 
 
@@ -165,6 +165,15 @@ def test_runs_without_an_end(make_run):
     assert "50.00" not in words(report.write_report(path).read_text())
     path = make_run("stopped", summary={**SUMMARY, "interrupted": True})
     assert "Interrupted after step 60." in words(report.write_report(path).read_text())
+    path = make_run("collapsed", summary=None)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"step": 70, "train_seconds": 11.0, "stopped": "the generator has collapsed"}\n'
+        )
+    (path / "checkpoint.pt").touch()
+    text = words(report.write_report(path).read_text())
+    assert "Stopped at step 70: the generator has collapsed." in text
+    assert "--resume" not in text
     path = make_run(
         "blind", summary={**SUMMARY, "student_accuracy": None, "teacher_accuracy": None}
     )
