@@ -110,8 +110,8 @@ def test_a_table_is_run_once(tmp_path, digits, runs):
     assert results["teacher-0"]["train_seconds"] == 221.1
     # What only resuming needs is gone.
     assert {path.name for path in (out / "runs" / "dafl-0").iterdir()} == {
-        "config.yaml", "environment.json", "metrics.jsonl", "samples", "student.safetensors",
-        "summary.json",
+        "config.yaml", "environment.json", "metrics.jsonl", "report.html", "samples",
+        "student.safetensors", "summary.json",
     }  # fmt: skip
     assert not list((out / "runs").glob("*.checkpoint"))
     assert (out / "mnist.md").read_text() == text
