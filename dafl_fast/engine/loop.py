@@ -52,7 +52,8 @@ class Result:
     """What a run leaves.
 
     Attributes:
-        student: trained, in evaluation mode; the moving average of its weights if there is one.
+        student: the one that was given, trained, in evaluation mode; its weights are their moving
+            average if the recipe keeps one.
         history: the rows of metrics.jsonl that this call added.
         summary: what summary.json holds.
         folder: of the run.
@@ -187,7 +188,8 @@ def _run(
             for module, given in zip(network.modules(), classes, strict=True):
                 module.__class__ = given
     world.leave()
-    return Result(step.result.eval(), loop.history, summary, folder.path)
+    student.load_state_dict(step.result.state_dict())
+    return Result(student.eval(), loop.history, summary, folder.path)
 
 
 def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
