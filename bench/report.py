@@ -134,11 +134,11 @@ def label(row: Row) -> str:
 def duration(value: float | None) -> str:
     if value is None:
         return ""
-    for limit, factor, unit in ((1e-3, 1e6, "µs"), (10.0, 1e3, "ms")):
+    for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms")):
         if value < limit:
             shown = value * factor
             return f"{shown:.{0 if shown >= 10 else 2}f} {unit}"
-    return f"{value:.1f} s"
+    return f"{value:.2f} s"
 
 
 def times(row: Row, role: str) -> str:
