@@ -49,6 +49,7 @@ SHORTER = {
     "train --recipe": "--steps 2 --generator-width 8 --batch-size 16",
     "train": f"--steps 2 {_TINY}",
     "train_teacher": "--max-seconds 0.2 --batch-size 8",
+    "reproduce ablation": "--max-seconds-per-run 0.2 --seeds 0 --only all",
     "reproduce": "--max-seconds-per-run 0.2 --seeds 0 --only dafl",
 }
 # Flags whose value is a data set: stand-ins in the workshop, or images that come with a package.

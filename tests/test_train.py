@@ -263,7 +263,8 @@ def test_kill_nine_at_twenty_random_moments(tmp_path):
     assert_same_student(tmp_path / "whole", out)
     leftovers = {p.name for p in out.iterdir()}
     assert leftovers == {"config.yaml", "metrics.jsonl", "summary.json", "environment.json",
-                         "checkpoint.pt", "bank", "student.safetensors", "samples"}  # fmt: skip
+                         "checkpoint.pt", "bank", "student.safetensors", "samples",
+                         "report.html"}  # fmt: skip
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
