@@ -44,7 +44,7 @@ demo: $(STAMPS)/build ## distil a student from the bundled MNIST teacher, withou
 test: $(STAMPS)/test ## run the tests
 	$(PY) -m pytest $(ARGS)
 
-bench: $(STAMPS)/test ## run the benchmarks (15 minutes); figures, table and plots in bench/out
+bench: $(STAMPS)/test ## run the benchmarks (5 to 15 minutes); figures, table and plots in bench/out
 	@mkdir -p bench/out
 	$(PY) -m pytest bench --benchmark-only --benchmark-json=bench/out/latest.json $(ARGS)
 	$(PY) bench/report.py bench/out/latest.json
