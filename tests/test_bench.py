@@ -121,8 +121,8 @@ def test_readme_table_has_the_rows_there_are_in_its_own_order(tmp_path):
         "| | dafl_fast | plain PyTorch | bf16, channels_last, frozen teacher | with torch.compile "
         "| times as fast as plain |\n"
         "| --- | --: | --: | --: | --: | --: |\n"
-        "| 98 % on MNIST, from the first step | **31.2 s** | | | | |\n"
-        "| MNIST step, LeNet-5, batch 512 | **100 ms** | 1000 ms | 400 ms | 300 ms | 10.0× |\n"
+        "| 98 % on MNIST, from the first step | **31.25 s** | | | | |\n"
+        "| MNIST step, LeNet-5, batch 512 | **100 ms** | 1.00 s | 400 ms | 300 ms | 10.0× |\n"
         "| generator_loss 1024×10, 1 thread | **50 µs** | 500 µs | | 200 µs | 10.0× |\n"
         f"{report.END}\nafter\n"
     )
@@ -147,7 +147,7 @@ def test_full_table_shows_what_was_measured():
         "| generator_loss 1024×10, 1 thread | 50 µs | 500 µs | | 200 µs | 10.0× | 4.0× |" in table
     )
     assert (
-        "| MNIST step, LeNet-5, batch 512 | 100 ms | 1000 ms | 400 ms | 300 ms | 10.0× | 3.0× |"
+        "| MNIST step, LeNet-5, batch 512 | 100 ms | 1.00 s | 400 ms | 300 ms | 10.0× | 3.0× |"
         in table
     )
     assert "| 5,120 |" in table
