@@ -16,9 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from dafl_fast import generator_loss
+from dafl_fast import generator_loss, report
+from dafl_fast.config import make_config
+from dafl_fast.engine import loop
 from dafl_fast.engine.distributed import World
-from dafl_fast.errors import UserError
+from dafl_fast.errors import TrainingStopped, UserError
 
 from .test_step import make_step
 from .test_train import TINY, assert_same_student
@@ -173,8 +175,8 @@ COMMON = ["mnist", "--eval", "none", "--precision", "fp32", "--save-every", "1e-
 def test_torchrun_trains_and_another_number_of_processes_goes_on(tmp_path):
     out = tmp_path / "two"
     process = torchrun(2, *COMMON, "--steps", "6", "--out-dir", str(out))
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
     assert printed.count("steps in") == 1, "one process speaks for all"
     assert json.loads((out / "summary.json").read_text())["processes"] == 2
     again = [sys.executable, "-m", "dafl_fast.train", "--resume", str(out), "--steps", "8"]
@@ -203,14 +205,47 @@ def test_a_killed_worker_ends_the_job_and_the_run_can_be_resumed(tmp_path):
     os.kill(victims[0], signal.SIGKILL)
     _, errors = job.communicate(timeout=90)
     assert job.returncode != 0
-    assert "process 0 of 2 has lost contact with another one at step" in errors
+    assert "process 0 of 2 has lost contact with another one at step" in errors, errors
     assert f"start again with --resume {out}" in errors
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     resumed = torchrun(2, "--resume", str(out), "--steps", str(state["step"]["steps"] + 4))
-    resumed.communicate(timeout=120)
-    assert resumed.returncode == 0
+    _, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == state["step"]["steps"] + 4
+
+
+@pytest.mark.parametrize("moment", ["report", "end"])
+def test_torchruns_signal_does_not_take_the_message_away(tmp_path, moment):
+    """It comes as soon as torchrun sees the dead worker: before this one has said its word."""
+    config = make_config("mnist", "fast", eval="none", steps=1, precision="fp32", batch_size=16,
+                         generator_width=8, out_dir=tmp_path / "run")  # fmt: skip
+    reports = []
+
+    def losing_contact(self):
+        self.step()
+        self._log(0.5)
+        self.world = World(0, 2)
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:525] Connection closed by peer")
+
+    def reporting(folder):
+        reports.append(folder)
+        if moment == "report":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop._Loop, "_train", losing_contact)
+            patch.setattr(report, "write_report", reporting)
+            with pytest.raises(TrainingStopped, match="lost contact with another one at step 1;"):
+                loop.train(config)
+        if moment == "end":
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert reports == [tmp_path / "run"]
+        assert signal.getsignal(signal.SIGTERM) is before, "a second one has its usual effect"
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _environment(pid: int) -> dict[str, str]:

@@ -466,6 +466,7 @@ class _Loop:
         self.collapsed_steps: int = progress.get("collapsed_steps", 0)
         self.logged = progress.get("logged", step.steps)  # steps up to the last look at the losses
         self.signalled = threading.Event()
+        self.lost_contact = False
         self.watchdog = Watchdog(config.stall_seconds)
         self.no_graph = make_ready(step)
         self.clock = Clock(
@@ -474,27 +475,29 @@ class _Loop:
         self.logged_at = self.saved_at = self.evaluated_at = self.clock.seconds
 
     def run(self) -> dict[str, Any]:
-        try:
-            with self._stop_on_signals(), self.watchdog:
-                interrupted = self._train()
-                return self._finish(interrupted)
-        except TrainingStopped as error:
-            if self.world.first:  # for the report
-                now = {"step": self.step.steps, "train_seconds": round(self.clock.seconds, 3)}
-                self.folder.append_metrics({**now, "stopped": str(error)})
-            raise
-        except RuntimeError as error:
-            if self.world.size == 1 or not is_lost_contact(error):
+        # Until the very end: torchrun sends its signal while the report of a lost run is written.
+        with self._stop_on_signals():
+            try:
+                with self.watchdog:
+                    return self._finish(self._train())
+            except TrainingStopped as error:
+                if self.world.first:  # for the report
+                    now = {"step": self.step.steps, "train_seconds": round(self.clock.seconds, 3)}
+                    self.folder.append_metrics({**now, "stopped": str(error)})
                 raise
-            raise TrainingStopped(
-                f"process {self.world.rank} of {self.world.size} has lost contact with another "
-                f"one at step {self.step.steps}; start again with --resume {self.folder.path}"
-                f"{self._kept()}"
-            ) from error
-        finally:
-            self.folder.close()
-            if self.world.first and self.folder.metrics.exists():
-                self._report()
+            except RuntimeError as error:
+                if self.world.size == 1 or not is_lost_contact(error):
+                    raise
+                self.lost_contact = True
+                raise TrainingStopped(
+                    f"process {self.world.rank} of {self.world.size} has lost contact with another "
+                    f"one at step {self.step.steps}; start again with --resume {self.folder.path}"
+                    f"{self._kept()}"
+                ) from error
+            finally:
+                self.folder.close()
+                if self.world.first and self.folder.metrics.exists():
+                    self._report()
 
     def _report(self) -> None:
         """Writes report.html, of runs that were stopped too; a run never fails for its report."""
@@ -737,8 +740,11 @@ class _Loop:
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            # After lost contact torchrun's signal may still be on its way, and what this process
+            # has to say is not printed yet: the first signal stays without effect.
+            if not self.lost_contact:
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
 
 
 def _parameters(module: nn.Module) -> int:
