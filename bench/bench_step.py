@@ -31,7 +31,7 @@ from bench.measure import (
     GPU,
     PRECISION,
     MatrixProduct,
-    autocast,
+    on_noise,
     published_step,
     record,
     take_turns,
@@ -69,25 +69,7 @@ def make_step(contender: str, case: Case):
         step = prepare(config, build(config.teacher), build(config.student), DEVICE, PRECISION)
         make_ready(step)
         return step
-    step = published_step(case.preset)
-    if contender != "published":
-        for network in (step.generator, step.teacher, step.student):
-            network.to(memory_format=torch.channels_last)
-        step.teacher.requires_grad_(False)
-        for optimizer in (step.optimizer_g, step.optimizer_s):
-            for group in optimizer.param_groups:
-                group.update(fused=True, foreach=False)
-    if contender == "compiled":
-        for network in (step.generator, step.teacher, step.student):
-            network.compile()
-    latent = step.generator.l1[0].in_features
-
-    def run():
-        with autocast(contender != "published"):
-            # The published code draws z on the CPU and copies it.
-            step(torch.randn(case.batch, latent).to(DEVICE))
-
-    return run
+    return on_noise(published_step(case.preset, contender), contender, case.batch)
 
 
 def serve(contender: str, case_name: str, threads: int, pipe) -> None:

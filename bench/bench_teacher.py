@@ -50,11 +50,11 @@ def contenders(preset, batch):
 
     config = make_config(preset, "published", batch_size=batch)
     step = prepare(config, build(config.teacher), build(config.student), DEVICE, PRECISION)
-    plain, tuned, compiled = (published_step(preset).teacher for _ in range(3))
-    for network in (tuned, compiled):
-        network.to(memory_format=torch.channels_last).requires_grad_(False)
     torch._dynamo.reset()
-    compiled.compile()
+    plain, tuned, compiled = (
+        published_step(preset, contender).teacher
+        for contender in ("published", "tuned", "compiled")
+    )
     rows = torch.randn(batch, *config.image_shape, device=DEVICE).requires_grad_()
     pixels = rows.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     functions = {

@@ -41,15 +41,41 @@ def wait() -> None:
 # ---- Contenders ---------------------------------------------------------------------------------
 
 
-def published_step(preset: str) -> PublishedStep:
-    """The published algorithm on DEVICE with the published networks for MNIST or CIFAR-10."""
+def published_step(preset: str, contender: str = "published") -> PublishedStep:
+    """The published algorithm on DEVICE with the published networks for MNIST or CIFAR-10.
+
+    "published" as it is; "tuned" with what any user can switch on, to be run under `autocast`:
+    frozen teacher, channels_last, fused optimizers; "compiled" with torch.compile on top.
+    """
     if preset == "mnist":
         generator, settings = PublishedGenerator(), {}
         networks = PublishedLeNet5(), PublishedLeNet5(3, 8, 60, 42)
     else:
         generator, settings = PublishedGenerator(1000, channels=3), CIFAR10
         networks = PublishedResNet((3, 4, 6, 3)), PublishedResNet((2, 2, 2, 2))
-    return PublishedStep(*(n.to(DEVICE) for n in (generator, *networks)), **settings)
+    step = PublishedStep(*(n.to(DEVICE) for n in (generator, *networks)), **settings)
+    if contender == "published":
+        return step
+    step.teacher.requires_grad_(False)
+    for network in (step.generator, step.teacher, step.student):
+        network.to(memory_format=torch.channels_last)
+        if contender == "compiled":
+            network.compile()
+    for optimizer in (step.optimizer_g, step.optimizer_s):
+        for group in optimizer.param_groups:
+            group.update(fused=True, foreach=False)
+    return step
+
+
+def on_noise(step: PublishedStep, contender: str, batch: int) -> Callable[[], None]:
+    """`step` on fresh noise, drawn as the published code does: on the CPU, then copied."""
+    latent = step.generator.l1[0].in_features
+
+    def run() -> None:
+        with autocast(contender != "published"):
+            step(torch.randn(batch, latent).to(DEVICE))
+
+    return run
 
 
 def autocast(enabled: bool) -> torch.autocast:

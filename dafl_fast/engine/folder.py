@@ -96,13 +96,13 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Writes config.yaml, from which a run can be resumed."""
+        import yaml
+
         values = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in dataclasses.asdict(config).items()
             if name not in ("resume", "out_dir")
         }
-        import yaml
-
         write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
