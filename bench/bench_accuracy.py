@@ -20,8 +20,8 @@ import torch
 from bench.measure import GPU, PRECISION, ROUNDS, on_noise, published_step, wait
 from dafl_fast.config import make_config
 from dafl_fast.data import FORMATS, eval_set
+from dafl_fast.distill import train
 from dafl_fast.engine.evaluation import accuracy
-from dafl_fast.engine.loop import train
 from dafl_fast.networks import bundled_teacher
 
 GOALS = (97, 98)

@@ -16,7 +16,7 @@ import torch
 import dafl_fast.losses as fused
 from bench.measure import DEVICE, GPU, record, take_turns, timed
 from dafl_fast import reference
-from dafl_fast.engine.loop import keep_freed_memory
+from dafl_fast.device import keep_freed_memory
 
 # Operations a logit, forward and backward, each exponential as one: the roofline's numerator.
 # Generator loss: maximum, difference, exp, sum, probability, its sum over the batch; the same

@@ -39,8 +39,9 @@ from bench.measure import (
     wait,
 )
 from dafl_fast.config import make_config
+from dafl_fast.device import keep_freed_memory
 from dafl_fast.engine.graph import make_ready
-from dafl_fast.engine.loop import keep_freed_memory, prepare
+from dafl_fast.engine.prepare import prepare
 from dafl_fast.models import build
 
 CONTENDERS = ("published", "tuned", "compiled", "ours", *(("ours+",) if GPU else ()))

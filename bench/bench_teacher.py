@@ -29,7 +29,8 @@ from bench.measure import (
     timed,
 )
 from dafl_fast.config import make_config
-from dafl_fast.engine.loop import keep_freed_memory, prepare
+from dafl_fast.device import keep_freed_memory
+from dafl_fast.engine.prepare import prepare
 from dafl_fast.models import build
 
 CASES = {"mnist": (512, 9), "cifar10": (1024 if GPU else 32, 5)}

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from dafl_fast.engine.loop import pick_precision
-from dafl_fast.engine.step import AUTOCAST
+from dafl_fast.device import AUTOCAST, pick_precision
 from tests.published import (
     CIFAR10,
     PublishedGenerator,

@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dafl_fast.engine.checkpoint import write_atomically, write_text  # noqa: E402
 from dafl_fast.errors import UserError, command, require  # noqa: E402
+from dafl_fast.files import write_atomically, write_text  # noqa: E402
 
 README = ROOT / "README.md"
 README_RESULTS = ROOT / "bench" / "results" / "cpu-2x-amd-epyc.json"

@@ -15,8 +15,8 @@ except ImportError as error:
 
 from ._version import __version__
 from .config import Config, make_config
+from .distill import Result, distill
 from .engine.bank import ReplayBank
-from .engine.loop import Result, distill
 from .engine.teacher import FrozenTeacher
 from .losses import (
     DaflLosses,

@@ -19,13 +19,14 @@ import tyro
 from torch import Tensor, nn
 
 from . import data
+from .device import keep_freed_memory, pick_device
+from .engine.checks import logits_of
 from .engine.evaluation import predictions
-from .engine.folder import load_student
-from .engine.teacher import logits_of
 from .errors import UserError, command
 from .models import GREY_SIZES, NETWORKS, build, identify
 from .networks import load_network, load_weights, read_state
-from .programs import kind_of, load_program
+from .networks.exported import kind_of, load_program
+from .networks.runs import load_student
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         UserError: a file, the data or their combination is not usable.
     """
-    from .engine.loop import keep_freed_memory, pick_device
 
     keep_freed_memory()
     device = pick_device(config.device)

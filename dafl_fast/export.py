@@ -25,12 +25,14 @@ from torch.export import ExportedProgram
 
 from . import data
 from .config import Config, make_config
-from .engine.checkpoint import save_weights, write_atomically, write_text
-from .engine.folder import RESUMABLE, environment, load_student, read_config, read_summary
-from .engine.loop import Result
-from .engine.teacher import logits_of
+from .device import environment
+from .distill import Result
+from .engine.checks import logits_of
+from .engine.folder import RESUMABLE, read_config, read_summary
 from .errors import UserError, command, first_line, require
+from .files import save_weights, write_atomically, write_text
 from .networks import load_weights
+from .networks.runs import load_student
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ import torch
 import tyro
 
 from .data import find
-from .engine.folder import environment
-from .engine.loop import pick_device, pick_precision
+from .device import environment, pick_device, pick_precision
 from .errors import command
 
 # Extras for those who work on dafl_fast itself.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine.checkpoint import write_atomically
 from .errors import require
+from .files import write_atomically
 
 
 def save_samples(path: Path, images: Tensor, logits: Tensor, count: int = 40) -> None:

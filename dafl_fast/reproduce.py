@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from . import data, train_teacher
 from .config import PRESETS, RecipeName
-from .engine.checkpoint import load_checkpoint, save_weights, write_text
+from .device import AUTOCAST, environment, keep_freed_memory, pick_device, pick_precision
+from .distill import distill
 from .engine.evaluation import accuracy_on
-from .engine.folder import environment
-from .engine.loop import distill, keep_freed_memory, pick_device, pick_precision
-from .engine.step import AUTOCAST
 from .engine.teacher import FrozenTeacher
 from .errors import TrainingStopped, UserError, command, require
+from .files import load_checkpoint, save_weights, write_text
 from .losses import distill_loss
 from .networks import load_network
 from .pictures import save_comparison

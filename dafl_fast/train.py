@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, make_config
+from .distill import train
 from .engine.folder import check_resumed, read_config
-from .engine.loop import train
 from .errors import UserError, command
 
 _EPILOG = "The preset, when given, comes first: python -m dafl_fast.train mnist --recipe paper"

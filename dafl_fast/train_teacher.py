@@ -22,10 +22,11 @@ import tyro
 from torch import Tensor, nn
 
 from . import data
-from .engine.checkpoint import load_checkpoint, save_checkpoint, save_weights, write_text
+from .device import keep_freed_memory, pick_device, pick_precision
 from .engine.ema import Average
 from .engine.evaluation import accuracy
 from .errors import TrainingStopped, UserError, command
+from .files import load_checkpoint, save_checkpoint, save_weights, write_text
 from .models import GREY_SIZES, NETWORKS, build
 
 
@@ -181,8 +182,6 @@ class Training:
         config: TeacherConfig,
         objective: Objective | None = None,
     ) -> None:
-        from .engine.loop import pick_device, pick_precision
-
         self.config = config
         self.objective = objective or self._cross_entropy
         self.device = pick_device(config.device)
@@ -356,8 +355,6 @@ def train(config: TeacherConfig) -> dict[str, Any]:
         UserError: something in `config`, the data or the checkpoint is not usable.
         TrainingStopped: the loss is not finite.
     """
-    from .engine.loop import keep_freed_memory
-
     keep_freed_memory()
     grey = config.network in GREY_SIZES or config.preset in ("mnist", "hintonnet")
     size = config.image_size or GREY_SIZES.get(config.network)

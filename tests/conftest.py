@@ -9,7 +9,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # Tests that start processes fork them from a server that has imported everything.
-multiprocessing.set_forkserver_preload(["dafl_fast.engine.loop", "pytest"])
+multiprocessing.set_forkserver_preload(["dafl_fast.distill", "pytest"])
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU is visible")
 
 

@@ -14,8 +14,8 @@ from torchvision.models import mobilenet_v3_small
 from dafl_fast import distill
 from dafl_fast.config import make_config
 from dafl_fast.data import FORMATS, eval_set
-from dafl_fast.engine import loop
 from dafl_fast.engine.distributed import World
+from dafl_fast.engine.prepare import prepare
 from dafl_fast.engine.teacher import FrozenTeacher
 from dafl_fast.errors import UserError
 from dafl_fast.losses import adversarial_loss
@@ -126,7 +126,7 @@ def test_the_adversarial_loss(tmp_path):
 def test_the_adversarial_loss_leaves_the_student_alone():
     config = make_config("custom", "published", **SMALL | dict(
         adversarial=1.0, image_shape=(3, 8, 8), student_updates=1, bank_images=0))  # fmt: skip
-    step = loop.prepare(config, Residual(), Residual(), CPU, "fp32")
+    step = prepare(config, Residual(), Residual(), CPU, "fp32")
     step.set_student_lr(0.0)
     before = {name: tensor.clone() for name, tensor in step.student.named_parameters()}
     step._judged(torch.randn(4, 3, 8, 8))

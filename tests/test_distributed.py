@@ -18,6 +18,7 @@ from torch import nn
 
 from dafl_fast import generator_loss, report
 from dafl_fast.config import make_config
+from dafl_fast.distill import train
 from dafl_fast.engine import loop
 from dafl_fast.engine.distributed import World
 from dafl_fast.errors import TrainingStopped, UserError
@@ -236,10 +237,10 @@ def test_torchruns_signal_does_not_take_the_message_away(tmp_path, moment):
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop._Loop, "_train", losing_contact)
+            patch.setattr(loop.Loop, "_train", losing_contact)
             patch.setattr(report, "write_report", reporting)
             with pytest.raises(TrainingStopped, match="lost contact with another one at step 1;"):
-                loop.train(config)
+                train(config)
         if moment == "end":
             os.kill(os.getpid(), signal.SIGTERM)
         assert reports == [tmp_path / "run"]

@@ -29,7 +29,7 @@ from PIL import Image
 from torch.distributed.run import parse_args
 
 from dafl_fast import data, train
-from dafl_fast.engine.checkpoint import save_weights
+from dafl_fast.files import save_weights
 from dafl_fast.models import NETWORKS, build
 from dafl_fast.networks import load_network
 

@@ -18,7 +18,7 @@ import dafl_fast
 from dafl_fast import export as command
 from dafl_fast.config import make_config
 from dafl_fast.data import FORMATS, eval_set
-from dafl_fast.engine.loop import train
+from dafl_fast.distill import train
 from dafl_fast.errors import UserError
 from dafl_fast.evaluate import open_network
 from dafl_fast.export import export_student

@@ -21,7 +21,7 @@ from dafl_fast.engine.evaluation import accuracy
 from dafl_fast.errors import UserError
 from dafl_fast.models import LeNet5, LeNet5Half, ResNet, build
 from dafl_fast.networks import load_network, load_weights
-from dafl_fast.programs import from_export
+from dafl_fast.networks.exported import from_export
 
 from .published import PublishedLeNet5
 from .test_teacher import FOLDED, assert_same_teacher, batch_norms_run, randomised

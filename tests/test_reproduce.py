@@ -19,7 +19,8 @@ from dafl_fast import train_teacher
 from dafl_fast.config import PRESETS, make_config
 from dafl_fast.data import FORMATS, normalise
 from dafl_fast.data import load as load_data
-from dafl_fast.engine import loop
+from dafl_fast.distill import Result
+from dafl_fast.engine.step import Step
 from dafl_fast.errors import TrainingStopped, UserError
 from dafl_fast.models import build
 from dafl_fast.networks import load_weights
@@ -212,7 +213,7 @@ def test_the_ablation_has_all_eight_combinations(monkeypatch, tmp_path, digits):
         config = make_config(steps=steps, max_seconds=max_seconds, **s)
         used[s["out_dir"].name] = (config.one_hot, config.entropy, config.activation)
         summary = {"interrupted": False, "student_accuracy": 0.5, "student_images": 7}
-        return loop.Result(
+        return Result(
             student, [], {**summary, "train_seconds": 1.0, "wall_seconds": 2.0}, s["out_dir"]
         )
 
@@ -231,7 +232,7 @@ def test_the_ablation_has_all_eight_combinations(monkeypatch, tmp_path, digits):
 
 def test_without_losses_the_generator_stays_as_it_is(monkeypatch, tmp_path, digits):
     steps = []
-    call = loop.Step.__call__
+    call = Step.__call__
 
     def remember(self):
         before = [p.detach().clone() for p in self.generator.parameters()]
@@ -239,7 +240,7 @@ def test_without_losses_the_generator_stays_as_it_is(monkeypatch, tmp_path, digi
         pairs = zip(before, self.generator.parameters(), strict=True)
         steps.append(all(torch.equal(a, b) for a, b in pairs))
 
-    monkeypatch.setattr(loop.Step, "__call__", remember)
+    monkeypatch.setattr(Step, "__call__", remember)
     changes = {"seeds": (0,), "only": ("none", "all"), "max_seconds_per_run": 600.0}
     reproduce(config_of(tmp_path / "out", digits, "ablation", **changes))
     assert steps == [True] * 4 + [False] * 4
@@ -337,7 +338,7 @@ def run_in_process(config: ReproduceConfig, kind: type, step: str) -> None:
 @pytest.mark.parametrize(
     ("row", "kind", "step", "checkpoint"),
     [
-        ("dafl", loop.Step, "__call__", "dafl-0/checkpoint.pt"),
+        ("dafl", Step, "__call__", "dafl-0/checkpoint.pt"),
         ("kd", Training, "_step", "kd-0.checkpoint"),
     ],
 )
@@ -376,12 +377,12 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch, tmp_path, digits, cap
         original(self)
         signal.raise_signal(signal.SIGINT)
 
-    original = loop.Step.__call__
+    original = Step.__call__
     arguments = ["mnist", "--only", "dafl", "--seeds", "0", "--out", str(out), "--data",
                  digits["data"], "--eval", digits["eval"]]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["reproduce", *arguments])
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Step, "__call__", interrupt)
+        patch.setattr(Step, "__call__", interrupt)
         assert command.main() == 130
     assert capsys.readouterr().err == "the same command again goes on from here\ninterrupted\n"
     assert results_of(out).keys() == {"teacher-0"}

@@ -20,10 +20,13 @@ from safetensors.torch import load_file, save_file
 
 from dafl_fast import train as command
 from dafl_fast.config import Config, make_config
+from dafl_fast.distill import train
 from dafl_fast.engine import loop
-from dafl_fast.engine.checkpoint import save_weights
-from dafl_fast.engine.loop import train
+from dafl_fast.engine.clock import Clock
+from dafl_fast.engine.prepare import freeze, prepare
+from dafl_fast.engine.step import Step
 from dafl_fast.errors import TrainingStopped, UserError
+from dafl_fast.files import save_weights
 from dafl_fast.models import LeNet5
 
 TINY = ["--batch-size", "16", "--generator-width", "8", "--student-batch-size", "16",
@@ -102,7 +105,7 @@ def test_a_run_folder_is_complete(tmp_path, monkeypatch, capsys):
 
 def test_the_clock_stands_still_while_paused():
     start = time.perf_counter()
-    clock = loop.Clock(5.0, torch.device("cpu"), {"saving": 1.0})
+    clock = Clock(5.0, torch.device("cpu"), {"saving": 1.0})
     time.sleep(0.02)
     with clock.paused("evaluation"):
         before = clock.seconds
@@ -116,7 +119,7 @@ def test_the_clock_stands_still_while_paused():
 
 
 def test_a_stalled_step_is_named(tmp_path, caplog):
-    original = loop.Step.body
+    original = Step.body
 
     def stalling(self):
         if self.steps == 2:
@@ -124,7 +127,7 @@ def test_a_stalled_step_is_named(tmp_path, caplog):
         original(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Step, "body", stalling)
+        patch.setattr(Step, "body", stalling)
         train(tiny(tmp_path / "stalls", steps=4, stall_seconds=0.2))
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("nothing has moved for 0 s: the run stands at step 3, in stalling (")
@@ -155,7 +158,7 @@ class AsksForTensors(torch.nn.Module):
 
 def test_a_teacher_that_folding_would_change_is_not_folded(caplog):
     teacher, images = AsksForTensors(), torch.randn(4, 1, 32, 32)
-    frozen = loop.freeze(teacher, make_config("mnist", feature_layer=None), images)
+    frozen = freeze(teacher, make_config("mnist", feature_layer=None), images)
     torch.testing.assert_close(frozen(images)[0], teacher.eval()(images))
     assert "it would answer differently" in caplog.text
 
@@ -170,7 +173,7 @@ def test_a_teacher_that_folding_would_change_is_not_folded(caplog):
 def test_a_student_that_does_not_fit(student, sentence):
     config = make_config("mnist", "published")
     with pytest.raises(UserError, match=re.escape(sentence)):
-        loop.prepare(config, LeNet5(), student, torch.device("cpu"), "fp32")
+        prepare(config, LeNet5(), student, torch.device("cpu"), "fp32")
 
 
 def test_same_seed_same_student(tmp_path):
@@ -195,7 +198,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, recipe, stop_at)
 
     broken = Config(**{**base, "out_dir": tmp_path / "broken"})
     calls = 0
-    original = loop.Step.__call__
+    original = Step.__call__
 
     def interrupting(self):
         nonlocal calls
@@ -205,7 +208,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, recipe, stop_at)
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Step, "__call__", interrupting)
+        patch.setattr(Step, "__call__", interrupting)
         summary = train(broken)
     assert summary["interrupted"]
     assert summary["steps"] == stop_at
@@ -331,7 +334,7 @@ def test_collapse_stops_the_run_with_the_checkpoint_kept(tmp_path, monkeypatch):
 
 
 def test_non_finite_loss_stops_the_run_with_the_checkpoint_kept(tmp_path):
-    original, calls = loop.Step.__call__, 0
+    original, calls = Step.__call__, 0
 
     def poisoned(self):
         nonlocal calls
@@ -342,7 +345,7 @@ def test_non_finite_loss_stops_the_run_with_the_checkpoint_kept(tmp_path):
         original(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Step, "__call__", poisoned)
+        patch.setattr(Step, "__call__", poisoned)
         with pytest.raises(TrainingStopped, match="generator_loss is not finite at step 6.*kept"):
             train(tiny(tmp_path / "run"))
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -372,7 +375,7 @@ def test_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(tmp_path, monke
 
 
 def test_non_finite_weights_are_never_saved(tmp_path):
-    original, calls = loop.Step.__call__, 0
+    original, calls = Step.__call__, 0
 
     def poisoned(self):
         nonlocal calls
@@ -383,7 +386,7 @@ def test_non_finite_weights_are_never_saved(tmp_path):
                 self.student.fc1.weight[0, 0] = float("inf")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Step, "__call__", poisoned)
+        patch.setattr(Step, "__call__", poisoned)
         with pytest.raises(TrainingStopped, match="weights are not finite after step 6.*kept"):
             train(tiny(tmp_path / "run"))
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)

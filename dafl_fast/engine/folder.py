@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import __version__, build_info
 from ..config import Config
+from ..device import environment
 from ..errors import UserError
-from ..networks import load_network
-from .bank import ReplayBank
-from .checkpoint import (
+from ..files import (
     load_checkpoint,
     load_tensors,
     save_checkpoint,
     save_weights,
     write_text,
 )
+from .bank import ReplayBank
 from .step import Step
 
 # What may differ when a run is resumed: how long it lasts and how it is watched.
@@ -269,37 +266,6 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def load_student(path: Path) -> tuple[nn.Module, Config]:
-    """The student that the run in `path` has left, in evaluation mode, and the run's settings.
-
-    Raises:
-        UserError: there is no run, it has left no student yet, or no name says which network the
-            student is.
-    """
-    config = Config(**read_config(path))
-    weights = path / "student.safetensors"
-    if config.student is None:
-        raise UserError(
-            f"the student of {path} has no name, since it was given to distill() as a module: "
-            "export it from Python with dafl_fast.export.export_student(result, FILE)"
-        )
-    if not weights.is_file():
-        raise UserError(
-            f"the run in {path} has left no student yet; go on with it: "
-            f"python -m dafl_fast.train --resume {path}"
-        )
-    channels, size, _ = config.image_shape
-    student = load_network(
-        config.student,
-        weights,
-        role="student",
-        num_classes=read_summary(path).get("num_classes", config.num_classes),
-        channels=channels,
-        image_size=size,
-    )
-    return student.eval(), config
-
-
 def check_resumed(config: Config) -> None:
     """Sees that `config` goes on with the run in `config.resume` as that was begun.
 
@@ -315,27 +281,6 @@ def check_resumed(config: Config) -> None:
                 f"--{field.name.replace('_', '-')} cannot change when resuming: the run in "
                 f"{config.resume} has {old}, got {new}"
             )
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for environment.json and bug reports."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    return {
-        "dafl_fast": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": model,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "build": build_info(),
-    }
 
 
 def _next_free(parent: Path, stem: str) -> Path:

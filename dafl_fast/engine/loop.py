@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import ctypes
 import logging
 import math
-import os
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..config import PRESETS, Config, make_config
-from ..data import eval_set
-from ..errors import TrainingStopped, UserError, require
-from ..models import NETWORKS, Generator
-from ..models.winograd import accelerate
-from ..networks import load_network
+from ..config import Config
+from ..device import peak_memory
+from ..errors import TrainingStopped, UserError
+from ..files import save_weights
 from ..pictures import save_samples
-from .checkpoint import save_weights
-from .distributed import World, is_lost_contact
+from .clock import Clock
+from .distributed import is_lost_contact
 from .evaluation import accuracy_on
-from .folder import RunFolder, check_resumed
-from .graph import make_ready, why_not
-from .step import AUTOCAST, STATISTICS, Step
-from .teacher import FrozenTeacher, logits_of
-from .tensorboard import TensorBoard
+from .folder import RunFolder
+from .graph import make_ready
+from .step import STATISTICS, Step
 from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -47,395 +34,18 @@ log = logging.getLogger(__name__)
 COLLAPSED_ENTROPY, COLLAPSED_STEPS = 0.02, 300
 
 
-@dataclass
-class Result:
-    """What a run leaves.
-
-    Attributes:
-        student: the one that was given, trained, in evaluation mode; its weights are their moving
-            average if the recipe keeps one.
-        history: the rows of metrics.jsonl that this call added.
-        summary: what summary.json holds.
-        folder: of the run.
-    """
-
-    student: nn.Module
-    history: list[dict[str, Any]]
-    summary: dict[str, Any]
-    folder: Path
-
-
-def distill(
-    teacher: nn.Module,
-    student: nn.Module,
-    *,
-    image_shape: tuple[int, int, int],
-    num_classes: int | None = None,
-    generator: nn.Module | None = None,
-    feature_layer: str | None = None,
-    recipe: str = "fast",
-    steps: int | None = None,
-    max_seconds: float | None = None,
-    eval_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
-    callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
-    preset: str = "custom",
-    **settings: Any,
-) -> Result:
-    """Distils `teacher` into `student` without data.
-
-    SIGINT and SIGTERM end it after the current step with everything saved; `resume` goes on.
+class Loop:
+    """One run of the training loop, in `folder`, from its last checkpoint if it has one.
 
     Args:
-        teacher: any classifier, images [N, C, H, W] in the units it was trained with -> logits
-            [N, num_classes]. It is copied and not changed, but for the device it is on.
-        student: any network from such images to as many logits; trained in place.
-        image_shape: C, H and W; H = W, a multiple of 4.
-        num_classes: checked against the teacher's outputs when given.
-        generator: from noise [N, latent_dim] to images; the published one, with as many stages as
-            the image size asks for, when not given. One with a method `reset`, which draws its
-            parameters anew, is restarted as the recipe says; others are kept for the whole run.
-        feature_layer: name of the teacher's layer whose input is the feature vector of the
-            activation loss; its last linear layer when not given.
-        recipe: "fast", "published" or "paper"; see docs/recipes.md.
-        steps, max_seconds: when to stop; the recipe's own length when neither is given.
-        eval_loader: batches of held-out images [N, C, H, W], in the teacher's units, and labels
-            [N]. Only for reporting accuracy.
+        config: all settings.
+        step: to run again and again.
+        folder: where the run's files go.
+        teacher: the network as it was given, for its accuracy at the end.
+        held_out: batches of images [N, C, H, W] and labels [N]; only for reporting.
         callbacks: each is called with every row of metrics.
-        preset: whose settings the recipe's are: "custom", "mnist", "cifar10", ...
-        settings: any other field of `Config`: out_dir, seed, batch_size, device, resume, ...
-
-    Raises:
-        UserError: a setting, a network or the folder is not usable.
-        TrainingStopped: the generator collapsed, a loss is not finite, or another process is gone;
-            the run's last good checkpoint is kept.
+        at_end: called once everything is written, however the run ends.
     """
-    if generator is not None and not hasattr(generator, "reset"):
-        settings.setdefault("generator_restart_every", 0)
-    config = make_config(
-        preset,
-        recipe,
-        **{
-            **dict(image_shape=tuple(image_shape), feature_layer=feature_layer, eval="none"),
-            **dict(teacher=None, student=None, num_classes=num_classes),
-            **({"steps": steps} if steps is not None else {}),
-            **({"max_seconds": max_seconds} if max_seconds is not None else {}),
-            **settings,
-        },
-    )
-    if config.resume is not None:
-        check_resumed(config)
-    return _run(config, teacher, student, generator, eval_loader, callbacks)
-
-
-def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """Runs (or resumes) the run that `config` describes, and returns its summary.
-
-    As `distill`, with networks and held-out images by name. Under torchrun every process calls it,
-    each trains on its share of the batches, and the first one writes.
-
-    Args:
-        config: all settings.
-        report: called with each row of metrics.jsonl.
-    """
-    teacher, student = load_networks(config)
-    held_out = None
-    if config.eval != "none" and os.environ.get("RANK", "0") == "0":
-        classes = outputs_of(teacher, config.image_shape)
-        images, labels = eval_set(
-            config.eval, config.image_format, classes, config.data_dir, config.download
-        )
-        held_out = list(zip(images.split(1000), labels.split(1000), strict=True))
-    return _run(config, teacher, student, None, held_out, [report] if report else []).summary
-
-
-def _run(
-    config: Config,
-    teacher: nn.Module,
-    student: nn.Module,
-    generator: nn.Module | None,
-    held_out: Iterable[tuple[Tensor, Tensor]] | None,
-    callbacks: Sequence[Callable[[dict[str, Any]], None]],
-) -> Result:
-    if config.steps is None and config.max_seconds is None:
-        raise UserError("--steps or --max-seconds must say when to stop")
-    if config.tensorboard:
-        require("tensorboard", "--tensorboard")
-    device = pick_device(config.device)
-    keep_freed_memory()
-    world = World.join(device)
-    precision = pick_precision(config.precision, device)
-    # What is handed back is made of the layers that it was given with, not of faster ones.
-    classes = [type(module) for module in student.modules()]
-    why_not(config, device, world)
-    networks = {student}
-    board = None
-    try:
-        step = prepare(config, teacher, student, device, precision, generator, world)
-        networks.add(step.result)
-        path = config.resume
-        if path is None and world.first:
-            path = RunFolder.create(config)
-        folder = RunFolder(Path(world.decide_text(str(path))))
-        loop = _Loop(config, step, folder, teacher, held_out, callbacks)
-        if config.tensorboard and world.first:
-            board = TensorBoard(folder, step)
-            loop.callbacks.append(board)
-        summary = loop.run()
-    finally:
-        if board is not None:
-            board.close()
-        for network in networks:
-            for module, given in zip(network.modules(), classes, strict=True):
-                module.__class__ = given
-    world.leave()
-    student.load_state_dict(step.result.state_dict())
-    return Result(student.eval(), loop.history, summary, folder.path)
-
-
-def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
-    """The teacher with its weights and the student that `config` names.
-
-    Raises:
-        UserError: one is not named, not to be had, or does not fit its weights.
-    """
-    preset = PRESETS[config.preset]
-    for role in ("teacher", "student"):
-        if getattr(config, role) is None:
-            raise UserError(
-                f"--{role} must name a network for the preset {config.preset}: see docs/networks.md"
-            )
-    assert config.teacher is not None and config.student is not None
-    channels, size, _ = config.image_shape
-    name, weights = config.teacher, config.teacher_weights
-    if _is_usual_teacher(config):
-        if name.endswith(".safetensors"):
-            name, weights = preset.networks["teacher"], Path(name)
-        elif weights is None and preset.bundled_teacher is not None:
-            weights = Path(str(files("dafl_fast") / "assets" / preset.bundled_teacher))
-        elif weights is None:
-            raise UserError(
-                f"the preset {config.preset} has no bundled teacher: train one with `python -m "
-                f"dafl_fast.train_teacher {config.preset}` and name its file with --teacher"
-            )
-    elif weights is None and (name in NETWORKS or name.startswith(("timm:", "torchvision:"))):
-        raise UserError(f"--teacher-weights is needed: without weights {name} knows nothing")
-    form: dict[str, Any] = {"channels": channels, "image_size": size}
-    teacher = load_network(name, weights, role="teacher", num_classes=config.num_classes, **form)
-    classes = outputs_of(teacher, config.image_shape)
-    torch.manual_seed(config.seed)
-    student = load_network(
-        config.student, config.student_weights, role="student", num_classes=classes, **form
-    )
-    return teacher, student
-
-
-def _is_usual_teacher(config: Config) -> bool:
-    """Whether the teacher is the preset's network, with whatever weights."""
-    usual, name = PRESETS[config.preset].networks.get("teacher"), str(config.teacher)
-    return usual is not None and (name == usual or name.endswith(".safetensors"))
-
-
-@torch.no_grad()
-def outputs_of(teacher: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """The teacher's number of classes, found by asking it."""
-    return logits_of(teacher.eval(), torch.randn(2, *image_shape)).shape[1]
-
-
-def prepare(
-    config: Config,
-    teacher: nn.Module,
-    student: nn.Module,
-    device: torch.device,
-    precision: str,
-    generator: nn.Module | None = None,
-    world: World | None = None,
-) -> Step:
-    """Networks and generator, checked against each other, as a Step on `device`.
-
-    Args:
-        config: all settings.
-        teacher: the classifier; a frozen copy of it is used.
-        student: to train; moved to `device`.
-        device, precision: see `pick_device` and `pick_precision`.
-        generator: the published one if None.
-        world: the processes of this job.
-
-    Raises:
-        UserError: a network does not take such images, or they differ in the number of classes.
-    """
-    torch.manual_seed(config.seed)
-    channels, size, _ = shape = config.image_shape
-    if generator is None:
-        generator = Generator(config.latent_dim, size, channels, config.generator_width)
-    frozen = freeze(teacher, config, torch.randn(16, *shape))
-    for module in (generator, student, frozen):
-        # Convolutions are faster with the channels innermost, on CPUs and on GPUs.
-        module.to(device).to(memory_format=torch.channels_last)
-    num_classes = frozen.check(torch.randn(16, *shape, device=device))
-    if config.num_classes not in (None, num_classes):
-        raise UserError(
-            f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
-        )
-    check_student(student, torch.randn(2, *shape, device=device), num_classes)
-    check_generator(generator, torch.randn(2, config.latent_dim, device=device), shape)
-    if config.generator_restart_every and not hasattr(generator, "reset"):
-        raise UserError(
-            "--generator-restart-every needs a generator with a method reset() that draws its "
-            "parameters anew; give it one, or set it to 0"
-        )
-    if precision in AUTOCAST:
-        frozen.cast(AUTOCAST[precision])
-    if device.type == "cpu":
-        accelerate(frozen, constant=True)
-        accelerate(student)
-    # Shapes never change, so it pays to look for the fastest convolutions once.
-    torch.backends.cudnn.benchmark = True
-    if config.compile:
-        for module in (generator, student, frozen):
-            module.compile()
-    return Step(config, generator, frozen, student, num_classes, device, precision, world)
-
-
-@torch.no_grad()
-def freeze(teacher: nn.Module, config: Config, images: Tensor) -> FrozenTeacher:
-    """A FrozenTeacher, its BatchNorm folded unless it would then answer differently.
-
-    torch.fx can misread a network whose code asks what kind of tensor it is given.
-    """
-    frozen = FrozenTeacher(teacher, config.feature_layer, watch=config.bn_statistics != 0)
-    if not frozen.folded:
-        return frozen
-    unfolded = copy.deepcopy(teacher).eval()
-    images = images.to(next(teacher.parameters(), images).device)
-    with contextlib.suppress(RuntimeError):  # the check will say more of images that do not fit
-        expected, got = unfolded(images), frozen.network(images)
-        if not torch.allclose(got, expected, 1e-3, 1e-3 * expected.abs().max().item(), True):
-            log.warning("the teacher's BatchNorm is not folded: it would answer differently")
-            return FrozenTeacher(teacher, config.feature_layer, fold=False)
-    return frozen
-
-
-@torch.no_grad()
-def check_generator(generator: nn.Module, noise: Tensor, image_shape: tuple[int, ...]) -> None:
-    """Tries a generator on noise [N, latent_dim], before anything is trained.
-
-    Raises:
-        UserError: it does not make images of that shape.
-    """
-    training = generator.training
-    images = generator.eval()(noise)
-    generator.train(training)
-    if tuple(images.shape) != (len(noise), *image_shape):
-        raise UserError(
-            f"the generator must make images {[len(noise), *image_shape]} of noise "
-            f"{list(noise.shape)}, got {list(images.shape)}"
-        )
-
-
-@torch.no_grad()
-def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
-    """Tries the student on a batch, so that a misfit shows before anything is trained.
-
-    Raises:
-        UserError: it does not take the images, or does not return logits [N, num_classes].
-    """
-    shape = list(images.shape)
-    training = student.training
-    try:
-        logits = student.eval()(images)
-    except Exception as error:  # whatever the network says of images that do not fit
-        raise UserError(
-            f"the student does not take images of shape {shape}: {str(error).splitlines()[0]}"
-        ) from error
-    finally:
-        student.train(training)
-    if list(logits.shape) != [len(images), num_classes]:
-        raise UserError(
-            f"the student must return logits {[len(images), num_classes]} for images {shape}, as "
-            f"many classes as the teacher, got {list(logits.shape)}"
-        )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device for `--device`; raises UserError for cuda without a usable GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for, but PyTorch sees no CUDA GPU here")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        # torchrun numbers the processes of a machine; each has a GPU of its own.
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        return device
-    return torch.device(name)
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """The precision for `--precision`: auto is bf16 where the processor computes in it."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep freed memory: a step frees and takes the same hundreds of megabytes.
-
-    By default every large tensor is mapped anew, and the kernel clears its pages each time, about
-    a sixth of the MNIST step on two cores.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            m_trim_threshold, m_mmap_max = -1, -4
-            libc.mallopt(m_mmap_max, 0)
-            libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def peak_memory(device: torch.device) -> dict[str, int | None]:
-    """The most memory this process has held so far, in bytes: on the host and on the device."""
-    on_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "peak_host_bytes": on_host * (1 if sys.platform == "darwin" else 1024),
-        "peak_device_bytes": (
-            torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-        ),
-    }
-
-
-class Clock:
-    """Seconds of training: runs except inside `paused(what)`, whose seconds are kept apart."""
-
-    def __init__(
-        self, seconds: float, device: torch.device, apart: dict[str, float] | None = None
-    ) -> None:
-        self._device = device
-        self._before = seconds
-        self._since: float | None = time.perf_counter()
-        self.apart = {"evaluation": 0.0, "saving": 0.0, **(apart or {})}
-
-    @property
-    def seconds(self) -> float:
-        running = 0.0 if self._since is None else time.perf_counter() - self._since
-        return self._before + running
-
-    @contextlib.contextmanager
-    def paused(self, what: str) -> Iterator[None]:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._before, self._since = self.seconds, None
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._since = time.perf_counter()
-            self.apart[what] += self._since - start
-
-
-class _Loop:
-    """One run of the training loop; see `train`."""
 
     def __init__(
         self,
@@ -445,10 +55,11 @@ class _Loop:
         teacher: nn.Module,
         held_out: Iterable[tuple[Tensor, Tensor]] | None,
         callbacks: Sequence[Callable[[dict[str, Any]], None]],
+        at_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.step, self.folder, self.teacher = config, step, folder, teacher
         self.world = step.world
-        self.held_out, self.callbacks = held_out, [*callbacks]
+        self.held_out, self.callbacks, self.at_end = held_out, callbacks, at_end
         self.history: list[dict[str, Any]] = []
         self.wall_start = time.perf_counter()
         self.teacher_hash = step.teacher.fingerprint()
@@ -497,16 +108,7 @@ class _Loop:
             finally:
                 self.folder.close()
                 if self.world.first and self.folder.metrics.exists():
-                    self._report()
-
-    def _report(self) -> None:
-        """Writes report.html, of runs that were stopped too; a run never fails for its report."""
-        try:
-            from ..report import write_report  # needs packages that training does not
-
-            write_report(self.folder.path)
-        except Exception as error:
-            log.warning("no report of the run could be made: %s", error)
+                    self.at_end()
 
     def _train(self) -> bool:
         """Steps until the run is over; whether it was a signal that ended it."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
+from ..device import AUTOCAST, autocast
 from ..losses import adversarial_loss, distill_loss, generator_loss
 from .bank import ReplayBank
 from .distributed import World
@@ -32,9 +33,6 @@ STATISTICS = (
     "generator_loss", "one_hot", "entropy", "activation", "bn_statistics", "adversarial",
     "distill_loss", "agreement",
 )  # fmt: skip
-
-# What each precision but fp32 computes in.
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Step:
@@ -194,9 +192,7 @@ class Step:
         return sum(self.agreement(*self.fresh()) for _ in range(batches)) / batches
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision not in AUTOCAST:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, AUTOCAST[self.precision])
+        return autocast(self.device, self.precision)
 
     def _update_generator(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         config = self.config

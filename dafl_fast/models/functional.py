@@ -21,7 +21,7 @@ def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """`norm` of x [N, C, H, W]."""
     if not _takes_batch_statistics(norm, x):
         return norm(x)
-    x = _autocast(x)
+    x = as_autocast(x)
     mean, variance = _OPS.moments(x.detach())
     _update_running(norm, x, mean, variance)
     return _OPS.norm_activation(x, mean, variance, norm.weight, norm.bias, norm.eps, 1.0)
@@ -47,7 +47,7 @@ def upsample_stage(
     * on a CPU, most passes over memory: csrc/norm_activation.cpp, csrc/norm_image_conv.cpp.
     """
     if operators_run(x):
-        y, mean, variance = _OPS.upsample_conv(_autocast(x), conv.weight)
+        y, mean, variance = _OPS.upsample_conv(as_autocast(x), conv.weight)
     else:
         y = _upsample_by_transposed_conv(x, conv.weight)
     if _takes_batch_statistics(norm, y):
@@ -74,7 +74,7 @@ def conv_pool(x: Tensor, conv: nn.Conv2d) -> Tensor:
     x is [N, in_channels, H, W]; the result [N, out_channels, (H - 4) // 2, (W - 4) // 2].
     """
     if operators_run(x):
-        return _OPS.conv_pool(_autocast(x), conv.weight, conv.bias)[0]
+        return _OPS.conv_pool(as_autocast(x), conv.weight, conv.bias)[0]
     # Pooling first gives the same values as ReLU first, with a quarter of the ReLU's work.
     return F.relu(F.max_pool2d(conv(x), 2))
 
@@ -163,7 +163,7 @@ def _update_running(
     norm.num_batches_tracked.add_(1)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def as_autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype, as torch's own convolutions would take it."""
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype("cpu"))

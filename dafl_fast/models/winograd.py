@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _C
-from .functional import _autocast, operators_run
+from .functional import as_autocast, operators_run
 
 _OPS = torch.ops.dafl_fast
 
@@ -43,7 +43,7 @@ class WinogradConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if not operators_run(input):
             return super().forward(input)
-        x = _autocast(input)
+        x = as_autocast(input)
         if x.dim() != 4 or not _pays(self, x.dtype):
             return super().forward(input)
         factors = self._factors

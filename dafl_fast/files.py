@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from .errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

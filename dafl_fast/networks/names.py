@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import PRESETS
-from .engine.checkpoint import load_tensors
-from .errors import UserError, first_line, require
-from .models import NETWORKS, build
-from .programs import kind_of, load_program, refuse_code
+from ..config import PRESETS
+from ..errors import UserError, first_line, require
+from ..files import load_tensors
+from ..models import NETWORKS, build
+from .exported import kind_of, load_program, refuse_code
 
 _ENDINGS = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl")
 # Under what a checkpoint keeps its state dict, besides the network's role.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .errors import UserError, first_line
+from ..errors import UserError, first_line
 
 Kind = Literal["export", "torchscript", "checkpoint", "safetensors"]
 

@@ -1,0 +1,183 @@
+"""Distillation as a user calls it: `distill` with modules, `train` with names in a Config."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import Config, make_config
+from .data import eval_set
+from .device import keep_freed_memory, pick_device, pick_precision
+from .engine.distributed import World
+from .engine.folder import RunFolder, check_resumed
+from .engine.graph import why_not
+from .engine.loop import Loop
+from .engine.prepare import prepare
+from .engine.tensorboard import TensorBoard
+from .errors import UserError, require
+from .networks.runs import load_networks, outputs_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Result:
+    """What a run leaves.
+
+    Attributes:
+        student: the one that was given, trained, in evaluation mode; its weights are their moving
+            average if the recipe keeps one.
+        history: the rows of metrics.jsonl that this call added.
+        summary: what summary.json holds.
+        folder: of the run.
+    """
+
+    student: nn.Module
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+    folder: Path
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int | None = None,
+    generator: nn.Module | None = None,
+    feature_layer: str | None = None,
+    recipe: str = "fast",
+    steps: int | None = None,
+    max_seconds: float | None = None,
+    eval_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
+    callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+    preset: str = "custom",
+    **settings: Any,
+) -> Result:
+    """Distils `teacher` into `student` without data.
+
+    SIGINT and SIGTERM end it after the current step with everything saved; `resume` goes on.
+
+    Args:
+        teacher: any classifier, images [N, C, H, W] in the units it was trained with -> logits
+            [N, num_classes]. It is copied and not changed, but for the device it is on.
+        student: any network from such images to as many logits; trained in place.
+        image_shape: C, H and W; H = W, a multiple of 4.
+        num_classes: checked against the teacher's outputs when given.
+        generator: from noise [N, latent_dim] to images; the published one, with as many stages as
+            the image size asks for, when not given. One with a method `reset`, which draws its
+            parameters anew, is restarted as the recipe says; others are kept for the whole run.
+        feature_layer: name of the teacher's layer whose input is the feature vector of the
+            activation loss; its last linear layer when not given.
+        recipe: "fast", "published" or "paper"; see docs/recipes.md.
+        steps, max_seconds: when to stop; the recipe's own length when neither is given.
+        eval_loader: batches of held-out images [N, C, H, W], in the teacher's units, and labels
+            [N]. Only for reporting accuracy.
+        callbacks: each is called with every row of metrics.
+        preset: whose settings the recipe's are: "custom", "mnist", "cifar10", ...
+        settings: any other field of `Config`: out_dir, seed, batch_size, device, resume, ...
+
+    Raises:
+        UserError: a setting, a network or the folder is not usable.
+        TrainingStopped: the generator collapsed, a loss is not finite, or another process is gone;
+            the run's last good checkpoint is kept.
+    """
+    if generator is not None and not hasattr(generator, "reset"):
+        settings.setdefault("generator_restart_every", 0)
+    config = make_config(
+        preset,
+        recipe,
+        **{
+            **dict(image_shape=tuple(image_shape), feature_layer=feature_layer, eval="none"),
+            **dict(teacher=None, student=None, num_classes=num_classes),
+            **({"steps": steps} if steps is not None else {}),
+            **({"max_seconds": max_seconds} if max_seconds is not None else {}),
+            **settings,
+        },
+    )
+    if config.resume is not None:
+        check_resumed(config)
+    return _run(config, teacher, student, generator, eval_loader, callbacks)
+
+
+def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Runs (or resumes) the run that `config` describes, and returns its summary.
+
+    As `distill`, with networks and held-out images by name. Under torchrun every process calls it,
+    each trains on its share of the batches, and the first one writes.
+
+    Args:
+        config: all settings.
+        report: called with each row of metrics.jsonl.
+    """
+    teacher, student = load_networks(config)
+    held_out = None
+    if config.eval != "none" and os.environ.get("RANK", "0") == "0":
+        classes = outputs_of(teacher, config.image_shape)
+        images, labels = eval_set(
+            config.eval, config.image_format, classes, config.data_dir, config.download
+        )
+        held_out = list(zip(images.split(1000), labels.split(1000), strict=True))
+    return _run(config, teacher, student, None, held_out, [report] if report else []).summary
+
+
+def _run(
+    config: Config,
+    teacher: nn.Module,
+    student: nn.Module,
+    generator: nn.Module | None,
+    held_out: Iterable[tuple[Tensor, Tensor]] | None,
+    callbacks: Sequence[Callable[[dict[str, Any]], None]],
+) -> Result:
+    if config.steps is None and config.max_seconds is None:
+        raise UserError("--steps or --max-seconds must say when to stop")
+    if config.tensorboard:
+        require("tensorboard", "--tensorboard")
+    device = pick_device(config.device)
+    keep_freed_memory()
+    world = World.join(device)
+    precision = pick_precision(config.precision, device)
+    # What is handed back is made of the layers that it was given with, not of faster ones.
+    classes = [type(module) for module in student.modules()]
+    why_not(config, device, world)
+    networks = {student}
+    board = None
+    try:
+        step = prepare(config, teacher, student, device, precision, generator, world)
+        networks.add(step.result)
+        path = config.resume
+        if path is None and world.first:
+            path = RunFolder.create(config)
+        folder = RunFolder(Path(world.decide_text(str(path))))
+        if config.tensorboard and world.first:
+            board = TensorBoard(folder, step)
+            callbacks = [*callbacks, board]
+        loop = Loop(
+            config, step, folder, teacher, held_out, callbacks, lambda: _report(folder.path)
+        )
+        summary = loop.run()
+    finally:
+        if board is not None:
+            board.close()
+        for network in networks:
+            for module, given in zip(network.modules(), classes, strict=True):
+                module.__class__ = given
+    world.leave()
+    student.load_state_dict(step.result.state_dict())
+    return Result(student.eval(), loop.history, summary, folder.path)
+
+
+def _report(folder: Path) -> None:
+    """Writes report.html, of runs that were stopped too; a run never fails for its report."""
+    try:
+        from . import report  # needs packages that training does not
+
+        report.write_report(folder)
+    except Exception as error:
+        log.warning("no report of the run could be made: %s", error)

@@ -1,0 +1,100 @@
+"""Whether a network fits: tried on a batch before anything is trained, one sentence when not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, first_line
+
+log = logging.getLogger(__name__)
+
+
+def logits_of(network: Callable[[Tensor], Tensor], images: Tensor, role: str = "teacher") -> Tensor:
+    """A classifier's logits for images [N, C, H, W]; `role` names it in messages.
+
+    Raises:
+        UserError: it does not take such images, or returns something else.
+    """
+    shape = list(images.shape)
+    try:
+        logits = network(images)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network says of images that do not fit
+        raise UserError(
+            f"the {role} does not take images of shape {shape}: {first_line(error)}"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise UserError(f"the {role} must return logits [N, C] alone, got {type(logits).__name__}")
+    if logits.dim() != 2 or len(logits) != len(images):
+        raise UserError(
+            f"the {role} must return logits [N, C], got {list(logits.shape)} for {shape}"
+        )
+    return logits
+
+
+@torch.no_grad()
+def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
+    """Tries the student on a batch, so that a misfit shows before anything is trained.
+
+    Raises:
+        UserError: it does not take the images, or does not return logits [N, num_classes].
+    """
+    shape = list(images.shape)
+    training = student.training
+    try:
+        logits = student.eval()(images)
+    except Exception as error:  # whatever the network says of images that do not fit
+        raise UserError(
+            f"the student does not take images of shape {shape}: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        student.train(training)
+    if list(logits.shape) != [len(images), num_classes]:
+        raise UserError(
+            f"the student must return logits {[len(images), num_classes]} for images {shape}, as "
+            f"many classes as the teacher, got {list(logits.shape)}"
+        )
+
+
+@torch.no_grad()
+def check_generator(generator: nn.Module, noise: Tensor, image_shape: tuple[int, ...]) -> None:
+    """Tries a generator on noise [N, latent_dim], before anything is trained.
+
+    Raises:
+        UserError: it does not make images of that shape.
+    """
+    training = generator.training
+    images = generator.eval()(noise)
+    generator.train(training)
+    if tuple(images.shape) != (len(noise), *image_shape):
+        raise UserError(
+            f"the generator must make images {[len(noise), *image_shape]} of noise "
+            f"{list(noise.shape)}, got {list(images.shape)}"
+        )
+
+
+def refuse_probabilities(outputs: Tensor) -> None:
+    rows = outputs.float()
+    # The sum of C rounded probabilities is off by half an epsilon of their dtype at most.
+    tolerance = max(1e-3, 4 * torch.finfo(outputs.dtype).eps)
+    positive = bool((rows >= 0).all())
+    kind = None
+    if positive and bool(((rows.sum(1) - 1).abs() < tolerance).all()):
+        kind = "softmax"
+    elif bool((rows.logsumexp(1).abs() < tolerance).all()):
+        kind = "log-softmax"
+    if kind is not None:
+        raise UserError(
+            f"the teacher ends in {kind}; the losses need logits: give the network "
+            f"without its last {kind} layer"
+        )
+    if positive and bool((rows <= 1).all()):
+        log.warning(
+            "the teacher's outputs all lie between 0 and 1, as those of a sigmoid; the losses need "
+            "logits"
+        )

@@ -1,0 +1,96 @@
+"""Networks made ready to train with: checked against each other, frozen, moved and accelerated."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..device import AUTOCAST
+from ..errors import UserError
+from ..models import Generator
+from ..models.winograd import accelerate
+from .checks import check_generator, check_student
+from .distributed import World
+from .step import Step
+from .teacher import FrozenTeacher
+
+log = logging.getLogger(__name__)
+
+
+def prepare(
+    config: Config,
+    teacher: nn.Module,
+    student: nn.Module,
+    device: torch.device,
+    precision: str,
+    generator: nn.Module | None = None,
+    world: World | None = None,
+) -> Step:
+    """Networks and generator, checked against each other, as a Step on `device`.
+
+    Args:
+        config: all settings.
+        teacher: the classifier; a frozen copy of it is used.
+        student: to train; moved to `device`.
+        device, precision: see `pick_device` and `pick_precision`.
+        generator: the published one if None.
+        world: the processes of this job.
+
+    Raises:
+        UserError: a network does not take such images, or they differ in the number of classes.
+    """
+    torch.manual_seed(config.seed)
+    channels, size, _ = shape = config.image_shape
+    if generator is None:
+        generator = Generator(config.latent_dim, size, channels, config.generator_width)
+    frozen = freeze(teacher, config, torch.randn(16, *shape))
+    for module in (generator, student, frozen):
+        # Convolutions are faster with the channels innermost, on CPUs and on GPUs.
+        module.to(device).to(memory_format=torch.channels_last)
+    num_classes = frozen.check(torch.randn(16, *shape, device=device))
+    if config.num_classes not in (None, num_classes):
+        raise UserError(
+            f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
+        )
+    check_student(student, torch.randn(2, *shape, device=device), num_classes)
+    check_generator(generator, torch.randn(2, config.latent_dim, device=device), shape)
+    if config.generator_restart_every and not hasattr(generator, "reset"):
+        raise UserError(
+            "--generator-restart-every needs a generator with a method reset() that draws its "
+            "parameters anew; give it one, or set it to 0"
+        )
+    if precision in AUTOCAST:
+        frozen.cast(AUTOCAST[precision])
+    if device.type == "cpu":
+        accelerate(frozen, constant=True)
+        accelerate(student)
+    # Shapes never change, so it pays to look for the fastest convolutions once.
+    torch.backends.cudnn.benchmark = True
+    if config.compile:
+        for module in (generator, student, frozen):
+            module.compile()
+    return Step(config, generator, frozen, student, num_classes, device, precision, world)
+
+
+@torch.no_grad()
+def freeze(teacher: nn.Module, config: Config, images: Tensor) -> FrozenTeacher:
+    """A FrozenTeacher, its BatchNorm folded unless it would then answer differently.
+
+    torch.fx can misread a network whose code asks what kind of tensor it is given.
+    """
+    frozen = FrozenTeacher(teacher, config.feature_layer, watch=config.bn_statistics != 0)
+    if not frozen.folded:
+        return frozen
+    unfolded = copy.deepcopy(teacher).eval()
+    images = images.to(next(teacher.parameters(), images).device)
+    with contextlib.suppress(RuntimeError):  # the check will say more of images that do not fit
+        expected, got = unfolded(images), frozen.network(images)
+        if not torch.allclose(got, expected, 1e-3, 1e-3 * expected.abs().max().item(), True):
+            log.warning("the teacher's BatchNorm is not folded: it would answer differently")
+            return FrozenTeacher(teacher, config.feature_layer, fold=False)
+    return frozen
