@@ -40,7 +40,7 @@ from bench.measure import (
 )
 from dafl_fast.config import make_config
 from dafl_fast.device import keep_freed_memory
-from dafl_fast.engine.graph import make_ready
+from dafl_fast.engine.graph import compile_and_capture
 from dafl_fast.engine.prepare import prepare
 from dafl_fast.models import build
 
@@ -68,7 +68,7 @@ def make_step(contender: str, case: Case):
             case.preset, "published", batch_size=case.batch, compile=contender == "ours+"
         )
         step = prepare(config, build(config.teacher), build(config.student), DEVICE, PRECISION)
-        make_ready(step)
+        compile_and_capture(step)
         return step
     return on_noise(published_step(case.preset, contender), contender, case.batch)
 

@@ -16,11 +16,12 @@ from .data import eval_set
 from .device import keep_freed_memory, pick_device, pick_precision
 from .engine.distributed import World
 from .engine.folder import RunFolder, check_resumed
-from .engine.graph import why_not
+from .engine.graph import reason_not_captured
 from .engine.loop import Loop
 from .engine.prepare import prepare
 from .engine.tensorboard import TensorBoard
 from .errors import UserError, require
+from .models.twin import twin
 from .networks.runs import load_networks, outputs_of
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,9 @@ class Result:
     """What a run leaves.
 
     Attributes:
-        student: the one that was given, trained, in evaluation mode; its weights are their moving
-            average if the recipe keeps one.
+        student: the trained student in evaluation mode; its weights are their moving average if
+            the recipe keeps one. It shares them with the module that was given, which keeps its
+            own mode.
         history: the rows of metrics.jsonl that this call added.
         summary: what summary.json holds.
         folder: of the run.
@@ -67,7 +69,9 @@ def distill(
     Args:
         teacher: any classifier, images [N, C, H, W] in the units it was trained with -> logits
             [N, num_classes]. It is copied and not changed, but for the device it is on.
-        student: any network from such images to as many logits; trained in place.
+        student: any network from such images to as many logits. Its weights are trained in place;
+            its layers keep their classes, hooks and modes. In a student in training mode, layers
+            in evaluation mode stay so (frozen BatchNorm); one in evaluation mode is trained whole.
         image_shape: C, H and W; H = W, a multiple of 4.
         num_classes: checked against the teacher's outputs when given.
         generator: from noise [N, latent_dim] to images; the published one, with as many stages as
@@ -143,14 +147,10 @@ def _run(
     keep_freed_memory()
     world = World.join(device)
     precision = pick_precision(config.precision, device)
-    # What is handed back is made of the layers that it was given with, not of faster ones.
-    classes = [type(module) for module in student.modules()]
-    why_not(config, device, world)
-    networks = {student}
+    reason_not_captured(config, device, world)
     board = None
     try:
         step = prepare(config, teacher, student, device, precision, generator, world)
-        networks.add(step.result)
         path = config.resume
         if path is None and world.first:
             path = RunFolder.create(config)
@@ -165,12 +165,9 @@ def _run(
     finally:
         if board is not None:
             board.close()
-        for network in networks:
-            for module, given in zip(network.modules(), classes, strict=True):
-                module.__class__ = given
     world.leave()
-    student.load_state_dict(step.result.state_dict())
-    return Result(student.eval(), loop.history, summary, folder.path)
+    student.load_state_dict(step.averaged_student.state_dict())
+    return Result(twin(student).eval(), loop.history, summary, folder.path)
 
 
 def _report(folder: Path) -> None:

@@ -135,7 +135,12 @@ def three_steps(world: World, recipe: str):
     for _ in range(3):
         step()
     agreement = step.fresh_agreement(2)
-    return step.generator.state_dict(), step.result.state_dict(), step.newest[1], agreement
+    return (
+        step.generator.state_dict(),
+        step.averaged_student.state_dict(),
+        step.newest[1],
+        agreement,
+    )
 
 
 @pytest.mark.parametrize("recipe", SETTINGS)

@@ -23,7 +23,7 @@ from dafl_fast.errors import UserError
 from dafl_fast.evaluate import open_network
 from dafl_fast.export import export_student
 from dafl_fast.models import LeNet5, LeNet5Half, build
-from dafl_fast.models.winograd import WinogradConv2d, accelerate
+from dafl_fast.models.winograd import WinogradConv2d, accelerated
 from dafl_fast.networks import load_network
 
 BUNDLED = Path(str(files("dafl_fast") / "assets" / "lenet5-mnist.safetensors"))
@@ -115,7 +115,7 @@ def test_a_program_for_torch_export_is_the_student(tmp_path):
 
 def test_fast_convolutions_become_plain_ones(tmp_path):
     layers = [nn.Conv2d(64, 64, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    network = accelerate(nn.Sequential(*layers, nn.Linear(64, 3)))
+    network = accelerated(nn.Sequential(*layers, nn.Linear(64, 3)))
     assert isinstance(network[0], WinogradConv2d)
     export_student(network, tmp_path / "s.pt2", "pt2", image_shape=(64, 8, 8))
     program = torch.export.load(tmp_path / "s.pt2")

@@ -138,7 +138,7 @@ def test_fast_recipe_updates_from_the_bank():
     assert len(step.bank) == 24 and step.bank.added == 32
     torch.testing.assert_close(step.bank.logits[:8], step.newest[1][8:])
     assert step.student_optimizer.state[step.student.fc2.bias]["step"] == 6
-    assert step.result is not step.student
+    assert step.averaged_student is not step.student
     before = [p.clone() for p in step.generator.parameters()]
     step()  # a new generator: its first update starts from other weights and an empty Adam
     assert step.generator_optimizer.state[step.generator.l1[0].weight]["step"] == 1
@@ -170,7 +170,7 @@ def test_state_dict_restores_the_run_exactly():
     for _ in range(3):
         one()
         two()
-    assert_same_weights(two.result, one.result, 0)
+    assert_same_weights(two.averaged_student, one.averaged_student, 0)
     assert_same_weights(two.generator, one.generator, 0)
     assert torch.equal(two.statistics, one.statistics)
 

@@ -15,7 +15,7 @@ from torch import nn
 from dafl_fast import _C
 from dafl_fast.engine.teacher import FrozenTeacher
 from dafl_fast.models import build, winograd
-from dafl_fast.models.winograd import WinogradConv2d, accelerate
+from dafl_fast.models.winograd import WinogradConv2d, accelerated
 
 conv3x3 = torch.ops.dafl_fast.conv3x3
 DOUBLE = torch.float64
@@ -226,21 +226,19 @@ def test_other_convolutions_stay_what_they_are():
         Own(64, 64, 3, padding=1),
     )
     before = [type(layer) for layer in others]
-    accelerate(others, constant=True)
-    assert [type(layer) for layer in others] == before
+    assert [type(layer) for layer in accelerated(others, constant=True)] == before
 
 
 def test_changes_nothing_but_the_class():
     network = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
     parameters = list(network.parameters())
     state = copy.deepcopy(network.state_dict())
-    assert accelerate(network, constant=True) is network
-    assert type(network[0]) is WinogradConv2d
-    assert all(a is b for a, b in zip(parameters, network.parameters(), strict=True))
-    assert list(network.state_dict()) == list(state)
-    assert all(torch.equal(network.state_dict()[name], state[name]) for name in state)
-    plain = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
-    plain.load_state_dict(network.state_dict())
+    fast = accelerated(network, constant=True)
+    assert type(fast[0]) is WinogradConv2d and type(network[0]) is nn.Conv2d
+    assert all(a is b for a, b in zip(parameters, fast.parameters(), strict=True))
+    assert list(fast.state_dict()) == list(state)
+    assert all(torch.equal(fast.state_dict()[name], state[name]) for name in state)
+    network.load_state_dict(fast.state_dict())
 
 
 def counted(monkeypatch):
@@ -261,7 +259,7 @@ def counted(monkeypatch):
 
 def layer_pair():
     plain = nn.Conv2d(64, 128, 3, padding=1)
-    return plain, accelerate(copy.deepcopy(plain))
+    return plain, accelerated(copy.deepcopy(plain))
 
 
 @NEEDS_FP32
@@ -322,7 +320,7 @@ def test_a_frozen_teacher(dtype, monkeypatch):
     plain, teacher = FrozenTeacher(network), FrozenTeacher(network)
     if dtype != torch.float32:
         plain.cast(dtype), teacher.cast(dtype)
-    accelerate(teacher, constant=True)
+    teacher.network = accelerated(teacher.network, constant=True)
     calls = counted(monkeypatch)
     x = torch.randn(1, 3, 9, 8, requires_grad=True)
     twin = x.detach().clone().requires_grad_()
@@ -340,7 +338,7 @@ def test_a_frozen_teacher(dtype, monkeypatch):
 def test_a_training_step_of_resnet18_agrees(monkeypatch):
     calls = counted(monkeypatch)
     plain = build("ResNet18").to(memory_format=torch.channels_last)
-    network = accelerate(copy.deepcopy(plain))
+    network = accelerated(copy.deepcopy(plain))
     x = torch.randn(8, 3, 16, 16)
     losses = []
     for model in (network, plain):

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import UserError, first_line
+from .evaluation import evaluation_mode
 
 log = logging.getLogger(__name__)
 
@@ -44,21 +46,31 @@ def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
     Raises:
         UserError: it does not take the images, or does not return logits [N, num_classes].
     """
-    shape = list(images.shape)
-    training = student.training
-    try:
-        logits = student.eval()(images)
-    except Exception as error:  # whatever the network says of images that do not fit
+    with evaluation_mode(student):
+        logits = logits_of(student, images, "student")
+    if logits.shape[1] != num_classes:
         raise UserError(
-            f"the student does not take images of shape {shape}: {str(error).splitlines()[0]}"
-        ) from error
-    finally:
-        student.train(training)
-    if list(logits.shape) != [len(images), num_classes]:
-        raise UserError(
-            f"the student must return logits {[len(images), num_classes]} for images {shape}, as "
-            f"many classes as the teacher, got {list(logits.shape)}"
+            f"the student must return logits {[len(images), num_classes]} for images "
+            f"{list(images.shape)}, as many classes as the teacher, got {list(logits.shape)}"
         )
+
+
+@torch.no_grad()
+def run_lazy_layers(network: nn.Module, example: Tensor, role: str) -> None:
+    """Runs a network that has lazy layers once, so that they get their parameters.
+
+    Raises:
+        UserError: it does not run on `example`, a batch of what it takes.
+    """
+    if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
+        try:
+            with evaluation_mode(network):
+                network(example)
+        except Exception as error:  # whatever the network says of a batch that does not fit
+            raise UserError(
+                f"the {role} has lazy layers, which get their parameters from a first batch, and "
+                f"does not run on one of shape {list(example.shape)}: {first_line(error)}"
+            ) from error
 
 
 @torch.no_grad()
@@ -68,9 +80,8 @@ def check_generator(generator: nn.Module, noise: Tensor, image_shape: tuple[int,
     Raises:
         UserError: it does not make images of that shape.
     """
-    training = generator.training
-    images = generator.eval()(noise)
-    generator.train(training)
+    with evaluation_mode(generator):
+        images = generator(noise)
     if tuple(images.shape) != (len(noise), *image_shape):
         raise UserError(
             f"the generator must make images {[len(noise), *image_shape]} of noise "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
+from ..models.twin import twin
 
 # The option's name before and after PyTorch 2.14.
 _SYNC_BUFFERS = next(
@@ -86,8 +87,9 @@ class World:
         dist.all_gather(parts, raw)
         return torch.cat(parts).view(tensor.dtype).view(-1, *tensor.shape[1:])
 
-    def largest(self, *values: float) -> list[float]:
-        """The largest that any process says: clocks and signals differ, what is done may not."""
+    def all_reduce_max(self, *values: float) -> list[float]:
+        """The largest of each over the processes, whose clocks and signals differ: what they do
+        must not."""
         if self.size == 1:
             return list(values)
         agreed = torch.tensor(values, dtype=torch.float64)
@@ -104,18 +106,17 @@ class World:
         return said[0]
 
     def replicate(self, network: nn.Module) -> nn.Module:
-        """`network` with gradients and BatchNorm statistics averaged over the processes."""
+        """`network` with gradients and BatchNorm statistics averaged over the processes: in more
+        than one, a twin that shares its parameters and buffers."""
         if self.size == 1:
             return network
         for module in network.modules():
-            for plain, shared in _SHARED.items():
-                if type(module) is plain:
-                    if getattr(module, "momentum", None) is None:
-                        raise UserError(
-                            "the student's BatchNorm layers need a momentum to train in several "
-                            "processes, got None"
-                        )
-                    module.__class__ = shared  # the same layer, parameters and names
+            if type(module) in _SHARED and getattr(module, "momentum", None) is None:
+                raise UserError(
+                    "the student's BatchNorm layers need a momentum to train in several "
+                    "processes, got None"
+                )
+        network = twin(network, lambda layer: _SHARED.get(type(layer)))
         # Buffers are equal anyway. Static: a parameter that takes no part (a bias before
         # BatchNorm) never will.
         options: dict[str, Any] = {"static_graph": True, _SYNC_BUFFERS: False}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import torch
 from torch import Tensor, nn
+
+from ..models.twin import duplicate
 
 
 class Average:
@@ -19,7 +19,7 @@ class Average:
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        self.module = deepcopy(network).requires_grad_(False).eval()
+        self.module = duplicate(network).requires_grad_(False).eval()
         self.decay = decay
         # On the device, so that a captured update sees the value that is written in between.
         self.weight: Tensor = torch.zeros((), device=next(network.parameters()).device)

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """`network` in evaluation mode; afterwards every layer is in the mode that it was in."""
+    training = network.training
+    modes = [(layer, layer.training) for layer in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)  # some networks do more here than to set the flags
+        for layer, mode in modes:
+            layer.training = mode
 
 
 @torch.no_grad()
 def predictions(network: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
     """Lowest-index argmax class [N] of `network`'s logits for images [N, C, H, W], in fp32."""
     device = next(network.parameters(), images).device  # a frozen TorchScript has no parameters
-    was_training = network.training
-    network.eval()
-    classes = [
-        network(batch.to(device)).argmax(1).to(images.device) for batch in images.split(batch_size)
-    ]
-    network.train(was_training)
-    return torch.cat(classes)
+    with evaluation_mode(network):
+        return torch.cat(
+            [
+                network(batch.to(device)).argmax(1).to(images.device)
+                for batch in images.split(batch_size)
+            ]
+        )
 
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:

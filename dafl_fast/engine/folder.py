@@ -28,6 +28,7 @@ from ..files import (
     write_text,
 )
 from .bank import ReplayBank
+from .live import copied, map_tensors
 from .step import Step
 
 # What may differ when a run is resumed: how long it lasts and how it is watched.
@@ -155,14 +156,14 @@ class RunFolder:
         shard, entries = None, None
         if step.bank is not None:
             shard, entries = self._new_entries(step.bank)
-        state = _copied(
+        state = copied(
             {"step": step.state_dict(), "progress": progress, "bank_shards": self._shards}
         )
 
         def write() -> None:
             if shard is not None and entries is not None:
                 save_weights(shard, entries)
-            save_checkpoint(self.checkpoint, _on_host(state))
+            save_checkpoint(self.checkpoint, map_tensors(state, Tensor.cpu))
             self._remove_other_shards(state["bank_shards"])
 
         self.later(write, step.device)
@@ -213,26 +214,6 @@ class RunFolder:
         for path in (self.path / "bank").glob("*.safetensors"):
             if path not in wanted and _SHARD.fullmatch(path.name):
                 path.unlink(missing_ok=True)
-
-
-def _copied(value: Any) -> Any:
-    """Nested dicts and lists with copies of their tensors."""
-    return _map(value, lambda tensor: tensor.detach().clone())
-
-
-def _on_host(value: Any) -> Any:
-    """Nested dicts and lists with their tensors on the host."""
-    return _map(value, lambda tensor: tensor.cpu())
-
-
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map(item, change) for item in value]
-    return value
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from ..config import Config
 from ..errors import UserError
 from .distributed import World
+from .live import copied
 from .step import Step
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 WARM_UP = 3
 
 
-def make_ready(step: Step) -> str | None:
+def compile_and_capture(step: Step) -> str | None:
     """Compiles `step` and lets it run as a CUDA graph from now on, as its config and the machine
     allow; nothing that training reads is changed.
 
@@ -36,7 +37,7 @@ def make_ready(step: Step) -> str | None:
         UserError: `cuda_graph` is "on" and the step cannot be captured.
     """
     wanted = step.config.cuda_graph
-    reason = why_not(step.config, step.device, step.world)
+    reason = reason_not_captured(step.config, step.device, step.world)
     if reason is None:
         try:
             step.run = capture(step)
@@ -56,7 +57,7 @@ def make_ready(step: Step) -> str | None:
     return reason
 
 
-def why_not(config: Config, device: torch.device, world: World) -> str | None:
+def reason_not_captured(config: Config, device: torch.device, world: World) -> str | None:
     """Why a step with these settings will not even be tried to capture; None if it will be.
 
     Raises:
@@ -112,29 +113,15 @@ def capture(step: Step) -> Callable[[], None]:
 @contextlib.contextmanager
 def unchanged(step: Step, runs: int) -> Iterator[None]:
     """Puts everything back in place, afterwards, that `runs` runs of `step.body` inside change."""
-    tensors = step.tensors()
-    kept = [tensor.clone() for tensor in tensors]
-    scalers = [scaler.state_dict() for scaler in step.scalers]
-    random, host_random = step.random.get_state(), torch.get_rng_state()
-    on_gpu = step.device.type == "cuda"
-    device_random = torch.cuda.get_rng_state(step.device) if on_gpu else None
-    newest, bank, entries, first = step.newest, step.bank, {}, 0
+    kept, newest, bank = copied(step.state_dict()), step.newest, step.bank
     if bank is not None:
         first = bank.added
-        written = min(runs * step.config.batch_size, bank.capacity)
-        entries = bank.span(first, first + written)
+        entries = bank.span(first, first + min(runs * step.config.batch_size, bank.capacity))
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensor, value in zip(tensors, kept, strict=True):
-                tensor.copy_(value)
-        for scaler, state in zip(step.scalers, scalers, strict=True):
-            scaler.load_state_dict(state)
-        step.random.set_state(random)
-        torch.set_rng_state(host_random)
-        if device_random is not None:
-            torch.cuda.set_rng_state(device_random, step.device)
+            step.load_state_dict(kept)
         step.newest = newest
         if bank is not None:
             bank.restore(first, entries)

@@ -23,7 +23,7 @@ from .clock import Clock
 from .distributed import is_lost_contact
 from .evaluation import accuracy_on
 from .folder import RunFolder
-from .graph import make_ready
+from .graph import compile_and_capture
 from .step import STATISTICS, Step
 from .watchdog import Watchdog
 
@@ -64,7 +64,7 @@ class Loop:
         self.wall_start = time.perf_counter()
         self.teacher_hash = step.teacher.fingerprint()
         progress = folder.restore(step) or {}
-        if self.world.largest(step.steps)[0] != step.steps:
+        if self.world.all_reduce_max(step.steps)[0] != step.steps:
             raise UserError(
                 f"process {self.world.rank} does not see the checkpoint in {folder.path}: all "
                 "processes need the run's folder to resume"
@@ -79,7 +79,7 @@ class Loop:
         self.signalled = threading.Event()
         self.lost_contact = False
         self.watchdog = Watchdog(config.stall_seconds)
-        self.no_graph = make_ready(step)
+        self.no_graph = compile_and_capture(step)
         self.clock = Clock(
             progress.get("train_seconds", 0.0), step.device, progress.get("seconds_apart")
         )
@@ -115,7 +115,7 @@ class Loop:
         config, step, world = self.config, self.step, self.world
         while True:
             # The first process's clock counts, and any process's signal.
-            done, signalled = world.largest(
+            done, signalled = world.all_reduce_max(
                 self._done() if world.first else 0.0, self.signalled.is_set()
             )
             if done >= 1 or signalled:
@@ -253,7 +253,7 @@ class Loop:
             self.folder.later(lambda: save_samples(path, images, logits), step.device)
             student = None
             if self.held_out is not None:
-                student, _ = accuracy_on(step.result, self.held_out)
+                student, _ = accuracy_on(step.averaged_student, self.held_out)
             agreement = step.agreement(images, logits)
             counts = logits.argmax(1).bincount(minlength=step.num_classes).tolist()
         row = {
@@ -281,7 +281,7 @@ class Loop:
         student = teacher = None
         count = 0
         if self.world.first:
-            save_weights(folder.path / "student.safetensors", step.result.state_dict())
+            save_weights(folder.path / "student.safetensors", step.averaged_student.state_dict())
             student = self._evaluate()
             folder.flush()
             if self.held_out is not None:

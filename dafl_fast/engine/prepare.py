@@ -13,8 +13,9 @@ from ..config import Config
 from ..device import AUTOCAST
 from ..errors import UserError
 from ..models import Generator
-from ..models.winograd import accelerate
-from .checks import check_generator, check_student
+from ..models.twin import twin
+from ..models.winograd import accelerated
+from .checks import check_generator, check_student, run_lazy_layers
 from .distributed import World
 from .step import Step
 from .teacher import FrozenTeacher
@@ -36,7 +37,8 @@ def prepare(
     Args:
         config: all settings.
         teacher: the classifier; a frozen copy of it is used.
-        student: to train; moved to `device`.
+        student: to train; moved to `device`. A twin of it is trained, which shares its
+            parameters and buffers: its layers keep their classes and modes.
         device, precision: see `pick_device` and `pick_precision`.
         generator: the published one if None.
         world: the processes of this job.
@@ -50,8 +52,12 @@ def prepare(
         generator = Generator(config.latent_dim, size, channels, config.generator_width)
     frozen = freeze(teacher, config, torch.randn(16, *shape))
     for module in (generator, student, frozen):
+        module.to(device)
+    run_lazy_layers(generator, torch.zeros(2, config.latent_dim, device=device), "generator")
+    run_lazy_layers(student, torch.zeros(2, *shape, device=device), "student")
+    for module in (generator, student, frozen):
         # Convolutions are faster with the channels innermost, on CPUs and on GPUs.
-        module.to(device).to(memory_format=torch.channels_last)
+        module.to(memory_format=torch.channels_last)
     num_classes = frozen.check(torch.randn(16, *shape, device=device))
     if config.num_classes not in (None, num_classes):
         raise UserError(
@@ -67,8 +73,10 @@ def prepare(
     if precision in AUTOCAST:
         frozen.cast(AUTOCAST[precision])
     if device.type == "cpu":
-        accelerate(frozen, constant=True)
-        accelerate(student)
+        frozen.network = accelerated(frozen.network, constant=True)
+        student = accelerated(student)
+    else:
+        student = twin(student)
     # Shapes never change, so it pays to look for the fastest convolutions once.
     torch.backends.cudnn.benchmark = True
     if config.compile:

@@ -25,7 +25,8 @@ from ..losses import adversarial_loss, distill_loss, generator_loss
 from .bank import ReplayBank
 from .distributed import World
 from .ema import Average
-from .evaluation import accuracy
+from .evaluation import accuracy, evaluation_mode
+from .live import Live, restore, state_of
 from .teacher import FrozenTeacher
 
 # What `Step.statistics` sums up, in this order.
@@ -68,7 +69,10 @@ class Step:
         self.config, self.device, self.precision = config, device, precision
         self.num_classes = num_classes
         self.world = world = world or World()
-        self.generator, self.teacher, self.student = generator.train(), teacher, student.train()
+        self.generator, self.teacher, self.student = generator, teacher, student
+        for network in (generator, student):
+            if not network.training:  # else layers in evaluation mode were put there on purpose
+                network.train()
         self.average = Average(student, config.ema_decay) if config.ema_decay else None
         # Of each batch, noise and draws are the same in all processes; each takes its share.
         self._count = config.student_batch_size or config.batch_size
@@ -111,7 +115,7 @@ class Step:
                 fused=True,
             )
         for optimizer in (self.generator_optimizer, self.student_optimizer):
-            _begin(optimizer)
+            _make_state(optimizer)
         # bf16 has fp32's range; only fp16 gradients need scaling.
         self.scalers = [
             torch.amp.GradScaler(device.type, enabled=precision == "fp16") for _ in range(2)
@@ -119,6 +123,26 @@ class Step:
         self.random = torch.Generator(device).manual_seed(config.seed)
         self.dtype = next(generator.parameters()).dtype
         self.statistics = torch.zeros(len(STATISTICS), device=device)
+        # Everything that `body` changes but the bank's entries. What is not in this inventory is
+        # neither saved, nor restored, nor put back after a warm-up: test_live.py looks for it.
+        self.live: dict[str, Live] = {
+            "generator": generator,
+            "student": student,
+            "generator_optimizer": self.generator_optimizer,
+            "student_optimizer": self.student_optimizer,
+            "scalers": self.scalers,
+            "random": self.random,
+            # Dropout in a student of the user's own draws from the global generators.
+            "global_random": torch.default_generator,
+            "statistics": self.statistics,
+        }
+        if self.average is not None:
+            self.live["average"] = self.average.module
+        if self.bank is not None:
+            self.live["bank_added"] = self.bank.count
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self.live["cuda_random"] = torch.cuda.default_generators[index]
         # The last generated batch and the teacher's logits for it.
         self.newest = (torch.empty(0), torch.empty(0))
         self.steps = 0
@@ -170,13 +194,13 @@ class Step:
         self._student_lr.fill_(lr)
 
     @property
-    def result(self) -> nn.Module:
+    def averaged_student(self) -> nn.Module:
         """The student to evaluate and save: its average if there is one."""
         return self.average.module if self.average else self.student
 
     def agreement(self, images: Tensor, logits: Tensor) -> float:
-        """Share of images [N, C, H, W] for which the result chooses the class of logits [N, C]."""
-        return accuracy(self.result, images.to(self.dtype), logits.argmax(1))
+        """Share of images [N, C, H, W] for which it chooses the class of logits [N, C]."""
+        return accuracy(self.averaged_student, images.to(self.dtype), logits.argmax(1))
 
     @torch.no_grad()
     def fresh(self) -> tuple[Tensor, Tensor]:
@@ -210,25 +234,25 @@ class Step:
             )
             total, *parts = loss
             bn_statistics = adversarial = torch.zeros_like(total)
-            if self.teacher.watched:
+            if self.teacher.watching:
                 bn_statistics = self.teacher.batch_norm_loss(self.world)
                 total = total + config.bn_statistics * bn_statistics
             if config.adversarial:
-                adversarial = adversarial_loss(self._judged(images), logits)
+                adversarial = adversarial_loss(self._student_for_images(images), logits)
                 total = total + self._adversarial * adversarial
         self._descend(total, self.generator_optimizer, self.scalers[0])
         parts = [total, *parts, bn_statistics, adversarial]
         return images.detach(), logits.detach(), [part.detach().float() for part in parts]
 
-    def _judged(self, images: Tensor) -> Tensor:
+    def _student_for_images(self, images: Tensor) -> Tensor:
         """The student's logits with a gradient to the images and none to its weights."""
         trained = [p for p in self.student.parameters() if p.requires_grad]
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
-            logits: Tensor = self.student.eval()(images)
+            with evaluation_mode(self.student):
+                logits: Tensor = self.student(images)
         finally:
-            self.student.train()
             for parameter in trained:
                 parameter.requires_grad_(True)
         return logits
@@ -261,74 +285,38 @@ class Step:
     def _restart_generator(self) -> None:
         """A fresh generator in the same memory, with its optimizer's memory wiped."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            # Seeded by the step, so that a resumed run draws the same new generator.
-            torch.manual_seed(self.config.seed * 1_000_003 + self.steps)
+            torch.manual_seed(self._seed_at_this_step())
             self.generator.reset()  # type: ignore[operator]
-        _wipe(self.generator_optimizer)
+        _clear_state(self.generator_optimizer)
 
     def is_finite(self) -> bool:
         """Whether all weights are finite. Waits for the device."""
-        networks = {self.generator, self.student, self.result}
+        networks = {self.generator, self.student, self.averaged_student}
         weights = [p for network in networks for p in network.parameters()]
         return bool(torch.stack([p.isfinite().all() for p in weights]).all())
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors that `body` writes to, but for the bank's entries and the scalers' scales."""
-        networks = [self.generator, self.student, *([self.average.module] if self.average else [])]
-        tensors = [tensor for network in networks for tensor in network.state_dict().values()]
-        for optimizer in (self.generator_optimizer, self.student_optimizer):
-            tensors += [value for state in optimizer.state.values() for value in state.values()]
-        return [*tensors, self.statistics, *([self.bank.count] if self.bank is not None else [])]
-
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs but the bank's contents, which are saved incrementally."""
-        state = {
-            "generator": self.generator.state_dict(),
-            "student": self.student.state_dict(),
-            "generator_optimizer": self.generator_optimizer.state_dict()["state"],
-            "student_optimizer": self.student_optimizer.state_dict()["state"],
-            "scalers": [scaler.state_dict() for scaler in self.scalers],
-            "random": self.random.get_state(),
-            # Dropout in a student of the user's own draws from the global generators.
-            "global_random": torch.get_rng_state(),
-            "statistics": self.statistics,
-            "steps": self.steps,
-            "bank_added": self.bank.added if self.bank is not None else 0,
-        }
-        if self.average:
-            state["average"] = self.average.module.state_dict()
-        if self.device.type == "cuda":
-            state["cuda_random"] = torch.cuda.get_rng_state(self.device)
-        return state
+        state = {name: state_of(live) for name, live in self.live.items()}
+        return {**state, "steps": self.steps, "bank_added": self.bank.added if self.bank else 0}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave, in place."""
-        self.generator.load_state_dict(state["generator"])
-        self.student.load_state_dict(state["student"])
-        for name in ("generator_optimizer", "student_optimizer"):
-            optimizer = getattr(self, name)
-            own = optimizer.state_dict()["state"]
-            for index, values in state[name].items():
-                for key, value in values.items():
-                    own[index][key].copy_(value)
-        for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
-            scaler.load_state_dict(saved)
-        if state["random"].shape == self.random.get_state().shape:
-            self.random.set_state(state["random"])
-        else:  # the run was begun on another kind of device, whose random numbers differ anyway
-            self.random.manual_seed(self.config.seed * 1_000_003 + state["steps"])
-        torch.set_rng_state(state["global_random"])
-        self.statistics.copy_(state["statistics"])
+        """Puts back what `state_dict` gave, in place."""
         self.steps = state["steps"]
-        if self.bank is not None:
-            self.bank.count.fill_(state["bank_added"])
-        if self.average:
-            self.average.module.load_state_dict(state["average"])
-        if self.device.type == "cuda" and "cuda_random" in state:
-            torch.cuda.set_rng_state(state["cuda_random"], self.device)
+        for name, live in self.live.items():
+            if name == "random" and state[name].shape != self.random.get_state().shape:
+                # Begun on another kind of device, whose random numbers differ anyway.
+                self.random.manual_seed(self._seed_at_this_step())
+            elif name in state or name != "cuda_random":
+                restore(live, state[name])
+
+    def _seed_at_this_step(self) -> int:
+        """A seed that depends on run and step alone, so that a resumed run draws the same. The
+        factor keeps the steps of one seed apart from those of the next, and is prime."""
+        return self.config.seed * 1_000_003 + self.steps
 
 
-def _begin(optimizer: torch.optim.Optimizer) -> None:
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
     """Lets the optimizer make its state, so that from here on it is written in place only."""
     (group,) = optimizer.param_groups
     for parameter in group["params"]:
@@ -341,10 +329,10 @@ def _begin(optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
     group["lr"].copy_(rate)
     optimizer.zero_grad(set_to_none=True)
-    _wipe(optimizer)
+    _clear_state(optimizer)
 
 
-def _wipe(optimizer: torch.optim.Optimizer) -> None:
+def _clear_state(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         for value in state.values():
             value.zero_()

@@ -85,20 +85,20 @@ class FrozenTeacher(nn.Module):
                     "layer, or give the teacher as a program of torch.export"
                 )
             layers[self._feature_layer].register_forward_pre_hook(self._keep_features)
-        self.watched: list[Any] = []
         self._statistics: dict[nn.Module, Tensor] = {}
-        if watch:
-            self.watched = [
-                layer
-                for layer in network.modules()
-                if isinstance(layer, BATCH_NORMS) and layer.running_mean is not None
-            ]
-            if not self.watched:
-                log.warning("the teacher has no BatchNorm layers: the BatchNorm loss is off")
-            for layer in self.watched:
-                layer.register_forward_pre_hook(self._keep_statistics)
-        self.network = fold_batch_norm(network) if fold and not self.watched else network
+        watched = _with_statistics(network) if watch else []
+        if watch and not watched:
+            log.warning("the teacher has no BatchNorm layers: the BatchNorm loss is off")
+        for layer in watched:
+            layer.register_forward_pre_hook(self._keep_statistics)
+        self.watching = bool(watched)
+        self.network = fold_batch_norm(network) if fold and not watched else network
         self.folded = self.network is not network
+
+    @property
+    def watched(self) -> list[Any]:
+        """The BatchNorm layers whose statistics are kept."""
+        return _with_statistics(self.network) if self.watching else []
 
     def _keep_features(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._features = inputs[0]
@@ -115,10 +115,11 @@ class FrozenTeacher(nn.Module):
 
     def batch_norm_loss(self, world: World) -> Tensor:
         """`losses.batch_norm_loss` of the last batch, which the processes of `world` share."""
-        moments = [world.mean(self._statistics.pop(layer)) for layer in self.watched]
+        watched = self.watched
+        moments = [world.mean(self._statistics.pop(layer)) for layer in watched]
         means = [mean for mean, _ in moments]
         variances = [square - mean.square() for mean, square in moments]
-        return batch_norm_loss(means, variances, self.watched)
+        return batch_norm_loss(means, variances, watched)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stays in evaluation mode: the BatchNorm statistics are part of what the teacher knows."""
@@ -209,6 +210,14 @@ class _Autocast(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, self.dtype):
             return self.network(images)
+
+
+def _with_statistics(network: nn.Module) -> list[nn.Module]:
+    return [
+        layer
+        for layer in network.modules()
+        if isinstance(layer, BATCH_NORMS) and layer.running_mean is not None
+    ]
 
 
 def _last_linear(network: nn.Module) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import _C
 from .functional import as_autocast, operators_run
+from .twin import twin
 
 _OPS = torch.ops.dafl_fast
 
@@ -54,22 +55,23 @@ class WinogradConv2d(nn.Conv2d):
         return _OPS.conv3x3(x, self.weight, self.bias, None, None)
 
 
-def accelerate(network: nn.Module, constant: bool = False) -> nn.Module:
-    """Turns the convolutions of `network` that can gain into `WinogradConv2d`; returns it.
+def accelerated(network: nn.Module, constant: bool = False) -> nn.Module:
+    """A twin of `network` whose convolutions that can gain are of the class `WinogradConv2d`.
 
-    Names, parameters, hooks and state_dict stay what they are.
+    Names, parameters, hooks and state_dict are the same.
 
     Args:
-        network: changed in place.
+        network: left as it is.
         constant: its weights never change from now on, so that what is computed from them alone
             is computed once.
     """
-    for layer in network.modules():
-        if type(layer) is nn.Conv2d and _fits(layer):
-            layer.__class__ = WinogradConv2d
+    fast = twin(
+        network, lambda layer: WinogradConv2d if type(layer) is nn.Conv2d and _fits(layer) else None
+    )
+    for layer in fast.modules():
         if constant and isinstance(layer, WinogradConv2d):
             layer.keep_factors()
-    return network
+    return fast
 
 
 def _fits(layer: nn.Conv2d) -> bool:

@@ -1,0 +1,68 @@
+"""What a training step changes, whatever kind of thing it is: its state, and putting that back.
+
+`Step.live` is the one inventory of such things. The checkpoint, resuming from it, and the snapshot
+before a CUDA graph is captured are all made from it, by the two functions here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Live = (
+    Tensor
+    | nn.Module
+    | torch.optim.Optimizer
+    | torch.Generator
+    | torch.amp.GradScaler
+    | list[torch.amp.GradScaler]
+)
+
+
+def state_of(live: Live) -> Any:
+    """The state of `live`, in tensors that it goes on changing; take a copy to keep it."""
+    if isinstance(live, Tensor):
+        return live
+    if isinstance(live, list):
+        return [state_of(one) for one in live]
+    if isinstance(live, torch.Generator):
+        return live.get_state()
+    state = live.state_dict()
+    return state["state"] if isinstance(live, torch.optim.Optimizer) else state
+
+
+def restore(live: Live, state: Any) -> None:
+    """Puts back what `state_of` gave, in place: a CUDA graph finds every tensor where it was."""
+    if isinstance(live, Tensor):
+        live.copy_(torch.as_tensor(state))
+    elif isinstance(live, list):
+        for one, saved in zip(live, state, strict=True):
+            restore(one, saved)
+    elif isinstance(live, torch.Generator):
+        live.set_state(state)
+    elif isinstance(live, torch.optim.Optimizer):
+        own = live.state_dict()["state"]
+        for index, values in state.items():
+            for key, value in values.items():
+                own[index][key].copy_(value)
+    else:
+        live.load_state_dict(state)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested dicts and lists with `change` of each tensor in them."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [map_tensors(item, change) for item in value]
+    return value
+
+
+def copied(value: Any) -> Any:
+    """Nested dicts and lists with copies of their tensors, on the same device."""
+    return map_tensors(value, lambda tensor: tensor.detach().clone())
