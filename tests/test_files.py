@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from dafl_fast.engine import checkpoint as files
+from dafl_fast import files
 from dafl_fast.errors import UserError
 from dafl_fast.models import LeNet5
 

@@ -1,0 +1,86 @@
+"""A run that version 0.1 began goes on: the folder of a small one is kept, after 6 of 12 steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dafl_fast.config import Config
+from dafl_fast.device import environment
+from dafl_fast.distill import train
+from dafl_fast.engine.folder import RunFolder, check_resumed, read_config
+from dafl_fast.engine.prepare import prepare
+from dafl_fast.files import load_checkpoint
+from dafl_fast.networks.runs import load_networks
+from dafl_fast.report import write_report
+
+from .test_graph import leaves
+
+DATA = Path(__file__).resolve().parent / "data"
+AFTER_12_STEPS = DATA / "run-0.1-after-12-steps.safetensors"
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return Path(shutil.copytree(DATA / "run-0.1", tmp_path / "run"))
+
+
+def config_of(run: Path) -> Config:
+    return Config(**{**read_config(run), "resume": run, "steps": 12})
+
+
+def test_every_tensor_of_its_checkpoint_arrives(run):
+    config = config_of(run)
+    step = prepare(config, *load_networks(config), torch.device("cpu"), "fp32")
+    RunFolder(run).restore(step)
+    saved, restored = (dict(leaves(s)) for s in (load_checkpoint(run / "checkpoint.pt")["step"],
+                                                 step.state_dict()))  # fmt: skip
+    assert saved.keys() == restored.keys()
+    for path, value in saved.items():
+        same = (
+            torch.equal(value, restored[path])
+            if torch.is_tensor(value)
+            else value == restored[path]
+        )
+        assert same, path
+    (shard,) = (run / "bank").iterdir()
+    assert step.bank is not None and step.bank.added == 48
+    for name, values in load_file(shard).items():
+        assert torch.equal(step.bank.span(24, 48)[name], values), name
+
+
+def test_it_ends_as_it_would_have(run):
+    """Bit for bit where the machine is like the one that began it, else to rounding."""
+    there = json.loads((run / "environment.json").read_text())
+    here = environment()
+    alike = all(there[key] == here[key] for key in ("torch", "cpu"))
+    alike = alike and there["build"]["isa"] == here["build"]["isa"]
+    config = config_of(run)
+    check_resumed(config)
+    torch.set_num_threads(1)
+    summary = train(config)
+    assert summary["steps"] == 12 and not summary["interrupted"]
+    expected, student = load_file(AFTER_12_STEPS), load_file(run / "student.safetensors")
+    assert student.keys() == expected.keys()
+    before = load_checkpoint(DATA / "run-0.1" / "checkpoint.pt")["step"]["average"]
+    for name, tensor in expected.items():
+        if alike:
+            assert torch.equal(student[name], tensor), name
+        # What other kernels change in six steps is far below what the steps change.
+        moved = (tensor - before[name]).norm()
+        assert (student[name] - tensor).norm() < 0.2 * moved, name
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 12
+    assert "12" in write_report(run).read_text()
+
+
+def test_its_settings_are_all_known(run):
+    settings = read_config(run)
+    assert settings.keys() <= {field.name for field in dataclasses.fields(Config)}
+    assert config_of(run).recipe == "fast"
