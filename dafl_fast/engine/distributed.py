@@ -105,18 +105,23 @@ class World:
         dist.broadcast_object_list(said, 0)
         return said[0]
 
-    def replicate(self, network: nn.Module) -> nn.Module:
-        """`network` with gradients and BatchNorm statistics averaged over the processes: in more
-        than one, a twin that shares its parameters and buffers."""
+    def share_statistics(self, network: nn.Module) -> nn.Module:
+        """`network` with the BatchNorm statistics of all processes' batches: in several processes
+        a twin that shares its parameters and buffers."""
         if self.size == 1:
             return network
-        for module in network.modules():
-            if type(module) in _SHARED and getattr(module, "momentum", None) is None:
+        for layer in network.modules():
+            if type(layer) in _SHARED and getattr(layer, "momentum", None) is None:
                 raise UserError(
                     "the student's BatchNorm layers need a momentum to train in several "
                     "processes, got None"
                 )
-        network = twin(network, lambda layer: _SHARED.get(type(layer)))
+        return twin(network, lambda layer: _SHARED.get(type(layer)))
+
+    def average_gradients(self, network: nn.Module) -> nn.Module:
+        """`network`, its gradients averaged over the processes."""
+        if self.size == 1:
+            return network
         # Buffers are equal anyway. Static: a parameter that takes no part (a bias before
         # BatchNorm) never will.
         options: dict[str, Any] = {"static_graph": True, _SYNC_BUFFERS: False}

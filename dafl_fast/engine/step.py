@@ -69,16 +69,18 @@ class Step:
         self.config, self.device, self.precision = config, device, precision
         self.num_classes = num_classes
         self.world = world = world or World()
-        self.generator, self.teacher, self.student = generator, teacher, student
         for network in (generator, student):
             if not network.training:  # else layers in evaluation mode were put there on purpose
                 network.train()
+        self.teacher = teacher
+        self.generator, self.student = map(world.share_statistics, (generator, student))
         self.average = Average(student, config.ema_decay) if config.ema_decay else None
         # Of each batch, noise and draws are the same in all processes; each takes its share.
         self._count = config.student_batch_size or config.batch_size
         self._share = world.share("batch-size", config.batch_size)
         self._student_share = world.share("student-batch-size", self._count)
-        self._generator, self._student = world.replicate(generator), world.replicate(student)
+        self._generator = world.average_gradients(self.generator)
+        self._student = world.average_gradients(self.student)
         self.bank: ReplayBank | None = None
         if config.student_source == "bank":
             self.bank = ReplayBank(
@@ -126,8 +128,8 @@ class Step:
         # Everything that `body` changes but the bank's entries. What is not in this inventory is
         # neither saved, nor restored, nor put back after a warm-up: test_live.py looks for it.
         self.live: dict[str, Live] = {
-            "generator": generator,
-            "student": student,
+            "generator": self.generator,
+            "student": self.student,
             "generator_optimizer": self.generator_optimizer,
             "student_optimizer": self.student_optimizer,
             "scalers": self.scalers,
