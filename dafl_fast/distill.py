@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import Config, make_config
+from .config import Config
 from .data import eval_set
 from .device import keep_freed_memory, pick_device, pick_precision
 from .engine.distributed import World
@@ -22,6 +22,7 @@ from .engine.prepare import prepare
 from .engine.tensorboard import TensorBoard
 from .errors import UserError, require
 from .networks.runs import load_networks, outputs_of
+from .recipes import make_config
 
 log = logging.getLogger(__name__)
 
