@@ -18,11 +18,11 @@ import time
 import torch
 
 from bench.measure import GPU, PRECISION, ROUNDS, on_noise, published_step, wait
-from dafl_fast.config import make_config
 from dafl_fast.data import FORMATS, eval_set
 from dafl_fast.distill import train
 from dafl_fast.engine.evaluation import accuracy
 from dafl_fast.networks import bundled_teacher
+from dafl_fast.recipes import make_config
 
 GOALS = (97, 98)
 

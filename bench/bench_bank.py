@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from bench.measure import DEVICE, GPU, record, take_turns, timed
-from dafl_fast.config import make_config
 from dafl_fast.device import keep_freed_memory
 from dafl_fast.engine.bank import ReplayBank
+from dafl_fast.recipes import make_config
 
 
 class PlainBank:

@@ -38,11 +38,11 @@ from bench.measure import (
     timed,
     wait,
 )
-from dafl_fast.config import make_config
 from dafl_fast.device import keep_freed_memory
 from dafl_fast.engine.graph import compile_and_capture
 from dafl_fast.engine.prepare import prepare
 from dafl_fast.models import build
+from dafl_fast.recipes import make_config
 
 CONTENDERS = ("published", "tuned", "compiled", "ours", *(("ours+",) if GPU else ()))
 

@@ -28,10 +28,10 @@ from bench.measure import (
     take_turns,
     timed,
 )
-from dafl_fast.config import make_config
 from dafl_fast.device import keep_freed_memory
 from dafl_fast.engine.prepare import prepare
 from dafl_fast.models import build
+from dafl_fast.recipes import make_config
 
 CASES = {"mnist": (512, 9), "cifar10": (1024 if GPU else 32, 5)}
 

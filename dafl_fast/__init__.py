@@ -14,7 +14,7 @@ except ImportError as error:
     ) from error
 
 from ._version import __version__
-from .config import Config, make_config
+from .config import Config
 from .distill import Result, distill
 from .engine.bank import ReplayBank
 from .engine.teacher import FrozenTeacher
@@ -27,6 +27,7 @@ from .losses import (
     generator_loss,
 )
 from .networks import bundled_teacher, load_network
+from .recipes import make_config
 
 __all__ = [
     "Config",

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import Config, make_config
+from .config import Config
 from .data import eval_set
 from .device import keep_freed_memory, pick_device, pick_precision
 from .engine.distributed import World
@@ -23,6 +23,7 @@ from .engine.tensorboard import TensorBoard
 from .errors import UserError, require
 from .models.twin import twin
 from .networks.runs import load_networks, outputs_of
+from .recipes import make_config
 
 log = logging.getLogger(__name__)
 

@@ -24,27 +24,25 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from . import data
-from .config import Config, make_config
+from .config import Config
 from .device import environment
 from .distill import Result
 from .engine.checks import logits_of
-from .engine.folder import RESUMABLE, read_config, read_summary
+from .engine.folder import read_config, read_summary
 from .errors import UserError, command, first_line, require
 from .files import save_weights, write_atomically, write_text
 from .networks import load_weights
 from .networks.runs import load_student
+from .recipes import make_config
+from .settings import Mark, marked
 
 log = logging.getLogger(__name__)
 
 FormatName = Literal["safetensors", "onnx", "pt2"]
 # Of the largest logit: other kernels add up in another order, and no more than that may differ.
 ROUNDING = 1e-4
-# Settings that say where a run took place and how it was watched, which is nobody else's business,
-# or that the card states by themselves.
-_NOT_LISTED = {
-    *RESUMABLE, "preset", "recipe", "student", "student_weights", "num_classes", "image_shape",
-    "mean", "std",
-}  # fmt: skip
+# Where a run took place and how it was watched is nobody else's business.
+_NOT_LISTED = marked(Config, Mark.RESUMABLE) | marked(Config, Mark.ON_CARD)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ import jinja2
 import tyro
 from markupsafe import Markup
 
-from .config import Config, make_config
+from .config import Config
 from .engine.folder import read_config
 from .errors import UserError, command
 from .files import write_text
+from .recipes import make_config
 
 GRIDS = 8  # grids of images in a report of one run,
 GRID_BYTES = 200_000  # each of about so many bytes at most: the file stays below 3 MB

@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor, nn
 
 from . import data, train_teacher
-from .config import PRESETS, RecipeName
+from .config import RecipeName
 from .device import AUTOCAST, environment, keep_freed_memory, pick_device, pick_precision
 from .distill import distill
 from .engine.evaluation import accuracy_on
@@ -32,6 +32,7 @@ from .files import load_checkpoint, save_weights, write_text
 from .losses import distill_loss
 from .networks import load_network
 from .pictures import save_comparison
+from .recipes import PRESETS
 
 LOSSES = ("one_hot", "entropy", "activation")
 

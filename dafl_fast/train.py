@@ -9,52 +9,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .config import Config, make_config
+from .config import Config
 from .distill import train
 from .engine.folder import check_resumed, read_config
 from .errors import UserError, command
+from .recipes import make_config
+from .settings import from_arguments
 
-_EPILOG = "The preset, when given, comes first: python -m dafl_fast.train mnist --recipe paper"
+_NOTE = "The preset, when given, comes first: python -m dafl_fast.train mnist --recipe paper"
 
 
 def parse(arguments: list[str]) -> Config:
     """The Config for a command line: preset and recipe choose the defaults of all the rest."""
-    import tyro
-
-    flag = _value_of(arguments, "--resume")
-    if flag is not None:
-        return _resumed(Path(flag), arguments)
-    preset = _value_of(arguments, "--preset") or "mnist"
-    if arguments and not arguments[0].startswith("-"):
-        preset, arguments = arguments[0], arguments[1:]
-    defaults = make_config(preset, _value_of(arguments, "--recipe") or "fast")
+    folder = _value_of(arguments, "--resume")
+    if folder is not None:
+        try:
+            defaults = Config(**read_config(Path(folder)), resume=Path(folder))
+        except UserError as error:
+            raise UserError(f"--resume: {error}") from error
+    else:
+        preset = _value_of(arguments, "--preset") or "mnist"
+        if arguments and not arguments[0].startswith("-"):
+            preset, arguments = arguments[0], arguments[1:]
+        defaults = make_config(preset, _value_of(arguments, "--recipe") or "fast")
     if _value_of(arguments, "--steps") or _value_of(arguments, "--max-seconds"):
         defaults = dataclasses.replace(defaults, steps=None, max_seconds=None)
-    return _cli(tyro, defaults, arguments)
-
-
-def _cli(tyro: Any, defaults: Config, arguments: list[str]) -> Config:
-    config: Config = tyro.cli(
-        Config,
-        prog="python -m dafl_fast.train",
-        description=f"{Config.__doc__}\n\n{_EPILOG}",
-        default=defaults,
-        args=arguments,
-    )
-    return config
-
-
-def _resumed(path: Path, arguments: list[str]) -> Config:
-    import tyro
-
-    try:
-        before = Config(**read_config(path), resume=path)
-    except UserError as error:
-        raise UserError(f"--resume: {error}") from error
-    if _value_of(arguments, "--steps") or _value_of(arguments, "--max-seconds"):
-        before = dataclasses.replace(before, steps=None, max_seconds=None)
-    config = _cli(tyro, before, arguments)
-    check_resumed(config)
+    config = from_arguments(Config, defaults, arguments, "python -m dafl_fast.train", _NOTE)
+    if config.resume is not None:
+        check_resumed(config)
     return config
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from .engine.evaluation import accuracy
 from .errors import TrainingStopped, UserError, command
 from .files import load_checkpoint, save_checkpoint, save_weights, write_text
 from .models import GREY_SIZES, NETWORKS, build
+from .settings import BATCH, BELOW_ONE, NOT_NEGATIVE, POSITIVE, Mark, check, from_arguments, marked
 
 
 @dataclass(frozen=True)
@@ -44,82 +45,69 @@ class TeacherConfig:
     """Training images: mnist, fashion-mnist, usps, cifar10, cifar100; the path of a folder,
     <class>/*.jpg or train/<class>/*.jpg and test/<class>/*.jpg; the path of an .npz file with
     'images' and 'labels'; or imagefolder, which is the folder --data-dir."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, Mark.RESUMABLE] = None
     """Where the data lie, in torchvision's layout; default: the environment variable DAFL_DATA."""
-    download: bool = False
+    download: Annotated[bool, Mark.RESUMABLE] = False
     """Allow torchvision to download into --data-dir."""
     exclude: Literal["none", "mnist-5k"] = "none"
     """Leave these images out of training, so that they stay held out."""
-    eval: str | None = None
+    eval: Annotated[str | None, Mark.RESUMABLE] = None
     """Images on which the finished teacher is evaluated, named as in --data, or none; the test
     split of --data, if there is one, when not given."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, POSITIVE] = None
     """Height and width that images are brought to; their own, or the network's, when not given."""
 
     # --- where and how long -------------------------------------------------------------------
-    out: Path = Path("teacher.safetensors")
+    out: Annotated[Path, Mark.RESUMABLE] = Path("teacher.safetensors")
     """Where the weights go; a note with the same name and the ending .json is written beside, and
     while training runs a .checkpoint."""
-    resume: bool = False
+    resume: Annotated[bool, Mark.RESUMABLE] = False
     """Go on from the checkpoint beside --out that an interrupted training left."""
-    epochs: float | None = 10
+    epochs: Annotated[float | None, POSITIVE] = 10
     """Passes over the training images."""
-    max_seconds: float | None = None
+    max_seconds: Annotated[float | None, POSITIVE] = None
     """Stop after this many seconds of training; saving and evaluation are not counted."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Mark.RESUMABLE] = "auto"
     """auto: the GPU when there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network. auto: bf16 where the processor has it."""
     seed: int = 0
     """Seed of initialisation, order and augmentation."""
-    save_every: float = 20.0
+    save_every: Annotated[float, POSITIVE, Mark.RESUMABLE] = 20.0
     """Seconds of training between checkpoints."""
-    log_every: int = 50
+    log_every: Annotated[int, POSITIVE, Mark.RESUMABLE] = 50
     """Steps between two looks at the losses; the device is never waited for in between."""
 
     # --- optimization -------------------------------------------------------------------------
-    batch_size: int = 256
+    batch_size: Annotated[int, BATCH] = 256
     """Images per update."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum 0.9."""
-    lr: float = 2e-3
+    lr: Annotated[float, POSITIVE] = 2e-3
     """Peak of the one-cycle learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight decay of all parameters."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, BELOW_ONE] = 0.0
     """Share of the target probability that is spread over all classes. It makes a teacher less
     teachable (docs/teachers.md), therefore none by default."""
-    ema_decay: float = 0.998
+    ema_decay: Annotated[float, BELOW_ONE] = 0.998
     """Decay of the moving average of the weights that is saved."""
 
     # --- augmentation -------------------------------------------------------------------------
-    shift: int = 0
+    shift: Annotated[int, NOT_NEGATIVE] = 0
     """Images are moved by up to this many pixels in each direction (a random crop after padding
     by reflection)."""
     flip: bool = False
     """Mirror every other image, left to right."""
-    noise: float = 1.0
+    noise: Annotated[float, NOT_NEGATIVE] = 1.0
     """Standard deviation of Gaussian noise added to images, in normalised units. A teacher that
     has seen noise teaches better without data (docs/teachers.md)."""
 
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, want: str) -> None:
-            if not ok:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} must be {want}, got {getattr(self, name)}")
-
+        check(self)
         if self.network not in NETWORKS:
-            raise UserError(
-                f"unknown network {self.network!r}: choose one of {', '.join(NETWORKS)}"
-            )
-        check(self.batch_size >= 2, "batch_size", "at least 2 (BatchNorm needs two images)")
-        for name in ("lr", "log_every", "save_every", "epochs", "max_seconds", "image_size"):
-            value = getattr(self, name)
-            check(value is None or value > 0, name, "positive")
-        for name in ("weight_decay", "shift", "noise"):
-            check(getattr(self, name) >= 0, name, "zero or positive")
-        for name in ("ema_decay", "label_smoothing"):
-            check(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+            names = ", ".join(NETWORKS)
+            raise UserError(f"unknown network {self.network!r}: choose one of {names}")
         if self.epochs is None and self.max_seconds is None:
             raise UserError("say how long to train: --epochs or --max-seconds")
 
@@ -142,8 +130,6 @@ _FORMATS = {**data.FORMATS, "hintonnet": data.FORMATS["mnist"]}
 # From images [N, C, H, W] in normalised units, the network's logits [N, classes] and the labels [N]
 # to the loss, and to the share of answers that are right.
 Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-# What may differ when a training is resumed.
-_RESUMABLE = ("resume", "device", "data_dir", "download", "eval", "out", "save_every", "log_every")
 
 
 def make_config(preset: str = "mnist", **overrides: Any) -> TeacherConfig:
@@ -344,8 +330,8 @@ def one_cycle(done: float) -> float:
 
 def _settings(config: TeacherConfig) -> dict[str, Any]:
     """What a checkpoint and the training that resumes from it must share."""
-    values = dataclasses.asdict(config)
-    return {name: value for name, value in values.items() if name not in _RESUMABLE}
+    free = marked(TeacherConfig, Mark.RESUMABLE)
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
 
 
 def train(config: TeacherConfig) -> dict[str, Any]:
@@ -426,13 +412,8 @@ def parse(arguments: list[str]) -> TeacherConfig:
     preset = arguments[0] if arguments and not arguments[0].startswith("-") else "mnist"
     flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     timed = {"max_seconds": 60.0} if "--max-seconds" in flags else {}  # 60 stands for what is given
-    config: TeacherConfig = tyro.cli(
-        TeacherConfig,
-        prog="python -m dafl_fast.train_teacher",
-        default=make_config(preset, **timed),
-        args=arguments,
-    )
-    return config
+    default = make_config(preset, **timed)
+    return from_arguments(TeacherConfig, default, arguments, "python -m dafl_fast.train_teacher")
 
 
 @command

@@ -12,7 +12,6 @@ from torch import nn
 from torchvision.models import mobilenet_v3_small
 
 from dafl_fast import distill
-from dafl_fast.config import make_config
 from dafl_fast.data import FORMATS, eval_set
 from dafl_fast.engine.distributed import World
 from dafl_fast.engine.prepare import prepare
@@ -21,6 +20,7 @@ from dafl_fast.errors import UserError
 from dafl_fast.losses import adversarial_loss
 from dafl_fast.models import LeNet5, LeNet5Half
 from dafl_fast.networks import load_network
+from dafl_fast.recipes import make_config
 
 CPU = torch.device("cpu")
 SMALL = dict(

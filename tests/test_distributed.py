@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from dafl_fast import generator_loss, report
-from dafl_fast.config import make_config
 from dafl_fast.distill import train
 from dafl_fast.engine import loop
 from dafl_fast.engine.distributed import World
 from dafl_fast.errors import TrainingStopped, UserError
+from dafl_fast.recipes import make_config
 
 from .test_step import make_step
 from .test_train import TINY, assert_same_student

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from dafl_fast import data
 from dafl_fast import evaluate as command
-from dafl_fast.config import make_config
 from dafl_fast.engine.folder import RunFolder
 from dafl_fast.models import NETWORKS, build, identify
 from dafl_fast.networks import load_network
+from dafl_fast.recipes import make_config
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:

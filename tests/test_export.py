@@ -16,7 +16,6 @@ from torch import nn
 
 import dafl_fast
 from dafl_fast import export as command
-from dafl_fast.config import make_config
 from dafl_fast.data import FORMATS, eval_set
 from dafl_fast.distill import train
 from dafl_fast.errors import UserError
@@ -25,6 +24,7 @@ from dafl_fast.export import export_student
 from dafl_fast.models import LeNet5, LeNet5Half, build
 from dafl_fast.models.winograd import WinogradConv2d, accelerated
 from dafl_fast.networks import load_network
+from dafl_fast.recipes import make_config
 
 BUNDLED = Path(str(files("dafl_fast") / "assets" / "lenet5-mnist.safetensors"))
 TINY = {"batch_size": 16, "generator_width": 8, "student_batch_size": 32, "student_updates": 4,

@@ -16,12 +16,12 @@ import torch
 from markupsafe import escape
 
 from dafl_fast import report
-from dafl_fast.config import make_config
 from dafl_fast.distill import distill, train
 from dafl_fast.engine.folder import RunFolder
 from dafl_fast.errors import UserError
 from dafl_fast.models import build
 from dafl_fast.pictures import save_samples
+from dafl_fast.recipes import make_config
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 SUMMARY = {

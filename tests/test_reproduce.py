@@ -16,7 +16,6 @@ import torch
 
 from dafl_fast import reproduce as command
 from dafl_fast import train_teacher
-from dafl_fast.config import PRESETS, make_config
 from dafl_fast.data import FORMATS, normalise
 from dafl_fast.data import load as load_data
 from dafl_fast.distill import Result
@@ -24,6 +23,7 @@ from dafl_fast.engine.step import Step
 from dafl_fast.errors import TrainingStopped, UserError
 from dafl_fast.models import build
 from dafl_fast.networks import load_weights
+from dafl_fast.recipes import PRESETS, make_config
 from dafl_fast.reproduce import TABLES, ReproduceConfig, Reproduction, markdown, reproduce
 from dafl_fast.train_teacher import Training
 

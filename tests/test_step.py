@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from dafl_fast.config import make_config
 from dafl_fast.engine.distributed import World
 from dafl_fast.engine.ema import Average
 from dafl_fast.engine.step import STATISTICS, Step
 from dafl_fast.engine.teacher import FrozenTeacher
 from dafl_fast.models import Generator, LeNet5, LeNet5Half
+from dafl_fast.recipes import make_config
 
 from .published import PublishedGenerator, PublishedLeNet5, PublishedStep
 

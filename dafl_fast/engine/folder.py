@@ -20,24 +20,11 @@ from torch import Tensor
 from ..config import Config
 from ..device import environment
 from ..errors import UserError
-from ..files import (
-    load_checkpoint,
-    load_tensors,
-    save_checkpoint,
-    save_weights,
-    write_text,
-)
+from ..files import load_checkpoint, load_tensors, save_checkpoint, save_weights, write_text
+from ..settings import Mark, marked
 from .bank import ReplayBank
 from .live import copied, map_tensors
 from .step import Step
-
-# What may differ when a run is resumed: how long it lasts and how it is watched.
-RESUMABLE = (
-    "steps", "max_seconds", "resume", "device", "eval", "data_dir", "download", "eval_every",
-    "save_every", "log_every", "stall_seconds", "cuda_graph", "compile", "teacher",
-    "teacher_weights", "out_dir", "tensorboard",
-)  # fmt: skip
-
 
 # Names of our own, the only ones that are ever removed: of temporaries (see `write_atomically`),
 _LEFTOVER = re.compile(r"\.[\w-]+\.(pt2?|yaml|jsonl?|safetensors|png|onnx|html)(\.md)?\.\w{8}")
@@ -96,10 +83,11 @@ class RunFolder:
         """Writes config.yaml, from which a run can be resumed."""
         import yaml
 
+        own = marked(Config, Mark.OWN_FOLDER)
         values = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in dataclasses.asdict(config).items()
-            if name not in ("resume", "out_dir")
+            if name not in own
         }
         write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
 
@@ -255,11 +243,12 @@ def check_resumed(config: Config) -> None:
     """
     assert config.resume is not None
     before = Config(**read_config(config.resume))
-    for field in dataclasses.fields(Config):
-        old, new = getattr(before, field.name), getattr(config, field.name)
-        if old != new and field.name not in RESUMABLE:
+    free = marked(Config, Mark.RESUMABLE)
+    for name, old in vars(before).items():
+        new = getattr(config, name)
+        if old != new and name not in free:
             raise UserError(
-                f"--{field.name.replace('_', '-')} cannot change when resuming: the run in "
+                f"--{name.replace('_', '-')} cannot change when resuming: the run in "
                 f"{config.resume} has {old}, got {new}"
             )
 

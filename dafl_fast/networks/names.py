@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PRESETS
 from ..errors import UserError, first_line, require
 from ..files import load_tensors
 from ..models import NETWORKS, build
+from ..recipes import PRESETS
 from .exported import kind_of, load_program, refuse_code
 
 _ENDINGS = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl")

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import PRESETS, Config
+from ..config import Config
 from ..engine.checks import logits_of
 from ..engine.folder import read_config, read_summary
 from ..errors import UserError
 from ..models import NETWORKS
+from ..recipes import PRESETS
 from .names import load_network
 
 

@@ -1,0 +1,131 @@
+"""Rules beside the fields of a dataclass of settings:
+
+    steps: Annotated[int | None, POSITIVE, Mark.RESUMABLE] = None
+
+The checks, the bounds in `--help` and the lists of settings for other modules all come from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from numbers import Integral, Real
+from pathlib import Path, PurePath
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+
+from .errors import UserError
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a value must be, in words and as a test. None, where a field allows it, is not asked."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Bound("positive", lambda value: value > 0)
+NOT_NEGATIVE = Bound("zero or positive", lambda value: value >= 0)
+BELOW_ONE = Bound("in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def at_least(least: int, reason: str = "") -> Bound:
+    return Bound(f"at least {least}{f' ({reason})' if reason else ''}", lambda n: n >= least)
+
+
+BATCH = at_least(2, "BatchNorm needs two images")
+
+
+class Mark(Enum):
+    """What else there is to say of a setting."""
+
+    RESUMABLE = "It may change when a run is resumed: how long, where, and how closely watched."
+    OWN_FOLDER = "It names the run's folder, and is therefore not written into it."
+    ON_CARD = "A student's model card tells it in words of its own."
+
+
+# What is accepted for a type (but a bool only for bool), and what that is called.
+_KINDS: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a finite number"),
+    str: ((str, PurePath), "text"),
+    Path: ((str, PurePath), "a path"),
+}
+
+
+def check(settings: Any) -> None:
+    """Brings every field of a frozen dataclass to its type, and holds it to its bounds.
+
+    Raises:
+        UserError: a value has another type or is out of bounds. Infinity and NaN always are.
+    """
+    for name, (kind, *rules) in _fields(type(settings)).items():
+        value = _converted(name, getattr(settings, name), kind)
+        object.__setattr__(settings, name, value)
+        for rule in rules:
+            if isinstance(rule, Bound) and value is not None and not rule.holds(value):
+                raise mistake(name, rule.words, value)
+
+
+def mistake(name: str, wanted: str, got: Any) -> UserError:
+    """The sentence for a setting that cannot be what it is."""
+    return UserError(f"--{name.replace('_', '-')} must be {wanted}, got {got!r}")
+
+
+def marked(kind: type, mark: Mark) -> set[str]:
+    """The names of the fields of `kind` that bear the mark."""
+    return {name for name, (_, *rules) in _fields(kind).items() if mark in rules}
+
+
+def from_arguments(
+    kind: type[Settings], default: Settings, arguments: list[str], prog: str, note: str = ""
+) -> Settings:
+    """The settings on a command line, `default` where that is silent.
+
+    `--help` shows the class's docstring and `note`, and each field's docstring, bounds and default.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    for name, (_, *rules) in _fields(kind).items():
+        words = "; ".join(rule.words for rule in rules if isinstance(rule, Bound))
+        ending = (f"Must be {words}. " if words else "") + "(default: {})"
+        hints[name] = Annotated[hints[name], tyro.conf.arg(help_behavior_hint=ending.format)]
+    text = f"{kind.__doc__}\n\n{note}".rstrip()
+    names = {"__annotations__": hints, "__module__": kind.__module__}
+    told: Any = type(kind.__name__, (kind,), names)  # only its annotations differ, for tyro
+    found = tyro.cli(told, prog=prog, description=text, default=default, args=arguments)
+    return kind(**vars(found))
+
+
+def _fields(kind: type) -> dict[str, tuple[Any, ...]]:
+    """Of every field its type, and what is annotated to that."""
+    hints = get_type_hints(kind, include_extras=True).items()
+    return {name: get_args(h) if get_origin(h) is Annotated else (h,) for name, h in hints}
+
+
+def _converted(name: str, value: Any, kind: Any) -> Any:
+    """The value of the setting `name` in the type `kind`."""
+    options = get_args(kind)
+    if NoneType in options:
+        return None if value is None else _converted(name, value, options[0])
+    if get_origin(kind) is Literal:
+        if value in options:
+            return value
+        raise mistake(name, "one of " + ", ".join(options), value)
+    if get_origin(kind) is tuple:
+        count = None if Ellipsis in options else len(options)
+        if isinstance(value, (list, tuple)) and count in (None, len(value)):
+            return tuple(_converted(name, item, options[0]) for item in value)
+        raise mistake(name, f"{count or 'one or more'} values", value)
+    accepted, words = _KINDS[kind]
+    if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
+        if kind is not float or math.isfinite(value):
+            return kind(value)
+    raise mistake(name, words, value)
