@@ -18,7 +18,7 @@
 
 #include <cstdint>
 
-#include "../row_math.h"
+#include "../losses/generator_terms.h"
 
 namespace dafl {
 namespace cuda {
@@ -54,9 +54,9 @@ constexpr int kStreamThreads = 256;
 constexpr int64_t kStreamScratch = 64 << 20;  // about; below 8 parts a GPU would stand idle
 constexpr int kColumnsPerBlock = 32;          // of the kernel that adds the parts
 
-// Every part has the sums of p over its rows [C], then of up to four scalars. Behind the parts,
-// the kernel that adds them leaves one number per 32 columns.
-constexpr int kPartScalars = 4;
+// Every part has the sums of p over its rows [C], then of scalars: the generator loss's, and KL and
+// agreeing rows. Behind the parts, the kernel that adds them leaves one number per 32 columns.
+constexpr int kPartScalars = kGeneratorSums + 2;
 
 // Shared memory for group reductions: two sets of slots for 16 warps and 8 blocks, 16 bytes each.
 constexpr int kSlotBytes = (16 + kMaxCluster) * 16;

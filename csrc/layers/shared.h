@@ -1,12 +1,10 @@
-// What the layers' operators share: checks, memory formats, sums of partial results, and
-// registration. Each operator's file registers its own kernels; schemas stand in bindings.cpp.
+// What the layers' operators share: checks, memory formats, and sums of partial results.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
@@ -14,15 +12,15 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
-#include "cpu/layer_kernels.h"
+#include "cpu/layers.h"
 #include "layers.h"
-#include "losses_shared.h"
+#include "operator.h"
+#include "tensor.h"
 
 namespace dafl {
 
@@ -89,11 +87,6 @@ T* offset(const Tensor& tensor, int64_t elements) {
 // The gradient of a parameter, in the parameter's own dtype and strides.
 inline Tensor like_parameter(const Tensor& grad, const Tensor& parameter) {
   return at::empty_like(parameter).copy_(grad);
-}
-
-template <class Signature>
-auto operator_handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 }  // namespace dafl
