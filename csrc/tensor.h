@@ -26,9 +26,10 @@ inline void check_dtype(const char* name, const Tensor& tensor) {
 }
 
 // What losses, statistics and sums are in: fp32, or fp64 where the input is.
-inline ScalarType stats_dtype(const Tensor& input) {
-  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+inline ScalarType stats_dtype(ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
+inline ScalarType stats_dtype(const Tensor& input) { return stats_dtype(input.scalar_type()); }
 
 inline Tensor empty(const Tensor& like, c10::SymIntArrayRef size, ScalarType dtype) {
   return at::empty_symint(size, like.options().dtype(dtype));

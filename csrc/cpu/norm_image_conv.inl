@@ -7,7 +7,8 @@ void sum_shifted(const ImageConv& a, const void* planes_, const void* bias_, voi
   using V = typename M::V;
   using S = typename M::S;
   const int64_t H = a.H, W = a.W, plane = a.images * H * W, width = W + 32;
-  // One row per column of taps, each with a zero before its first element and after its last.
+  // One row per column of taps, each with a zero before its first element and after its last, and
+  // room for the rest of a vector that begins within it.
   S* rows = static_cast<S*>(scratch);
   for (int64_t n = 0; n < a.images; ++n) {
     for (int64_t o = 0; o < a.C; ++o) {

@@ -57,7 +57,8 @@ struct Pair : Access<Memory> {
 #endif
 };
 
-// A block of a product that has its sums in registers: rows and vectors of columns.
+// A block of a product that has its sums in registers: rows and vectors of columns. 24 of AVX-512's
+// 32 registers, 12 of 16 otherwise; the rest is for the operands.
 constexpr int kRows = 6, kVectors = DAFL_VECTOR_BYTES == 64 ? 4 : 2;
 
 template <class M>

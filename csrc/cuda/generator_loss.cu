@@ -113,6 +113,8 @@ __global__ void __launch_bounds__(R::kThreads, R::kBlocks)
   }
 }
 
+// One block fewer than in the forward pass where that leaves two or more: the slope of a thread's
+// columns stays in registers beside the row, and for sm_120 what kBlocks blocks have spills.
 template <class R>
 __global__ void __launch_bounds__(R::kThreads, R::kBlocks > 2 ? R::kBlocks - 1 : R::kBlocks)
     generator_backward_rows_kernel(GeneratorBackward a, int64_t part_rows) {

@@ -1,13 +1,14 @@
 // BatchNorm with the batch's statistics, LeakyReLU, and a 3x3 convolution with padding 1 from many
 // channels to the few of an image, as one operator.
 //
-// As a convolution the last has too few outputs to fill vectors. Here one matrix product gives, for
+// That convolution has too few output channels to fill vectors. Here one matrix product gives, for
 // each output channel and tap, a plane of products, [9 Co, Ci] x [Ci, pixels], and each output is a
 // sum of nine planes, shifted. Backward, the shifted gradients are such planes, and two matrix
 // products give the gradients of the convolution's input and weight.
 //
-// The activations between norm and convolution, the largest tensor of a generator, and their
-// gradients exist for some thousand pixels at a time: both passes compute them again from x.
+// The activations between norm and convolution are the largest tensor of a generator. They and
+// their gradients are held for some thousand pixels at a time, and computed again from x when
+// needed.
 #include <ATen/ops/sum.h>
 
 #include "norm.h"

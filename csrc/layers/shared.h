@@ -59,9 +59,9 @@ inline Tensor dense(const Tensor& x, ScalarType dtype, at::MemoryFormat format) 
   return x.to(dtype).contiguous(format);
 }
 
-// Work cut by shape alone into pieces of `images`; each thread takes whole pieces. A matrix product
-// in a piece runs on the piece's thread, so that its rounding does not depend on their number: that
-// is why even a single piece is run by a team, whose other member has nothing to do.
+// Work cut by shape alone into pieces of `images`; each thread takes whole pieces. Within a team of
+// threads a matrix product runs on one of them, so its rounding does not depend on their number.
+// That is why even a single piece gets a team of two, of which one has nothing to do.
 template <class Body>
 void for_pieces(int64_t N, int64_t images, Body body) {
   const int64_t count = (N + images - 1) / images;
@@ -73,7 +73,8 @@ void for_pieces(int64_t N, int64_t images, Body body) {
   });
 }
 
-// Pieces whose sums are kept apart until the end: at most 16, of whole multiples of `images`.
+// Pieces whose sums are kept apart until the end, of whole multiples of `images`: at most 16, which
+// bounds the memory for them and still gives as many threads work.
 inline int64_t images_per_sum(int64_t N, int64_t images) {
   const int64_t pieces = (N + images - 1) / images;
   return std::max<int64_t>((pieces + 15) / 16, 1) * images;

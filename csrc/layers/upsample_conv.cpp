@@ -13,9 +13,8 @@
 // dimensions the tensor product of this: 4x4 kinds of data, each multiplied with a matrix
 // [Ci, k Co] of k = 1, 2 or 4 factors, and each output is the sum of four of the 25 products.
 //
-// Neither the upsampled image nor, for more than a few images at a time, data and products exist:
-// the work is cut into pieces that stay in the caches. Data are computed again in the backward
-// pass.
+// The upsampled image is never formed. Data and products exist for a few images at a time: the work
+// is cut into pieces that stay in the caches, and the backward pass computes the data again.
 #include "norm.h"
 
 namespace dafl {

@@ -21,14 +21,14 @@
 namespace dafl {
 namespace {
 
-// Tiles that the weight's gradient is summed over at a time.
+// Tiles that the weight's gradient is summed over at a time: few enough that their data and
+// gradients stay in the L2 cache, many enough that sums are seldom loaded and stored again.
 constexpr int64_t kTilesPerSum = 512;
 
-// Tiles computed at a time: enough for every factor that is loaded, a multiple of the rows that the
-// kernels multiply at once, and of few images only some, so that each thread has its share.
+// Tiles computed at a time: many, so that a factor once loaded is used often, and a multiple of the
+// rows that the kernels multiply at once; but fewer for small batches, so that every thread has
+// some.
 int64_t tiles_at_a_time(int64_t tiles) { return tiles >= 1024 ? 72 : 24; }
-
-ScalarType compute_dtype(ScalarType dtype) { return dtype == at::kDouble ? dtype : at::kFloat; }
 
 int64_t padded(const cpu::WinogradKernels& kernels, int64_t channels) {
   return (channels + kernels.panel - 1) / kernels.panel * kernels.panel;
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> factors_cpu(const Tensor& weight, ScalarType dtype, b
   auto factors = factors_meta(weight, dtype, backward);
   void* to_outputs = std::get<0>(factors).data_ptr();
   void* to_inputs = backward ? std::get<1>(factors).data_ptr() : nullptr;
-  const Tensor w = weight.to(compute_dtype(dtype)).permute({0, 2, 3, 1}).contiguous();
+  const Tensor w = weight.to(stats_dtype(dtype)).permute({0, 2, 3, 1}).contiguous();
   const int64_t Co = weight.size(0), Ci = weight.size(1);
   const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(dtype));
   at::parallel_for(0, padded(kernels, Co) / kernels.panel, 1, [&](int64_t first, int64_t last) {
@@ -76,7 +76,7 @@ Tensor outputs_meta(const Tensor& x, const Tensor&, const std::optional<Tensor>&
 Tensor outputs_cpu(const Tensor& x_, const Tensor& factors, const std::optional<Tensor>& bias_,
                    c10::SymInt channels) {
   Tensor x = x_.contiguous(kChannelsLast), y = outputs_meta(x, factors, bias_, channels);
-  const ScalarType dtype = x.scalar_type(), compute = compute_dtype(dtype);
+  const ScalarType dtype = x.scalar_type(), compute = stats_dtype(dtype);
   const int64_t Ci = x.size(1), Co = y.size(1);
   const cpu::Tiles tiles{x.size(0), x.size(2), x.size(3)};
   const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(dtype));
@@ -107,7 +107,7 @@ Tensor weight_grad_meta(const Tensor&, const Tensor&, const Tensor& weight) {
 }
 
 Tensor weight_grad_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& weight) {
-  const ScalarType dtype = x_.scalar_type(), compute = compute_dtype(dtype);
+  const ScalarType dtype = x_.scalar_type(), compute = stats_dtype(dtype);
   const Tensor x = x_.contiguous(kChannelsLast), grad = dense(grad_, dtype, kChannelsLast);
   const int64_t Ci = x.size(1), Co = grad.size(1);
   const cpu::Tiles tiles{x.size(0), x.size(2), x.size(3)};
@@ -212,7 +212,7 @@ struct Function : torch::autograd::Function<Function> {
     }
     // A bias that is not there is not counted among the inputs.
     if (bias.defined() && context->needs_input_grad(2)) {
-      const ScalarType compute = compute_dtype(grads[0].scalar_type());
+      const ScalarType compute = stats_dtype(grads[0].scalar_type());
       grad_bias = grads[0].sum({0, 2, 3}, false, compute).to(bias.scalar_type());
     }
     return {grad_x, grad_weight, grad_bias, Tensor(), Tensor()};

@@ -21,7 +21,7 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// ---- The operators' signatures -----------------------------------------------------------------
+// ---- From structs to the schemas' arguments and results, and back ------------------------------
 
 GeneratorTuple as_tuple(const GeneratorOutputs& out) {
   return std::tuple_cat(out.losses, std::tie(out.row_stats, out.class_mean));
@@ -36,7 +36,7 @@ JointTuple as_tuple(const JointOutputs& out) {
                         std::tie(out.teacher.logits, out.teacher.features, out.grad_student));
 }
 
-// With a double for each weight, as kernels and as calls.
+// The operators' signatures, with a double for each weight, for kernels and for calls.
 template <size_t... I>
 struct Operators {
   using Features = const std::optional<Tensor>&;
@@ -83,8 +83,8 @@ struct Operators {
   static GeneratorTuple generator_autograd(const Tensor& teacher_logits, Features features,
                                            Weight<I>... weights);
 
-  // Calls operator `name` of a signature like those above, with what stands before the weights and
-  // what behind.
+  // Calls operator `name`, which has the signature of a kernel above, with the arguments that come
+  // before and after its weights.
   template <auto signature, class Before, class... Behind>
   static auto call(const char* name, const Before& before, const GeneratorWeights& weights,
                    Behind... behind) {
@@ -99,21 +99,6 @@ struct Operators {
 template <size_t... I>
 Operators<I...> operators_for(std::index_sequence<I...>);
 using Ops = decltype(operators_for(WeightIndices()));
-
-std::tuple<Tensor, Tensor> generator_loss_backward(
-    const Tensor& grad_total, const Tensor& teacher_logits, const std::optional<Tensor>& features,
-    const Tensor& row_stats, const Tensor& class_mean, const GeneratorWeights& weights) {
-  return Ops::call<&Ops::generator_backward<cpu_losses>>(
-      "generator_loss_backward",
-      std::tie(grad_total, teacher_logits, features, row_stats, class_mean), weights);
-}
-
-Tensor distill_loss_backward(const Tensor& grad_total, const Tensor& student_logits,
-                             const Tensor& teacher_logits, const Tensor& row_stats,
-                             double temperature, bool scale_by_t2) {
-  static const auto op = find_operator<decltype(distill_loss_backward)>("distill_loss_backward");
-  return op.call(grad_total, student_logits, teacher_logits, row_stats, temperature, scale_by_t2);
-}
 
 }  // namespace
 
@@ -161,9 +146,12 @@ struct GeneratorLossNode : Node {
     if (!grads[0].defined()) return {Tensor(), Tensor()};
     SkipAutograd skip;
     Tensor f = features.unpack();
-    auto [grad_logits, grad_features] = generator_loss_backward(
-        grads[0], teacher_logits.unpack(), f.defined() ? std::make_optional(f) : std::nullopt,
-        row_stats.unpack(), class_mean.unpack(), weights);
+    auto [grad_logits, grad_features] = Ops::call<&Ops::generator_backward<cpu_losses>>(
+        "generator_loss_backward",
+        std::make_tuple(grads[0], teacher_logits.unpack(),
+                        f.defined() ? std::make_optional(f) : std::nullopt, row_stats.unpack(),
+                        class_mean.unpack()),
+        weights);
     return {grad_logits, f.defined() ? grad_features : Tensor()};
   }
 
@@ -184,8 +172,10 @@ struct DistillLossNode : Node {
   variable_list apply(variable_list&& grads) override {
     if (!grads[0].defined()) return {Tensor()};
     SkipAutograd skip;
-    return {distill_loss_backward(grads[0], student_logits.unpack(), teacher_logits.unpack(),
-                                  row_stats.unpack(), temperature, scale_by_t2)};
+    using Signature = decltype(Ops::distill_backward<cpu_losses>);
+    static const auto op = find_operator<Signature>("distill_loss_backward");
+    return {op.call(grads[0], student_logits.unpack(), teacher_logits.unpack(), row_stats.unpack(),
+                    temperature, scale_by_t2)};
   }
 
   void release_variables() override {
@@ -295,7 +285,7 @@ std::string list(const char* type, const char* suffix, int count) {
 #ifdef DAFL_FAST_CUDA
 #define DAFL_ON_CUDA(name) torch::CppFunction(&Ops::name<cuda_losses>)
 #else
-// Where an operator that meets CUDA tensors ends in a build without kernels for them.
+// The kernel for CUDA tensors in a build that has none.
 void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(),
                               " has no CUDA kernels in this build of dafl_fast: move its tensors "

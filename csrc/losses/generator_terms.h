@@ -1,9 +1,9 @@
 // The terms of the generator's loss, for operators and kernels on every device: their weights, what
 // is summed over rows, and what losses and gradients are made of. Torch-free.
 //
-// A further term begins here. What it adds to a row's sums and gradient stands in
-// cpu/generator_loss.inl, cuda/generator_loss.cu and cuda/tile_losses.cu; nothing else in csrc
-// names the terms one by one.
+// To add a term, begin here, and go on in cpu/generator_loss.inl, cuda/generator_loss.cu and
+// cuda/tile_losses.cu with what it adds to a row's sums and gradient. Nothing else in csrc names
+// the terms.
 #pragma once
 
 #include <cmath>
