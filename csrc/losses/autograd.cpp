@@ -23,17 +23,20 @@ using torch::autograd::variable_list;
 
 // ---- From structs to the schemas' arguments and results, and back ------------------------------
 
-GeneratorTuple as_tuple(const GeneratorOutputs& out) {
-  return std::tuple_cat(out.losses, std::tie(out.row_stats, out.class_mean));
+GeneratorTuple as_tuple(GeneratorOutputs&& out) {
+  return std::tuple_cat(std::move(out.losses),
+                        std::forward_as_tuple(std::move(out.row_stats), std::move(out.class_mean)));
 }
 
-DistillTuple as_tuple(const DistillOutputs& out) {
-  return std::tuple_cat(out.losses, std::tie(out.row_stats));
+DistillTuple as_tuple(DistillOutputs&& out) {
+  return std::tuple_cat(std::move(out.losses), std::forward_as_tuple(std::move(out.row_stats)));
 }
 
-JointTuple as_tuple(const JointOutputs& out) {
-  return std::tuple_cat(out.generator, out.distill,
-                        std::tie(out.teacher.logits, out.teacher.features, out.grad_student));
+JointTuple as_tuple(JointOutputs&& out) {
+  return std::tuple_cat(
+      std::move(out.generator), std::move(out.distill),
+      std::forward_as_tuple(std::move(out.teacher.logits), std::move(out.teacher.features),
+                            std::move(out.grad_student)));
 }
 
 // The operators' signatures, with a double for each weight, for kernels and for calls.
@@ -55,7 +58,7 @@ struct Operators {
                                                        Weight<I>... weights) {
     auto [logits, f] = device.generator_backward(grad_total, teacher_logits, features, row_stats,
                                                  class_mean, {weights...});
-    return {logits, f};
+    return {std::move(logits), std::move(f)};
   }
 
   template <const DeviceLosses& device>
