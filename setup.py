@@ -155,13 +155,13 @@ def torch_build() -> tuple[Extension, type[build_ext]]:
     from torch.utils import cpp_extension
 
     plan = decide(torch.version.cuda)
-    files = sources("*.cpp") + sources("cpu/*.cpp")
+    files = sources("**/*.cpp")
     macros: list[tuple[str, str | None]] = [("DAFL_FAST_VERSION", VERSION)]
     said = f"CPU only: {plan.reason} (torch {torch.__version__})"
     if plan.toolkit:
         cpp_extension.CUDA_HOME = str(plan.toolkit.home)
         archs = os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(plan.toolkit)
-        files += sources("cuda/*.cpp") + sources("cuda/*.cu")
+        files += sources("cuda/*.cu")
         macros += [
             ("DAFL_FAST_CUDA", "1"),
             ("DAFL_FAST_CUDA_TOOLKIT", plan.toolkit.version),

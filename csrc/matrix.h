@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// A function for the CPU's and for the GPU's kernels alike.
+#if defined(__CUDACC__)
+#define DAFL_HD __host__ __device__ __forceinline__
+#else
+#define DAFL_HD inline __attribute__((always_inline))
+#endif
+
 namespace dafl {
 
 enum class Dtype { f32, f64, bf16, f16 };

@@ -2,18 +2,13 @@
 //
 // Every function is a template over a scalar type S (float or double) and a value type V, which is
 // S itself on a GPU thread and a vector of S on the CPU. `c ? a : b` selects lane by lane on a
-// vector, so one text serves both. Nothing here includes anything or calls libm: the CPU files
-// compile this header with wide instructions and must not emit such code for shared functions.
+// vector, so one text serves both. Include matrix.h first, for DAFL_HD. Nothing here includes
+// anything or calls libm: the CPU files compile this header with wide instructions and must not
+// emit such code for shared functions.
 //
 // Notation (one row): t, s teacher and student logits, m = max_k t_k, y = lowest-index argmax,
 // e_k = exp(t_k - m), d' = sum_{k != y} e_k, p_k = e_k / (1 + d'), p_bar = batch mean of p.
 #pragma once
-
-#if defined(__CUDACC__)
-#define DAFL_HD __host__ __device__ __forceinline__
-#else
-#define DAFL_HD inline __attribute__((always_inline))
-#endif
 
 namespace dafl {
 namespace row_math {

@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from dafl_fast import _C, reference
+from dafl_fast.losses import DistillLoss, GeneratorLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-WEIGHTS = dict(one_hot=0.7, entropy=3.0, activation=0.4, log_base=10.0)
+WEIGHTS = {**reference.generator_loss.__kwdefaults__}
+WEIGHTS.update(one_hot=0.7, entropy=3.0, activation=0.4, log_base=10.0)
+LOSSES = len(GeneratorLoss._fields)
 POINTER = ctypes.c_void_p
 SIZE = ctypes.c_int64
 
@@ -79,7 +82,7 @@ class Case:
         self.N, self.C = logits.shape
         self.F = features.shape[1] if features is not None else 0
         self.f = matrix(features) if features is not None else Matrix()
-        self.weights = (ctypes.c_double * 4)(*WEIGHTS.values())
+        self.weights = (ctypes.c_double * len(WEIGHTS))(*WEIGHTS.values())
 
     def stats_dtype(self, *inputs):
         return torch.float64 if torch.float64 in [x.dtype for x in inputs] else torch.float32
@@ -90,7 +93,7 @@ class Case:
 
     def generator(self):
         S = self.stats_dtype(self.logits)
-        out = [poisoned(1, dtype=S) for _ in range(4)]
+        out = [poisoned(1, dtype=S) for _ in range(LOSSES)]
         stats, mean = poisoned(3, self.N, dtype=S), poisoned(self.C, dtype=S)
         grads = [poisoned(self.N, self.C, dtype=self.logits.dtype), self.grad_features()]
         f64 = torch.float64 == S
@@ -121,7 +124,7 @@ class Case:
         return [*out, stats, grad]
 
     def joint(self):
-        out = [poisoned(1) for _ in range(7)]
+        out = [poisoned(1) for _ in range(LOSSES + len(DistillLoss._fields))]
         grads = [
             poisoned(self.N, self.C, dtype=self.logits.dtype),
             self.grad_features(),
@@ -178,13 +181,14 @@ def check(kernels, logits, features, student, gpu):
     results = runs[0]
     for a, b in zip(*runs):
         assert torch.equal(a, b), "the order in which threads run changes the result"
-    assert_scalars(results[:4], generator)
-    assert_close(results[5], mean)
-    assert_close(results[6], grad_t)
-    assert_close(results[7], grad_f)
-    assert torch.equal(results[4][2].long(), logits.double().argmax(1))
-    assert_scalars(results[8:11], distill)
-    assert_close(results[12], grad_s)
+    assert_scalars(results[:LOSSES], generator)
+    stats, our_mean, our_grad_t, our_grad_f, *distilled, _, our_grad_s = results[LOSSES:]
+    assert torch.equal(stats[2].long(), logits.double().argmax(1))
+    assert_close(our_mean, mean)
+    assert_close(our_grad_t, grad_t)
+    assert_close(our_grad_f, grad_f)
+    assert_scalars(distilled, distill)
+    assert_close(our_grad_s, grad_s)
 
 
 # N, C, (multiprocessors, capability): each regime, at its limits and at awkward sizes.
@@ -238,8 +242,8 @@ def test_joint(kernels, N, C, dtype, gpu):
         kernels.set_reversed(reversed_order)
         runs.append(case.joint())
     assert all(torch.equal(a, b) for a, b in zip(*runs))
-    assert_scalars(runs[0][:7], [*generator, *distill])
-    for ours, oracle in zip(runs[0][7:], (grad_t, grad_f, grad_s)):
+    assert_scalars(runs[0][:-3], [*generator, *distill])
+    for ours, oracle in zip(runs[0][-3:], (grad_t, grad_f, grad_s)):
         if dtype == torch.float32 or oracle.numel() < 3000:
             assert_close(ours, oracle)
 
@@ -250,7 +254,7 @@ def test_nan_and_inf_are_not_hidden(kernels, C, bad):
     logits = randn(9, C)
     logits[7, 4] = bad
     case = Case(kernels, logits, None, randn(9, C, seed=1), (132, 90))
-    total, one_hot, entropy, _, _, _, grad, _ = case.generator()
+    total, one_hot, entropy, *_, grad, _ = case.generator()
     assert total.isnan() and one_hot.isnan() and entropy.isnan() and grad[7].isnan().all()
     total, _, _, _, grad = case.distill()
     assert total.isnan() and grad[7].isnan().all() and grad[[6, 8]].isfinite().all()

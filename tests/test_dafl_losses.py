@@ -7,6 +7,7 @@ from dafl_fast import reference
 from dafl_fast.losses import DaflLosses, dafl_losses, distill_loss, generator_loss
 
 OPTIONS = dict(one_hot=0.7, entropy=3.0, activation=0.4, log_base=2.0, temperature=3.0)
+WEIGHTS = reference.generator_loss.__kwdefaults__.values()
 SHAPES = [(1, 1), (3, 2), (1024, 10), (1025, 10), (700, 32), (65, 33), (40, 1000), (3000, 10)]
 
 
@@ -108,14 +109,14 @@ def test_compiles_and_passes_opcheck():
     torch._dynamo.reset()
     compiled = torch.compile(dafl_losses, fullgraph=True, backend="aot_eager")(t, f, s)
     assert all(torch.equal(a, b) for a, b in zip(tensors(compiled), tensors(dafl_losses(t, f, s))))
-    weights = (1.0, 5.0, 0.1, 10.0, 2.0, True)
+    weights = (*WEIGHTS, 2.0, True)
     for features in (f, None):
         torch.library.opcheck(torch.ops.dafl_fast.dafl_losses, (t, features, s, *weights))
 
 
 def test_differentiating_the_operator_itself_raises():
     t, f, s = inputs(4, 3)
-    out = torch.ops.dafl_fast.dafl_losses(t.requires_grad_(), f, s, 1.0, 5.0, 0.1, 10.0, 1.0, True)
+    out = torch.ops.dafl_fast.dafl_losses(t.requires_grad_(), f, s, *WEIGHTS, 1.0, True)
     with pytest.raises(RuntimeError, match="not implemented"):
         out[0].backward()
 

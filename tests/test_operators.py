@@ -10,7 +10,7 @@ from dafl_fast import reference
 from dafl_fast.losses import _C, DistillLoss, GeneratorLoss, distill_loss, generator_loss
 
 OPS = torch.ops.dafl_fast
-WEIGHTS = (1.0, 5.0, 0.1, 10.0)
+WEIGHTS = tuple(map(float, reference.generator_loss.__kwdefaults__.values()))
 
 
 def randn(*shape, seed=0, dtype=torch.float32, grad=False):

@@ -1,13 +1,8 @@
-// Vectors for the CPU kernels, compiled once per instruction set: vectors of the compilers' own
-// (GCC and Clang `vector_size`), transposition in registers, 16-bit floats, and typed memory
-// access. Included by kernels.inl and layers.inl inside a file that defines DAFL_ISA and
-// DAFL_VECTOR_BYTES; the rules at the head of kernels.inl hold here too.
-#pragma once
+// Vectors for the CPU kernels: vectors of the compilers' own (GCC and Clang `vector_size`),
+// transposition in registers, 16-bit floats, typed memory access, and pixels with a border of
+// zeros.
 
-namespace dafl {
-namespace cpu {
-namespace DAFL_ISA {
-namespace {
+#define DAFL_UNROLL _Pragma("GCC unroll 16")
 
 typedef float F32 __attribute__((vector_size(DAFL_VECTOR_BYTES)));
 typedef int32_t I32 __attribute__((vector_size(DAFL_VECTOR_BYTES)));
@@ -120,10 +115,9 @@ DAFL_HD U encode_f16(F value) {  // round to nearest even; NaN stays NaN
   return sign | (magnitude > 0x7f800000u ? (magnitude & 0u) + 0x7e00u : rounded);
 }
 
-// ---- Memory of one dtype, seen as vectors of the compute type
-// ------------------------------------ T is what lies in memory, S the compute type, V a vector of
-// `lanes` S. `get` and `put` take the number of elements that are there: all lanes, or fewer at the
-// end of a row.
+// ---- Memory of one dtype, seen as vectors of the compute type ----------------------------------
+// T is what lies in memory, S the compute type, V a vector of `lanes` S. `get` and `put` take the
+// number of elements that are there: all lanes, or fewer at the end of a row.
 
 typedef uint16_t U16 __attribute__((vector_size(DAFL_VECTOR_BYTES / 2)));
 
@@ -225,7 +219,36 @@ struct MemoryF64 {
 };
 #endif
 
-}  // namespace
-}  // namespace DAFL_ISA
-}  // namespace cpu
-}  // namespace dafl
+// The channels of a pixel, or zeros where there is none.
+template <class M>
+struct Pixel {
+  const typename M::T* from;
+  int64_t mask;
+
+  DAFL_HD void set(bool there, const typename M::T* pixel) {
+    alignas(64) static const typename M::T zeros[M::lanes] = {};
+    from = there ? pixel : zeros;
+    mask = there ? -1 : 0;
+  }
+
+  // A patch of size x size pixels around `corner`, pixel (row, column) of an image [H, W, C].
+  template <int size>
+  static DAFL_HD void patch(const typename M::T* image, int64_t row, int64_t column, int64_t H,
+                            int64_t W, int64_t C, Pixel (&to)[size][size]) {
+    const typename M::T* corner = image + (row * W + column) * C;
+    const bool inside = row >= 0 && row + size <= H && column >= 0 && column + size <= W;
+    for (int i = 0; i < size; ++i) {
+      for (int j = 0; j < size; ++j) {
+        if (inside) {  // as most are: nothing to ask
+          to[i][j] = {corner + (i * W + j) * C, -1};
+        } else {
+          const int64_t r = row + i, c = column + j;
+          to[i][j].set(r >= 0 && r < H && c >= 0 && c < W, image + (r * W + c) * C);
+        }
+      }
+    }
+  }
+  DAFL_HD typename M::V get(int64_t c, int64_t count) const {
+    return M::get(from + (c & mask), count);
+  }
+};

@@ -1,10 +1,4 @@
-// The kernels of winograd_kernels.h, compiled once per instruction set and dtype after layers.inl.
-// The rules at the head of kernels.inl hold here too: nothing from the standard library.
-
-namespace dafl {
-namespace cpu {
-namespace DAFL_ISA {
-namespace {
+// The kernels of winograd.h; the mathematics stands in ../layers/winograd.cpp.
 
 // ---- Units and their products ------------------------------------------------------------------
 
@@ -63,7 +57,8 @@ struct Pair : Access<Memory> {
 #endif
 };
 
-// A block of a product that has its sums in registers: rows and vectors of columns.
+// A block of a product that has its sums in registers: rows and vectors of columns. 24 of AVX-512's
+// 32 registers, 12 of 16 otherwise; the rest is for the operands.
 constexpr int kRows = 6, kVectors = DAFL_VECTOR_BYTES == 64 ? 4 : 2;
 
 template <class M>
@@ -427,32 +422,3 @@ void factors(int64_t Co, int64_t Ci, const void* weight, int64_t begin, int64_t 
     }
   }
 }
-
-template <class M>
-constexpr WinogradKernels winograd_table() {
-  return {M::lanes,
-          Panel<M>::width,
-          M::unit,
-          inputs<M>,
-          outputs<M>,
-          by_tile<M, Inputs>,
-          by_tile<M, OutputGrads>,
-          weight_gradient<M>,
-          factors<M>};
-}
-
-}  // namespace
-
-extern const WinogradKernels f32_winograd, bf16_winograd, f16_winograd, f64_winograd;
-const WinogradKernels bf16_winograd = winograd_table<Pair<MemoryBf16>>();
-#ifndef DAFL_AVX512_BF16  // which has nothing for others
-const WinogradKernels f32_winograd = winograd_table<Single<MemoryF32>>();
-const WinogradKernels f16_winograd = winograd_table<Pair<MemoryF16>>();
-#endif
-#ifdef DAFL_WITH_F64
-const WinogradKernels f64_winograd = winograd_table<Single<MemoryF64>>();
-#endif
-
-}  // namespace DAFL_ISA
-}  // namespace cpu
-}  // namespace dafl

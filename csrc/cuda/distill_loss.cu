@@ -223,8 +223,7 @@ __global__ void __launch_bounds__(kStreamThreads)
     distill_backward_kernel(DistillBackward a, int64_t segments) {
   constexpr int kGroups = kStreamThreads / kGroup;
   const S scale = static_cast<S>(a.inverse_temperature);
-  const double upstream =
-      a.upstream == nullptr ? 1.0 : load<double>(a.upstream, a.upstream_dtype, 0);
+  const double upstream = upstream_of(a.upstream, a.upstream_dtype);
   const S factor = static_cast<S>(upstream * a.scale * a.per_row);
   const S* stats = static_cast<const S*>(a.row_stats);
   // fp32 statistics, four columns at a time where all three matrices allow it.
@@ -271,8 +270,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   const int C = static_cast<int>(a.C), pitch = tile_pitch(C);
   const TileShared shared(block_shared(), pitch);
   const float scale = static_cast<float>(a.inverse_temperature);
-  const double upstream =
-      a.upstream == nullptr ? 1.0 : load<double>(a.upstream, a.upstream_dtype, 0);
+  const double upstream = upstream_of(a.upstream, a.upstream_dtype);
   const float factor = static_cast<float>(upstream * a.scale * a.per_row);
   const float* stats = static_cast<const float*>(a.row_stats);
 

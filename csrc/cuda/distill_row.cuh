@@ -1,9 +1,8 @@
 // The distillation loss of one row that one thread owns, as the tile kernels of distill_loss.cu
-// and joint_losses.cu share it.
+// and tile_losses.cu share it.
 #pragma once
 
-#include "launch.h"
-#include "reduce.cuh"
+#include "tile.cuh"
 
 namespace dafl {
 namespace cuda {
@@ -46,9 +45,7 @@ template <class S>
 __device__ void write_distill_losses(int64_t N, double scale, double kl_sum, double agreeing,
                                      void* const* losses) {
   const double kl = kl_sum / static_cast<double>(N);
-  *static_cast<S*>(losses[0]) = static_cast<S>(scale * kl);
-  *static_cast<S*>(losses[1]) = static_cast<S>(kl);
-  *static_cast<S*>(losses[2]) = static_cast<S>(agreeing / static_cast<double>(N));
+  store_scalars<S>({scale * kl, kl, agreeing / static_cast<double>(N)}, losses);
 }
 
 }  // namespace cuda

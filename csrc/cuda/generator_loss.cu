@@ -1,8 +1,8 @@
 // The generator's loss and its gradient, for logits t [N, C] and features f [N, F]:
 //
-//   m = max_k t_k   y = argmax_k t_k   d' = sum_{k != y} exp(t_k - m)   p_k = exp(t_k - m) / (1 +
-//   d') total = w_oh mean log(1 + d') + w_ie sum_c p_bar_c log_b p_bar_c - w_a mean |f|,  p_bar =
-//   mean p
+//   m = max_k t_k   y = argmax_k t_k   d' = sum_{k != y} exp(t_k - m)
+//   p_k = exp(t_k - m) / (1 + d')      p_bar = mean p
+//   total = w_oh mean log(1 + d') + w_ie sum_c p_bar_c log_b p_bar_c - w_a mean |f|
 //
 //   d total / d t_k = w_oh / N (p_k - [k = y]) + p_k (g_k - sum_c p_c g_c)
 //   g_k = w_ie / (N ln b) (log p_bar_k - const)          d total / d f = -w_a sign(f) / (N F)
@@ -17,122 +17,15 @@
 //
 // Sums over rows are formed per part (see plan.h), in fp32 over at most 512 rows and in fp64 from
 // there on, written to scratch, and added in order by a second launch: the end of a launch is the
-// barrier that all parts wait for. Where C <= 32 and N <= 1024 one cluster of blocks does
-// everything in one launch and its barrier takes that place. The backward pass is one launch.
-#include "generator_row.cuh"
+// barrier that all parts wait for. The backward pass is one launch. Where C <= 32 the kernels of
+// tile_losses.cu do this.
+#include "tile.cuh"
 
 namespace dafl {
 namespace cuda {
 namespace {
 
-// Parts in scratch: [parts][C + kPartScalars]; of the scalars, the loss uses two.
-enum { kOneHot, kAbs };
-
-__device__ double upstream_of(const GeneratorBackward& a) {
-  return a.upstream == nullptr ? 1.0 : load<double>(a.upstream, a.upstream_dtype, 0);
-}
-
-// ---- Tiles -------------------------------------------------------------------------------------
-
-// Warp 0, a lane a class: p_bar, then the losses.
-__device__ void finish_tile(const GeneratorForward& a, double sum_of_p, double one_hot_sum,
-                            double abs_sum) {
-  const int lane = threadIdx.x;
-  const double mean = sum_of_p / static_cast<double>(a.N);
-  if (lane < a.C) static_cast<float*>(a.class_mean)[lane] = static_cast<float>(mean);
-  const double p_log_p = warp_reduce(lane < a.C ? mean * log_or_zero(mean) : 0.0, Add());
-  if (lane == 0) {
-    write_generator_losses<float>(a.terms, one_hot_sum, abs_sum, p_log_p, a.losses);
-  }
-}
-
-template <bool kOneLaunch>
-__global__ void __launch_bounds__(kTileThreads, 4)
-    generator_forward_tile_kernel(GeneratorForward a, int64_t part_rows) {
-  const int C = static_cast<int>(a.C), pitch = tile_pitch(C);
-  const TileShared shared(block_shared(), pitch);
-  Group<kTileThreads, false> block(block_shared());
-  if constexpr (kOneLaunch) meet_cluster();
-  float* stats = static_cast<float*>(a.row_stats);
-  for (int k = threadIdx.x; k < kTileWidth; k += kTileThreads) shared.sums[k] = 0;
-
-  const int64_t begin = min(a.N, blockIdx.x * part_rows), end = min(a.N, begin + part_rows);
-  double loss = 0;
-  for (int64_t at = begin; at < end; at += kTileRows) {
-    const int rows = static_cast<int>(min(end - at, static_cast<int64_t>(kTileRows)));
-    load_tile(a.logits, at, rows, C, shared.first);
-    __syncthreads();  // rows were loaded by all threads, and belong to one from here on
-    const int mine = threadIdx.x;
-    if (mine < rows) {
-      const GeneratorRow row = generator_row(shared.first + mine * pitch, C);
-      loss += log1p_of(row.others);
-      stats[at + mine] = row.maximum;
-      stats[a.N + at + mine] = row.others;
-      stats[2 * a.N + at + mine] = static_cast<float>(row.argmax);
-    }
-    __syncthreads();  // columns are read across rows; also, sums[] is cleared
-    add_columns(shared.first, rows, C, shared.sums);
-    __syncthreads();  // before the next tile overwrites this one
-  }
-  loss = block.sum(loss);
-  const double abs = block.sum(a.terms.F > 0 ? abs_sum(a.terms.features, a.N, a.terms.F) : 0.0);
-  if (threadIdx.x == 0) {
-    shared.sums[C + kOneHot] = loss;
-    shared.sums[C + kAbs] = abs;
-  }
-  __syncthreads();  // sums[] is complete
-
-  const int width = C + kPartScalars;
-  if constexpr (kOneLaunch) {
-    gather_sums(shared, width);
-    if (blockIdx.x == 0 && threadIdx.x < kWarp) {
-      const int lane = threadIdx.x;
-      finish_tile(a, lane < C ? gathered_sum(shared, lane) : 0.0, gathered_sum(shared, C + kOneHot),
-                  gathered_sum(shared, C + kAbs));
-    }
-  } else {
-    for (int k = threadIdx.x; k < width; k += kTileThreads) {
-      a.scratch[static_cast<int64_t>(blockIdx.x) * width + k] = shared.sums[k];
-    }
-  }
-}
-
-__global__ void __launch_bounds__(kTileThreads, 4)
-    generator_backward_tile_kernel(GeneratorBackward a, int64_t part_rows) {
-  const int C = static_cast<int>(a.C), pitch = tile_pitch(C);
-  const TileShared shared(block_shared(), pitch);
-  const GeneratorFactors factors(upstream_of(a), a.terms);
-  float* slope = reinterpret_cast<float*>(shared.sums);
-  if (threadIdx.x < kWarp) {
-    const float* mean = static_cast<const float*>(a.class_mean);
-    const int k = threadIdx.x;
-    slope[k] = lane_slope(k < C ? mean[k] : 0.0f, static_cast<float>(factors.slope));
-  }
-  const float* stats = static_cast<const float*>(a.row_stats);
-  const float one_hot = static_cast<float>(factors.one_hot);
-
-  const int64_t begin = min(a.N, blockIdx.x * part_rows), end = min(a.N, begin + part_rows);
-  for (int64_t at = begin; at < end; at += kTileRows) {
-    const int rows = static_cast<int>(min(end - at, static_cast<int64_t>(kTileRows)));
-    load_tile(a.logits, at, rows, C, shared.first);
-    __syncthreads();  // rows were loaded by all threads; also, slope[] is complete
-    const int mine = threadIdx.x;
-    if (mine < rows) {
-      float* p = shared.first + mine * pitch;
-      const float others = stats[a.N + at + mine];
-      const GeneratorRow row{stats[at + mine], others, reciprocal(1.0f + others),
-                             static_cast<int>(stats[2 * a.N + at + mine])};
-      for (int k = 0; k < C; ++k) p[k] = exp_of(p[k] - row.maximum) * row.inverse;
-      generator_row_gradient(p, C, row, slope, one_hot);
-    }
-    __syncthreads();  // rows are stored by all threads
-    store_tile(a.grad_logits, a.logits.dtype, at, rows, C, shared.first);
-    __syncthreads();  // before the next tile overwrites this one
-  }
-  if (a.terms.F > 0) {
-    sign_gradient(a.terms.features, a.N, a.terms.F, factors.sign, a.grad_features);
-  }
-}
+// Parts in scratch: [parts][C + kPartScalars]; of the scalars, the loss uses kGeneratorSums.
 
 // ---- Rows in registers -------------------------------------------------------------------------
 
@@ -220,13 +113,16 @@ __global__ void __launch_bounds__(R::kThreads, R::kBlocks)
   }
 }
 
+// One block fewer than in the forward pass where that leaves two or more: the slope of a thread's
+// columns stays in registers beside the row, and for sm_120 what kBlocks blocks have spills.
 template <class R>
 __global__ void __launch_bounds__(R::kThreads, R::kBlocks > 2 ? R::kBlocks - 1 : R::kBlocks)
     generator_backward_rows_kernel(GeneratorBackward a, int64_t part_rows) {
   const int C = static_cast<int>(a.C);
   Group<R::kGroup, R::kCluster> group(block_shared());
   const PartOfRows<R> rows(a.N, C, part_rows);
-  const GeneratorFactors factors(upstream_of(a), a.terms);
+  const GeneratorFactors factors =
+      generator_factors(a.terms, upstream_of(a.upstream, a.upstream_dtype));
   const bool quads = has_quads(a.logits, C);
   const float* stats = static_cast<const float*>(a.row_stats);
   const float one_hot = static_cast<float>(factors.one_hot);
@@ -334,7 +230,8 @@ template <class S>
 __global__ void __launch_bounds__(kStreamThreads)
     generator_backward_stream_kernel(GeneratorBackward a, int64_t part_rows) {
   Group<kStreamThreads, false> block(block_shared());
-  const GeneratorFactors factors(upstream_of(a), a.terms);
+  const GeneratorFactors factors =
+      generator_factors(a.terms, upstream_of(a.upstream, a.upstream_dtype));
   const int64_t begin = blockIdx.x * part_rows, end = min(a.N, begin + part_rows);
   const S* stats = static_cast<const S*>(a.row_stats);
   const S* mean = static_cast<const S*>(a.class_mean);
@@ -369,6 +266,19 @@ __global__ void __launch_bounds__(kStreamThreads)
 
 // ---- Adding the parts --------------------------------------------------------------------------
 
+// By a whole block; p_log_p: the sum of p_bar log p_bar, in nats.
+template <class S>
+__device__ void write_losses(const GeneratorForward& a, int64_t parts, double p_log_p,
+                             double* shared) {
+  const int lane = threadIdx.x % kWarp;
+  const double scalar = add_parts(a.scratch, parts, a.C + kPartScalars,
+                                  lane < kGeneratorSums ? a.C + lane : -1, shared);
+  double sums[kGeneratorSums];
+#pragma unroll
+  for (int i = 0; i < kGeneratorSums; ++i) sums[i] = __shfl_sync(0xffffffffu, scalar, i);
+  if (threadIdx.x == 0) store_scalars<S>(generator_losses(a.terms, sums, p_log_p).values, a.losses);
+}
+
 // p_bar from the parts, 32 classes a block, and the block's share of sum p_bar log p_bar. A single
 // block goes on to the losses; otherwise generator_totals_kernel follows.
 template <class S>
@@ -386,11 +296,7 @@ __global__ void __launch_bounds__(8 * kColumnsPerBlock)
     if (threadIdx.x == 0) a.scratch[parts * width + blockIdx.x] = p_log_p;
     return;  // the whole block
   }
-  const double scalar = add_parts(a.scratch, parts, width, lane < 2 ? a.C + lane : -1, shared);
-  const double abs = __shfl_sync(0xffffffffu, scalar, kAbs);
-  if (threadIdx.x == 0) {
-    write_generator_losses<S>(a.terms, scalar, abs, p_log_p, a.losses);
-  }
+  write_losses<S>(a, parts, p_log_p, shared);
 }
 
 template <class S>
@@ -404,11 +310,7 @@ __global__ void __launch_bounds__(8 * kColumnsPerBlock)
   double p_log_p = 0;
   for (int64_t i = lane; i < shares; i += kWarp) p_log_p += a.scratch[parts * width + i];
   p_log_p = warp_reduce(p_log_p, Add());
-  const double scalar = add_parts(a.scratch, parts, width, lane < 2 ? a.C + lane : -1, shared);
-  const double abs = __shfl_sync(0xffffffffu, scalar, kAbs);
-  if (threadIdx.x == 0) {
-    write_generator_losses<S>(a.terms, scalar, abs, p_log_p, a.losses);
-  }
+  write_losses<S>(a, parts, p_log_p, shared);
 }
 
 template <class S>
@@ -446,10 +348,7 @@ cudaError_t launch_generator_forward(const GeneratorForward& args, const Plan& p
     error = args.f64 ? launch_forward_stream<double>(args, plan, stream)
                      : launch_forward_stream<float>(args, plan, stream);
   } else if (plan.regime == Regime::tile) {
-    const auto kernel = plan.one_launch ? generator_forward_tile_kernel<true>
-                                        : generator_forward_tile_kernel<false>;
-    error = launch(kernel, dim3(plan.blocks), plan.threads, plan.cluster, plan.shared, stream, args,
-                   plan.rows);
+    error = launch_generator_forward_tile(args, plan, stream);
   } else {
     error = with_rows(plan, [&](auto rows) {
       return launch(generator_forward_rows_kernel<decltype(rows)>, dim3(plan.blocks), plan.threads,
@@ -469,10 +368,7 @@ cudaError_t launch_generator_backward(const GeneratorBackward& args, const Plan&
                                  : generator_backward_stream_kernel<float>;
     return launch(kernel, blocks, plan.threads, 1, plan.shared, stream, args, plan.rows);
   }
-  if (plan.regime == Regime::tile) {
-    return launch(generator_backward_tile_kernel, blocks, plan.threads, 1, plan.shared, stream,
-                  args, plan.rows);
-  }
+  if (plan.regime == Regime::tile) return launch_generator_backward_tile(args, plan, stream);
   return with_rows(plan, [&](auto rows) {
     return launch(generator_backward_rows_kernel<decltype(rows)>, blocks, plan.threads,
                   plan.cluster, plan.shared, stream, args, plan.rows);

@@ -2,7 +2,7 @@
 // launch's error, never synchronise and never allocate. Neither this header nor any .cu file
 // includes torch, so they compile in seconds and wherever there is an nvcc.
 //
-// Pointers are to device memory. "S" is the statistics' dtype: float, or double where plan_f64.
+// Pointers are to device memory. "S" is the statistics' dtype: float, or double where `f64`.
 // N >= 1 and C >= 1; nothing is launched for empty batches.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "../matrix.h"
+#include "../losses/generator_terms.h"
 #include "plan.h"
 
 namespace dafl {
@@ -21,26 +21,15 @@ namespace cuda {
 // cudaErrorNoKernelImageForDevice means that the build has nothing for this GPU.
 cudaError_t device_traits(int index, Device* device);
 
-// What the generator loss is made of beside the logits. Reciprocals, so that threads need not
-// divide or take a logarithm in fp64.
-struct GeneratorTerms {
-  double one_hot, entropy, activation;  // weights
-  double per_row;                       // 1 / N
-  double per_nat;                       // 1 / ln b
-  double per_feature;                   // 1 / (N F), or 0 without features
-  Matrix features;                      // [N, F]
-  int64_t F;                            // 0: no features
-};
-
 struct GeneratorForward {
   int64_t N, C;
   Matrix logits;  // [N, C]
   GeneratorTerms terms;
-  void* losses[4];   // S: total, one_hot, entropy, activation
-  void* row_stats;   // S [3, N]: m, d', y
-  void* class_mean;  // S [C]
-  double* scratch;   // Plan::scratch bytes
-  bool f64;          // S
+  void* losses[kGeneratorLosses];  // S
+  void* row_stats;                 // S [3, N]: m, d', y
+  void* class_mean;                // S [C]
+  double* scratch;                 // Plan::scratch bytes
+  bool f64;                        // S
 };
 
 struct GeneratorBackward {
@@ -87,9 +76,9 @@ struct JointLosses {
   Matrix teacher, student;  // [N, C]
   GeneratorTerms terms;
   double inverse_temperature;
-  double distill_scale;       // total = distill_scale * KL
-  double distill_grad_scale;  // gradient = distill_grad_scale / N * (q_s - q_t)
-  void* losses[7];            // float: those of GeneratorForward, then those of DistillForward
+  double distill_scale;                // total = distill_scale * KL
+  double distill_grad_scale;           // gradient = distill_grad_scale / N * (q_s - q_t)
+  void* losses[kGeneratorLosses + 3];  // float: those of both forward passes
   double* scratch;
   void *grad_teacher, *grad_features, *grad_student;  // contiguous, in their inputs' dtypes
 };

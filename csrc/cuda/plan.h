@@ -18,7 +18,7 @@
 
 #include <cstdint>
 
-#include "../row_math.h"
+#include "../losses/generator_terms.h"
 
 namespace dafl {
 namespace cuda {
@@ -54,9 +54,9 @@ constexpr int kStreamThreads = 256;
 constexpr int64_t kStreamScratch = 64 << 20;  // about; below 8 parts a GPU would stand idle
 constexpr int kColumnsPerBlock = 32;          // of the kernel that adds the parts
 
-// Every part has the sums of p over its rows [C], then of up to four scalars. Behind the parts,
-// the kernel that adds them leaves one number per 32 columns.
-constexpr int kPartScalars = 4;
+// Every part has the sums of p over its rows [C], then of scalars: the generator loss's, and KL and
+// agreeing rows. Behind the parts, the kernel that adds them leaves one number per 32 columns.
+constexpr int kPartScalars = kGeneratorSums + 2;
 
 // Shared memory for group reductions: two sets of slots for 16 warps and 8 blocks, 16 bytes each.
 constexpr int kSlotBytes = (16 + kMaxCluster) * 16;
@@ -79,11 +79,13 @@ inline int64_t smallest(int64_t a, int64_t b) { return a < b ? a : b; }
 inline Plan make_plan(int64_t N, int64_t C, bool f64, Device device) {
   Plan plan{Regime::stream, kStreamThreads, 0, 1, false, 0, 0, 0, kReduceBytes, 0};
   const bool clusters = device.capability >= 90;
-  int64_t wanted;    // parts that fill the GPU
+  // Parts that fill the GPU: a block (or cluster) each, all of them running at once. So where rows
+  // lie in registers it is as many per multiprocessor as kBlocks of reduce.cuh makes room for.
+  int64_t wanted;
   int64_t step = 1;  // parts are multiples of this many rows, but for the last
   int64_t most = N;  // rows a part may have
   if (f64) {
-    wanted = 4 * device.multiprocessors;
+    wanted = 4 * device.multiprocessors;  // 1024 threads each
   } else if (C <= kTileClasses) {
     plan.regime = Regime::tile;
     plan.threads = kTileThreads;
@@ -92,6 +94,7 @@ inline Plan make_plan(int64_t N, int64_t C, bool f64, Device device) {
         kReduceBytes + kTileSums * 8 + largest(2 * kTileRows * tile_pitch(C) * 4, kAddPartsBytes);
     plan.one_launch = clusters && N <= kTileCluster * kTileRows;
     plan.cluster = plan.one_launch ? kTileCluster : 1;
+    // Two: the second launch then adds half as many sums as with the four that there is room for.
     wanted = plan.one_launch ? kTileCluster : 2 * device.multiprocessors;
     step = plan.one_launch ? 32 : kTileRows;
   } else if (C <= 1024) {

@@ -40,11 +40,11 @@ def upsample_stage(
     height and width. What is spared:
 
     * the upsampled image, since each output pixel sees only 2x2 distinct pixels of x: on a CPU
-      6.25 multiply-adds per pixel of x and channel pair (csrc/upsample_conv.cpp), elsewhere one
-      stride-2 transposed convolution with 16, instead of 36;
+      6.25 multiply-adds per pixel of x and channel pair (csrc/layers/upsample_conv.cpp), elsewhere
+      one stride-2 transposed convolution with 16, instead of 36;
     * `conv`'s bias while training: `norm` subtracts it again, so its gradient is zero and all that
       it does is shift the running mean;
-    * on a CPU, most passes over memory: csrc/norm_activation.cpp, csrc/norm_image_conv.cpp.
+    * on a CPU, most passes over memory: norm_activation.cpp, norm_image_conv.cpp in csrc/layers.
     """
     if operators_run(x):
         y, mean, variance = _OPS.upsample_conv(as_autocast(x), conv.weight)

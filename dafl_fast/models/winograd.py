@@ -1,7 +1,7 @@
 """3x3 convolutions with fewer multiplications, for networks with many channels on a CPU.
 
 Four outputs of a 3x3 convolution take 36 multiplications, or 16 of sums of inputs with sums of
-weights (csrc/winograd.cpp). Activations and factors are rounded once more than in a direct
+weights (csrc/layers/winograd.cpp). Activations and factors are rounded once more than in a direct
 convolution: in bfloat16 the outputs' error is about twice, in float32 it is the same.
 """
 

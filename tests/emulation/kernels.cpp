@@ -13,14 +13,9 @@ using namespace dafl::cuda;
 namespace {
 
 GeneratorTerms terms(int64_t N, const Matrix* features, int64_t F, const double* weights) {
-  return {weights[0],
-          weights[1],
-          weights[2],
-          1.0 / N,
-          1 / std::log(weights[3]),
-          F > 0 ? 1.0 / (static_cast<double>(N) * F) : 0.0,
-          *features,
-          F};
+  GeneratorWeights all;
+  memcpy(&all, weights, sizeof all);
+  return {all, N, *features, F};
 }
 
 }  // namespace
@@ -38,16 +33,10 @@ void generator(int64_t N, int64_t C, int64_t F, const Matrix* logits, const Matr
                void** losses, void* row_stats, void* class_mean, double* scratch, void* grad_logits,
                void* grad_features) {
   const Plan plan = make_plan(N, C, f64, {sms, capability});
-  launch_generator_forward({N,
-                            C,
-                            *logits,
-                            terms(N, features, F, weights),
-                            {losses[0], losses[1], losses[2], losses[3]},
-                            row_stats,
-                            class_mean,
-                            scratch,
-                            f64},
-                           plan, nullptr);
+  GeneratorForward args{N,          C,       *logits, terms(N, features, F, weights), {}, row_stats,
+                        class_mean, scratch, f64};
+  for (int i = 0; i < kGeneratorLosses; ++i) args.losses[i] = losses[i];
+  launch_generator_forward(args, plan, nullptr);
   launch_generator_backward({N, C, *logits, terms(N, features, F, weights), row_stats, class_mean,
                              upstream, Dtype::f32, grad_logits, grad_features, f64},
                             plan, nullptr);
@@ -90,7 +79,7 @@ void joint(int64_t N, int64_t C, int64_t F, const Matrix* teacher, const Matrix*
                    grad_teacher,
                    grad_features,
                    grad_student};
-  for (int i = 0; i < 7; ++i) args.losses[i] = losses[i];
+  for (int i = 0; i < kGeneratorLosses + 3; ++i) args.losses[i] = losses[i];
   launch_joint_losses(args, make_plan(N, C, false, {sms, capability}), nullptr);
 }
 }

@@ -1,13 +1,14 @@
 // BatchNorm with the batch's statistics, LeakyReLU, and a 3x3 convolution with padding 1 from many
 // channels to the few of an image, as one operator.
 //
-// As a convolution the last has too few outputs to fill vectors. Here one matrix product gives, for
+// That convolution has too few output channels to fill vectors. Here one matrix product gives, for
 // each output channel and tap, a plane of products, [9 Co, Ci] x [Ci, pixels], and each output is a
 // sum of nine planes, shifted. Backward, the shifted gradients are such planes, and two matrix
 // products give the gradients of the convolution's input and weight.
 //
-// The activations between norm and convolution, the largest tensor of a generator, and their
-// gradients exist for some thousand pixels at a time: both passes compute them again from x.
+// The activations between norm and convolution are the largest tensor of a generator. They and
+// their gradients are held for some thousand pixels at a time, and computed again from x when
+// needed.
 #include <ATen/ops/sum.h>
 
 #include "norm.h"
@@ -143,16 +144,18 @@ struct Function : torch::autograd::Function<Function> {
     context->save_for_backward({x, mean, variance, norm_weight, norm_bias, weight, bias});
     context->saved_data["eps"] = eps;
     context->saved_data["slope"] = slope;
-    return norm_image_conv(x, mean, variance, norm_weight, norm_bias, eps, slope, weight, bias);
+    static const auto op = find_operator<decltype(forward_cpu)>("norm_image_conv");
+    return op.call(x, mean, variance, norm_weight, norm_bias, eps, slope, weight, bias);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list grads) {
     auto saved = context->get_saved_variables();
+    static const auto op = find_operator<decltype(backward_cpu)>("norm_image_conv_backward");
     auto [grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias] =
-        norm_image_conv_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-                                 context->saved_data["eps"].toDouble(),
-                                 context->saved_data["slope"].toDouble(), saved[5], saved[6]);
+        op.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
+                context->saved_data["eps"].toDouble(), context->saved_data["slope"].toDouble(),
+                saved[5], saved[6]);
     return {grad_x,   Tensor(), Tensor(),    grad_norm_weight, grad_norm_bias,
             Tensor(), Tensor(), grad_weight, grad_bias};
   }
@@ -164,32 +167,19 @@ Tensor forward_autograd(const Tensor& x, const Tensor& mean, const Tensor& varia
   return Function::apply(x, mean, variance, norm_weight, norm_bias, eps, slope, weight, bias);
 }
 
+// x [N, Ci, H, W], the norm's values [Ci], weight [Co, Ci, 3, 3], bias [Co]: [N, Co, H, W].
+TORCH_LIBRARY_FRAGMENT(dafl_fast, m) {
+  define(m,
+         "norm_image_conv(Tensor x, Tensor mean, Tensor variance, Tensor norm_weight, "
+         "Tensor norm_bias, float eps, float slope, Tensor weight, Tensor bias) -> Tensor",
+         forward_cpu, forward_meta, torch::CppFunction(forward_autograd));
+  define(m,
+         "norm_image_conv_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance, "
+         "Tensor norm_weight, Tensor norm_bias, float eps, float slope, Tensor weight, "
+         "Tensor bias) -> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias, "
+         "Tensor grad_weight, Tensor grad_bias)",
+         backward_cpu, backward_meta);
+}
+
 }  // namespace
-
-Tensor norm_image_conv(const Tensor& x, const Tensor& mean, const Tensor& variance,
-                       const Tensor& norm_weight, const Tensor& norm_bias, double eps, double slope,
-                       const Tensor& weight, const Tensor& bias) {
-  static auto op = operator_handle<decltype(norm_image_conv)>("dafl_fast::norm_image_conv");
-  return op.call(x, mean, variance, norm_weight, norm_bias, eps, slope, weight, bias);
-}
-
-Gradients norm_image_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
-                                   const Tensor& variance, const Tensor& norm_weight,
-                                   const Tensor& norm_bias, double eps, double slope,
-                                   const Tensor& weight, const Tensor& bias) {
-  static auto op =
-      operator_handle<decltype(norm_image_conv_backward)>("dafl_fast::norm_image_conv_backward");
-  return op.call(grad, x, mean, variance, norm_weight, norm_bias, eps, slope, weight, bias);
-}
-
-TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
-  m.impl("norm_image_conv", forward_cpu);
-  m.impl("norm_image_conv_backward", backward_cpu);
-}
-TORCH_LIBRARY_IMPL(dafl_fast, Meta, m) {
-  m.impl("norm_image_conv", forward_meta);
-  m.impl("norm_image_conv_backward", backward_meta);
-}
-TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) { m.impl("norm_image_conv", forward_autograd); }
-
 }  // namespace dafl

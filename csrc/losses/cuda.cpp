@@ -10,7 +10,7 @@
 #include <unordered_map>
 
 #include "cuda/launch.h"
-#include "losses_shared.h"
+#include "shared.h"
 
 namespace dafl {
 namespace {
@@ -61,17 +61,16 @@ double* scratch(const Tensor& like, const cuda::Plan& plan, Tensor& holder) {
   return holder.mutable_data_ptr<double>();
 }
 
-cuda::GeneratorTerms terms(int64_t N, const std::optional<Tensor>& features, double one_hot,
-                           double entropy, double activation, double log_base) {
-  const int64_t F = features ? features->size(1) : 0;
-  return {one_hot,
-          entropy,
-          activation,
-          1.0 / static_cast<double>(N),
-          1 / std::log(log_base),
-          F > 0 ? 1.0 / (static_cast<double>(N) * static_cast<double>(F)) : 0.0,
+GeneratorTerms terms(const Tensor& teacher_logits, const std::optional<Tensor>& features,
+                     const GeneratorWeights& weights) {
+  return {weights, teacher_logits.size(0),
           features ? matrix(*features) : Matrix{nullptr, 0, 0, Dtype::f32},
-          F};
+          features ? features->size(1) : 0};
+}
+
+template <size_t n>
+void put_pointers(const std::array<Tensor, n>& tensors, void** to) {
+  for (const Tensor& tensor : tensors) *to++ = tensor.mutable_data_ptr();
 }
 
 struct Upstream {
@@ -87,50 +86,42 @@ struct Upstream {
   }
 };
 
-}  // namespace
-
-GeneratorOutputs generator_loss_cuda(const Tensor& teacher_logits,
-                                     const std::optional<Tensor>& features, double one_hot,
-                                     double entropy, double activation, double log_base) {
-  check_generator(teacher_logits, features, one_hot, entropy, activation, log_base);
+GeneratorOutputs generator(const Tensor& teacher_logits, const std::optional<Tensor>& features,
+                           const GeneratorWeights& weights) {
+  check_generator(teacher_logits, features, weights);
   Gpu gpu(teacher_logits);
   GeneratorOutputs outputs = allocate_generator(teacher_logits);
-  auto& [total, one_hot_part, entropy_part, activation_part, row_stats, class_mean] = outputs;
+  auto& [losses, row_stats, class_mean] = outputs;
   const int64_t N = teacher_logits.size(0), C = teacher_logits.size(1);
   if (N == 0) {
-    for (const Tensor& x : {total, one_hot_part, entropy_part, activation_part, class_mean}) {
-      x.zero_();
-    }
+    for (const Tensor& loss : losses) loss.zero_();
+    class_mean.zero_();
     return outputs;
   }
   const bool f64 = is_f64(row_stats);
   const cuda::Plan plan = cuda::make_plan(N, C, f64, gpu.traits);
   Tensor holder;
-  const cuda::GeneratorForward args{
-      N,
-      C,
-      matrix(teacher_logits),
-      terms(N, features, one_hot, entropy, activation, log_base),
-      {total.mutable_data_ptr(), one_hot_part.mutable_data_ptr(), entropy_part.mutable_data_ptr(),
-       activation_part.mutable_data_ptr()},
-      row_stats.mutable_data_ptr(),
-      class_mean.mutable_data_ptr(),
-      scratch(teacher_logits, plan, holder),
-      f64};
+  cuda::GeneratorForward args{N,
+                              C,
+                              matrix(teacher_logits),
+                              terms(teacher_logits, features, weights),
+                              {},
+                              row_stats.mutable_data_ptr(),
+                              class_mean.mutable_data_ptr(),
+                              scratch(teacher_logits, plan, holder),
+                              f64};
+  put_pointers(losses, args.losses);
   check(cuda::launch_generator_forward(args, plan, gpu.stream), "generator_loss");
   return outputs;
 }
 
-GeneratorGradients generator_loss_backward_cuda(const Tensor& grad_total,
-                                                const Tensor& teacher_logits,
-                                                const std::optional<Tensor>& features,
-                                                const Tensor& row_stats, const Tensor& class_mean,
-                                                double one_hot, double entropy, double activation,
-                                                double log_base) {
-  check_generator(teacher_logits, features, one_hot, entropy, activation, log_base);
+GeneratorGradients generator_backward(const Tensor& grad_total, const Tensor& teacher_logits,
+                                      const std::optional<Tensor>& features,
+                                      const Tensor& row_stats, const Tensor& class_mean,
+                                      const GeneratorWeights& weights) {
+  check_generator(teacher_logits, features, weights);
   Gpu gpu(teacher_logits);
   GeneratorGradients grads = allocate_generator_grads(teacher_logits, features);
-  auto& [grad_logits, grad_features] = grads;
   const int64_t N = teacher_logits.size(0), C = teacher_logits.size(1);
   if (N == 0) return grads;
   const Upstream upstream(grad_total, teacher_logits);
@@ -139,50 +130,50 @@ GeneratorGradients generator_loss_backward_cuda(const Tensor& grad_total,
   const cuda::GeneratorBackward args{N,
                                      C,
                                      matrix(teacher_logits),
-                                     terms(N, features, one_hot, entropy, activation, log_base),
+                                     terms(teacher_logits, features, weights),
                                      row_stats.const_data_ptr(),
                                      class_mean.const_data_ptr(),
                                      upstream.data,
                                      upstream.dtype,
-                                     grad_logits.mutable_data_ptr(),
-                                     grad_features.mutable_data_ptr(),
+                                     grads.logits.mutable_data_ptr(),
+                                     grads.features.mutable_data_ptr(),
                                      f64};
   check(cuda::launch_generator_backward(args, plan, gpu.stream), "generator_loss_backward");
   return grads;
 }
 
-DistillOutputs distill_loss_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
-                                 double temperature, bool scale_by_t2) {
+DistillOutputs distill(const Tensor& student_logits, const Tensor& teacher_logits,
+                       double temperature, bool scale_by_t2) {
   check_distill(student_logits, teacher_logits, temperature);
   Gpu gpu(student_logits);
   DistillOutputs outputs = allocate_distill(student_logits, teacher_logits);
-  auto& [total, kl, agreement, row_stats] = outputs;
+  auto& [losses, row_stats] = outputs;
   const int64_t N = student_logits.size(0), C = student_logits.size(1);
   if (N == 0) {
-    for (const Tensor& x : {total, kl, agreement}) x.zero_();
+    for (const Tensor& loss : losses) loss.zero_();
     return outputs;
   }
   const bool f64 = is_f64(row_stats);
   const cuda::Plan plan = cuda::make_plan(N, C, f64, gpu.traits);
   Tensor holder;
-  const cuda::DistillForward args{
-      N,
-      C,
-      matrix(student_logits),
-      matrix(teacher_logits),
-      1 / temperature,
-      scale_by_t2 ? temperature * temperature : 1.0,
-      {total.mutable_data_ptr(), kl.mutable_data_ptr(), agreement.mutable_data_ptr()},
-      row_stats.mutable_data_ptr(),
-      scratch(student_logits, plan, holder),
-      f64};
+  cuda::DistillForward args{N,
+                            C,
+                            matrix(student_logits),
+                            matrix(teacher_logits),
+                            1 / temperature,
+                            scale_by_t2 ? temperature * temperature : 1.0,
+                            {},
+                            row_stats.mutable_data_ptr(),
+                            scratch(student_logits, plan, holder),
+                            f64};
+  put_pointers(losses, args.losses);
   check(cuda::launch_distill_forward(args, plan, gpu.stream), "distill_loss");
   return outputs;
 }
 
-Tensor distill_loss_backward_cuda(const Tensor& grad_total, const Tensor& student_logits,
-                                  const Tensor& teacher_logits, const Tensor& row_stats,
-                                  double temperature, bool scale_by_t2) {
+Tensor distill_backward(const Tensor& grad_total, const Tensor& student_logits,
+                        const Tensor& teacher_logits, const Tensor& row_stats, double temperature,
+                        bool scale_by_t2) {
   check_distill(student_logits, teacher_logits, temperature);
   Gpu gpu(student_logits);
   Tensor grad = empty_grad(student_logits);
@@ -207,47 +198,44 @@ Tensor distill_loss_backward_cuda(const Tensor& grad_total, const Tensor& studen
   return grad;
 }
 
-JointOutputs dafl_losses_cuda(const Tensor& teacher_logits, const std::optional<Tensor>& features,
-                              const Tensor& student_logits, double one_hot, double entropy,
-                              double activation, double log_base, double temperature,
-                              bool scale_by_t2) {
-  check_generator(teacher_logits, features, one_hot, entropy, activation, log_base);
+JointOutputs joint(const Tensor& teacher_logits, const std::optional<Tensor>& features,
+                   const Tensor& student_logits, const GeneratorWeights& weights,
+                   double temperature, bool scale_by_t2) {
+  check_generator(teacher_logits, features, weights);
   check_distill(student_logits, teacher_logits, temperature);
   Gpu gpu(teacher_logits);
   const int64_t N = teacher_logits.size(0), C = teacher_logits.size(1);
   const bool f64 =
       teacher_logits.scalar_type() == at::kDouble || student_logits.scalar_type() == at::kDouble;
   if (N == 0 || C > cuda::kTileClasses || f64) {
-    return compose_joint<generator_loss_cuda, generator_loss_backward_cuda, distill_loss_cuda,
-                         distill_loss_backward_cuda>(teacher_logits, features, student_logits,
-                                                     one_hot, entropy, activation, log_base,
-                                                     temperature, scale_by_t2);
+    return compose_joint(cuda_losses, teacher_logits, features, student_logits, weights,
+                         temperature, scale_by_t2);
   }
-  JointOutputs outputs = dafl_losses_meta(teacher_logits, features, student_logits, one_hot,
-                                          entropy, activation, log_base, temperature, scale_by_t2);
-  auto& [total, one_hot_part, entropy_part, activation_part, distill_total, kl, agreement,
-         grad_teacher, grad_features, grad_student] = outputs;
+  const JointOutputs outputs = allocate_joint(teacher_logits, features, student_logits);
   const cuda::Plan plan = cuda::make_plan(N, C, false, gpu.traits);
   Tensor holder;
-  const cuda::JointLosses args{
-      N,
-      C,
-      matrix(teacher_logits),
-      matrix(student_logits),
-      terms(N, features, one_hot, entropy, activation, log_base),
-      1 / temperature,
-      scale_by_t2 ? temperature * temperature : 1.0,
-      scale_by_t2 ? temperature : 1 / temperature,
-      {total.mutable_data_ptr(), one_hot_part.mutable_data_ptr(), entropy_part.mutable_data_ptr(),
-       activation_part.mutable_data_ptr(), distill_total.mutable_data_ptr(), kl.mutable_data_ptr(),
-       agreement.mutable_data_ptr()},
-      scratch(teacher_logits, plan, holder),
-      grad_teacher.mutable_data_ptr(),
-      grad_features.mutable_data_ptr(),
-      grad_student.mutable_data_ptr()};
+  cuda::JointLosses args{N,
+                         C,
+                         matrix(teacher_logits),
+                         matrix(student_logits),
+                         terms(teacher_logits, features, weights),
+                         1 / temperature,
+                         scale_by_t2 ? temperature * temperature : 1.0,
+                         scale_by_t2 ? temperature : 1 / temperature,
+                         {},
+                         scratch(teacher_logits, plan, holder),
+                         outputs.teacher.logits.mutable_data_ptr(),
+                         outputs.teacher.features.mutable_data_ptr(),
+                         outputs.grad_student.mutable_data_ptr()};
+  put_pointers(outputs.generator, args.losses);
+  put_pointers(outputs.distill, args.losses + kGeneratorLosses);
   check(cuda::launch_joint_losses(args, plan, gpu.stream), "dafl_losses");
   return outputs;
 }
+
+}  // namespace
+
+const DeviceLosses cuda_losses = {generator, generator_backward, distill, distill_backward, joint};
 
 }  // namespace dafl
 

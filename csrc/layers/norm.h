@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "layers_shared.h"
+#include "shared.h"
 
 namespace dafl {
 

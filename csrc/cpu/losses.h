@@ -1,6 +1,6 @@
-// Torch-free CPU kernels: raw pointers, strides and a dtype in, one chunk of rows at a time.
-// The caller cuts [0, N) into chunks that depend on the shape only and adds their partial sums in
-// a fixed order, so results do not depend on the number of threads.
+// Torch-free CPU kernels of the losses: raw pointers, strides and a dtype in, one chunk of rows at
+// a time. The caller cuts [0, N) into chunks that depend on the shape only and adds their partial
+// sums in a fixed order, so results do not depend on the number of threads.
 //
 // Cross-compiles without torch, e.g. for arm64 (where only the baseline kernels are built):
 //   for f in csrc/cpu/*.cpp; do aarch64-linux-gnu-g++ -std=c++17 -O3 -c $f -o /dev/null; done
@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../losses/generator_terms.h"
 #include "../matrix.h"
 
 namespace dafl {
@@ -33,8 +34,8 @@ struct GeneratorBackward {
   Matrix logits;          // [N, C]
   const void* row_stats;  // [3, N]
   const void* slope;      // [C], compute type: see row_math.h
-  double one_hot;         // w_oh / N * upstream
-  void* grad;             // [N, C] contiguous, dtype of logits
+  GeneratorFactors factors;
+  void* grad;  // [N, C] contiguous, dtype of logits
 };
 
 struct DistillForward {
@@ -54,8 +55,8 @@ struct DistillBackward {
 };
 
 // One set per instruction set and compute type. Rows [begin, end) of each argument are handled.
-struct Kernels {
-  // sums[0..C) = sum of p, sums[C] = sum of log1p(d')
+struct LossKernels {
+  // Adds to sums[0..C) those of p, and to sums[C + i] the sum i of generator_terms.h, but for kAbs.
   void (*generator_forward)(const GeneratorForward&, int64_t begin, int64_t end, double* sums,
                             void* scratch);
   void (*generator_backward)(const GeneratorBackward&, int64_t begin, int64_t end, void* scratch);
@@ -72,10 +73,7 @@ struct Kernels {
 
 // The kernels of the chosen instruction set; fp64 always runs on the baseline's. Throws
 // std::runtime_error, once and for every call, when DAFL_FAST_ISA names none that can run here.
-const Kernels& kernels(bool f64);
-
-const char* isa();                   // "baseline", "avx2" or "avx512"
-const char* const* isa_available();  // names this machine can run, null-terminated
+const LossKernels& loss_kernels(bool f64);
 
 }  // namespace cpu
 }  // namespace dafl

@@ -13,23 +13,22 @@
 // rounds its result alone.
 //
 // Work is cut by shape into pieces whose data and products stay in the caches.
-#include "layers_shared.h"
-
 #include <ATen/ops/sum.h>
 
-#include "cpu/winograd_kernels.h"
+#include "cpu/winograd.h"
+#include "shared.h"
 
 namespace dafl {
 namespace {
 
-// Tiles that the weight's gradient is summed over at a time.
+// Tiles that the weight's gradient is summed over at a time: few enough that their data and
+// gradients stay in the L2 cache, many enough that sums are seldom loaded and stored again.
 constexpr int64_t kTilesPerSum = 512;
 
-// Tiles computed at a time: enough for every factor that is loaded, a multiple of the rows that the
-// kernels multiply at once, and of few images only some, so that each thread has its share.
+// Tiles computed at a time: many, so that a factor once loaded is used often, and a multiple of the
+// rows that the kernels multiply at once; but fewer for small batches, so that every thread has
+// some.
 int64_t tiles_at_a_time(int64_t tiles) { return tiles >= 1024 ? 72 : 24; }
-
-ScalarType compute_dtype(ScalarType dtype) { return dtype == at::kDouble ? dtype : at::kFloat; }
 
 int64_t padded(const cpu::WinogradKernels& kernels, int64_t channels) {
   return (channels + kernels.panel - 1) / kernels.panel * kernels.panel;
@@ -58,7 +57,7 @@ std::tuple<Tensor, Tensor> factors_cpu(const Tensor& weight, ScalarType dtype, b
   auto factors = factors_meta(weight, dtype, backward);
   void* to_outputs = std::get<0>(factors).data_ptr();
   void* to_inputs = backward ? std::get<1>(factors).data_ptr() : nullptr;
-  const Tensor w = weight.to(compute_dtype(dtype)).permute({0, 2, 3, 1}).contiguous();
+  const Tensor w = weight.to(stats_dtype(dtype)).permute({0, 2, 3, 1}).contiguous();
   const int64_t Co = weight.size(0), Ci = weight.size(1);
   const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(dtype));
   at::parallel_for(0, padded(kernels, Co) / kernels.panel, 1, [&](int64_t first, int64_t last) {
@@ -77,7 +76,7 @@ Tensor outputs_meta(const Tensor& x, const Tensor&, const std::optional<Tensor>&
 Tensor outputs_cpu(const Tensor& x_, const Tensor& factors, const std::optional<Tensor>& bias_,
                    c10::SymInt channels) {
   Tensor x = x_.contiguous(kChannelsLast), y = outputs_meta(x, factors, bias_, channels);
-  const ScalarType dtype = x.scalar_type(), compute = compute_dtype(dtype);
+  const ScalarType dtype = x.scalar_type(), compute = stats_dtype(dtype);
   const int64_t Ci = x.size(1), Co = y.size(1);
   const cpu::Tiles tiles{x.size(0), x.size(2), x.size(3)};
   const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(dtype));
@@ -108,7 +107,7 @@ Tensor weight_grad_meta(const Tensor&, const Tensor&, const Tensor& weight) {
 }
 
 Tensor weight_grad_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& weight) {
-  const ScalarType dtype = x_.scalar_type(), compute = compute_dtype(dtype);
+  const ScalarType dtype = x_.scalar_type(), compute = stats_dtype(dtype);
   const Tensor x = x_.contiguous(kChannelsLast), grad = dense(grad_, dtype, kChannelsLast);
   const int64_t Ci = x.size(1), Co = grad.size(1);
   const cpu::Tiles tiles{x.size(0), x.size(2), x.size(3)};
@@ -156,14 +155,26 @@ void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
   if (bias) check_channels("bias", x, *bias, weight.sym_size(0));
 }
 
+// ---- Through the dispatcher --------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> factors_of(const Tensor& weight, ScalarType dtype, bool backward) {
+  static const auto op = find_operator<decltype(factors_cpu)>("conv3x3_factors");
+  return op.call(weight, dtype, backward);
+}
+
+Tensor outputs_of(const Tensor& x, const Tensor& factors, const std::optional<Tensor>& bias,
+                  c10::SymInt channels) {
+  static const auto op = find_operator<decltype(outputs_cpu)>("conv3x3_outputs");
+  return op.call(x, factors, bias, channels);
+}
+
 // Also where no gradient is wanted; on the meta device it allocates only.
 Tensor compute(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& forward_factors, const std::optional<Tensor>&) {
   check(x, weight, bias);
-  const Tensor factors = forward_factors
-                             ? *forward_factors
-                             : std::get<0>(conv3x3_factors(weight, x.scalar_type(), false));
-  return conv3x3_outputs(x, factors, bias, weight.sym_size(0));
+  const Tensor factors =
+      forward_factors ? *forward_factors : std::get<0>(factors_of(weight, x.scalar_type(), false));
+  return outputs_of(x, factors, bias, weight.sym_size(0));
 }
 
 struct Function : torch::autograd::Function<Function> {
@@ -178,12 +189,12 @@ struct Function : torch::autograd::Function<Function> {
       to_outputs = *forward_factors;
       to_inputs = *backward_factors;
     } else {
-      std::tie(to_outputs, to_inputs) = conv3x3_factors(weight, x.scalar_type(), x.requires_grad());
+      std::tie(to_outputs, to_inputs) = factors_of(weight, x.scalar_type(), x.requires_grad());
     }
     const Tensor kept = weight.requires_grad() ? x : Tensor();
     context->save_for_backward({kept, weight, bias.value_or(Tensor()), to_inputs});
     context->saved_data["channels"] = x.sym_size(1);
-    return conv3x3_outputs(x, to_outputs, bias, weight.sym_size(0));
+    return outputs_of(x, to_outputs, bias, weight.sym_size(0));
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
@@ -192,13 +203,16 @@ struct Function : torch::autograd::Function<Function> {
     const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &to_inputs = saved[3];
     Tensor grad_x, grad_weight, grad_bias;
     if (context->needs_input_grad(0)) {
-      grad_x = conv3x3_outputs(grads[0], to_inputs, std::nullopt,
-                               context->saved_data["channels"].toSymInt());
+      grad_x =
+          outputs_of(grads[0], to_inputs, std::nullopt, context->saved_data["channels"].toSymInt());
     }
-    if (context->needs_input_grad(1)) grad_weight = conv3x3_weight_grad(grads[0], x, weight);
+    if (context->needs_input_grad(1)) {
+      static const auto op = find_operator<decltype(weight_grad_cpu)>("conv3x3_weight_grad");
+      grad_weight = op.call(grads[0], x, weight);
+    }
     // A bias that is not there is not counted among the inputs.
     if (bias.defined() && context->needs_input_grad(2)) {
-      const ScalarType compute = compute_dtype(grads[0].scalar_type());
+      const ScalarType compute = stats_dtype(grads[0].scalar_type());
       grad_bias = grads[0].sum({0, 2, 3}, false, compute).to(bias.scalar_type());
     }
     return {grad_x, grad_weight, grad_bias, Tensor(), Tensor()};
@@ -210,53 +224,35 @@ Tensor autograd(const Tensor& x, const Tensor& weight, const std::optional<Tenso
                 const std::optional<Tensor>& backward_factors) {
   if (!at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView below;
-    return conv3x3(x, weight, bias, forward_factors, backward_factors);
+    static const auto op = find_operator<decltype(compute)>("conv3x3");
+    return op.call(x, weight, bias, forward_factors, backward_factors);
   }
   return Function::apply(x, weight, bias, forward_factors, backward_factors);
 }
 
+// x [N, Ci, H, W], weight [Co, Ci, 3, 3], bias [Co]: [N, Co, H, W] as channels_last. Factors are
+// what the weight becomes for x's dtype, in an order of the kernels' own: for the outputs, and
+// (unless [0]) for the gradient of x. They may be given to conv3x3 where they are known already.
+TORCH_LIBRARY_FRAGMENT(dafl_fast, m) {
+  define(m,
+         "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? forward_factors, "
+         "Tensor? backward_factors) -> Tensor",
+         compute, compute, torch::CppFunction(autograd));
+  define(m,
+         "conv3x3_factors(Tensor weight, ScalarType dtype, bool backward) -> "
+         "(Tensor forward_factors, Tensor backward_factors)",
+         factors_cpu, factors_meta);
+  define(m, "conv3x3_outputs(Tensor x, Tensor factors, Tensor? bias, SymInt channels) -> Tensor",
+         outputs_cpu, outputs_meta);
+  define(m, "conv3x3_weight_grad(Tensor grad, Tensor x, Tensor weight) -> Tensor", weight_grad_cpu,
+         weight_grad_meta);
+}
+
 }  // namespace
-
-Tensor conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& forward_factors,
-               const std::optional<Tensor>& backward_factors) {
-  static auto op = operator_handle<decltype(conv3x3)>("dafl_fast::conv3x3");
-  return op.call(x, weight, bias, forward_factors, backward_factors);
-}
-
-std::tuple<Tensor, Tensor> conv3x3_factors(const Tensor& weight, ScalarType dtype, bool backward) {
-  static auto op = operator_handle<decltype(conv3x3_factors)>("dafl_fast::conv3x3_factors");
-  return op.call(weight, dtype, backward);
-}
-
-Tensor conv3x3_outputs(const Tensor& x, const Tensor& factors, const std::optional<Tensor>& bias,
-                       c10::SymInt channels) {
-  static auto op = operator_handle<decltype(conv3x3_outputs)>("dafl_fast::conv3x3_outputs");
-  return op.call(x, factors, bias, channels);
-}
-
-Tensor conv3x3_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight) {
-  static auto op = operator_handle<decltype(conv3x3_weight_grad)>("dafl_fast::conv3x3_weight_grad");
-  return op.call(grad, x, weight);
-}
 
 bool conv3x3_pays(ScalarType dtype) {
   if (dtype != at::kFloat && dtype != at::kBFloat16) return false;
   return cpu::winograd_pays(dtype_of(dtype));
 }
-
-TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
-  m.impl("conv3x3", compute);
-  m.impl("conv3x3_factors", factors_cpu);
-  m.impl("conv3x3_outputs", outputs_cpu);
-  m.impl("conv3x3_weight_grad", weight_grad_cpu);
-}
-TORCH_LIBRARY_IMPL(dafl_fast, Meta, m) {
-  m.impl("conv3x3", compute);
-  m.impl("conv3x3_factors", factors_meta);
-  m.impl("conv3x3_outputs", outputs_meta);
-  m.impl("conv3x3_weight_grad", weight_grad_meta);
-}
-TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) { m.impl("conv3x3", autograd); }
 
 }  // namespace dafl

@@ -13,9 +13,8 @@
 // dimensions the tensor product of this: 4x4 kinds of data, each multiplied with a matrix
 // [Ci, k Co] of k = 1, 2 or 4 factors, and each output is the sum of four of the 25 products.
 //
-// Neither the upsampled image nor, for more than a few images at a time, data and products exist:
-// the work is cut into pieces that stay in the caches. Data are computed again in the backward
-// pass.
+// The upsampled image is never formed. Data and products exist for a few images at a time: the work
+// is cut into pieces that stay in the caches, and the backward pass computes the data again.
 #include "norm.h"
 
 namespace dafl {
@@ -170,7 +169,7 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_, const Tensor& x_,
         const Tensor product = kind.among(products, tiles, Co);
         Tensor datum = kind.data(data, tiles, Ci), sum = kind.among(factor_grads, Ci, Co);
         at::mm_out(sum, datum.t(), product);
-        // The data have served: their memory takes their gradients.
+        // The data are not read again, so their gradients overwrite them.
         at::mm_out(datum, product, kind.among(factors, Ci, Co).t());
       });
       sums[piece].add_(factor_grads);
@@ -190,7 +189,8 @@ struct Function : torch::autograd::Function<Function> {
                                                 const Tensor& x, const Tensor& weight) {
     at::AutoDispatchBelowADInplaceOrView below;
     context->save_for_backward({x, weight});
-    auto [y, mean, variance] = upsample_conv(x, weight);
+    static const auto op = find_operator<decltype(forward_cpu)>("upsample_conv");
+    auto [y, mean, variance] = op.call(x, weight);
     context->mark_non_differentiable({mean, variance});
     return {y, mean, variance};
   }
@@ -198,7 +198,8 @@ struct Function : torch::autograd::Function<Function> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list grads) {
     auto saved = context->get_saved_variables();
-    auto [grad_x, grad_weight] = upsample_conv_backward(grads[0], saved[0], saved[1]);
+    static const auto op = find_operator<decltype(backward_cpu)>("upsample_conv_backward");
+    auto [grad_x, grad_weight] = op.call(grads[0], saved[0], saved[1]);
     return {grad_x, grad_weight};
   }
 };
@@ -208,28 +209,16 @@ std::tuple<Tensor, Tensor, Tensor> forward_autograd(const Tensor& x, const Tenso
   return {results[0], results[1], results[2]};
 }
 
+// x [N, Ci, H, W], weight [Co, Ci, 3, 3]: y [N, Co, 2H, 2W] as channels_last, and the mean [Co] and
+// biased variance [Co] of y in statistics dtype, which have no gradient.
+TORCH_LIBRARY_FRAGMENT(dafl_fast, m) {
+  define(m, "upsample_conv(Tensor x, Tensor weight) -> (Tensor y, Tensor mean, Tensor variance)",
+         forward_cpu, forward_meta, torch::CppFunction(forward_autograd));
+  define(m,
+         "upsample_conv_backward(Tensor grad, Tensor x, Tensor weight) -> "
+         "(Tensor grad_x, Tensor grad_weight)",
+         backward_cpu, backward_meta);
+}
+
 }  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> upsample_conv(const Tensor& x, const Tensor& weight) {
-  static auto op = operator_handle<decltype(upsample_conv)>("dafl_fast::upsample_conv");
-  return op.call(x, weight);
-}
-
-std::tuple<Tensor, Tensor> upsample_conv_backward(const Tensor& grad, const Tensor& x,
-                                                  const Tensor& weight) {
-  static auto op =
-      operator_handle<decltype(upsample_conv_backward)>("dafl_fast::upsample_conv_backward");
-  return op.call(grad, x, weight);
-}
-
-TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
-  m.impl("upsample_conv", forward_cpu);
-  m.impl("upsample_conv_backward", backward_cpu);
-}
-TORCH_LIBRARY_IMPL(dafl_fast, Meta, m) {
-  m.impl("upsample_conv", forward_meta);
-  m.impl("upsample_conv_backward", backward_meta);
-}
-TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) { m.impl("upsample_conv", forward_autograd); }
-
 }  // namespace dafl

@@ -4,7 +4,7 @@
 // A vector lane is an image. The convolution's own outputs, four times the pooled ones, exist only
 // in registers; which of four won is kept in a byte, and 4 where ReLU gave zero. Everything is
 // computed in fp32 (fp64 for fp64), also for 16-bit activations.
-#include "layers_shared.h"
+#include "shared.h"
 
 namespace dafl {
 namespace {
@@ -113,7 +113,8 @@ struct Function : torch::autograd::Function<Function> {
                                                 const Tensor& x, const Tensor& weight,
                                                 const Tensor& bias) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, index] = conv_pool(x, weight, bias);
+    static const auto op = find_operator<decltype(forward_cpu)>("conv_pool");
+    auto [y, index] = op.call(x, weight, bias);
     context->save_for_backward({x, weight, bias, index});
     context->mark_non_differentiable({index});
     return {y, index};
@@ -124,8 +125,9 @@ struct Function : torch::autograd::Function<Function> {
     auto saved = context->get_saved_variables();
     const bool want_input = context->needs_input_grad(0);
     const bool want_weight = context->needs_input_grad(1) || context->needs_input_grad(2);
-    auto [grad_x, grad_weight, grad_bias] = conv_pool_backward(
-        grads[0], saved[0], saved[1], saved[2], saved[3], want_input, want_weight);
+    static const auto op = find_operator<decltype(backward_cpu)>("conv_pool_backward");
+    auto [grad_x, grad_weight, grad_bias] =
+        op.call(grads[0], saved[0], saved[1], saved[2], saved[3], want_input, want_weight);
     return {want_input ? grad_x : Tensor(), want_weight ? grad_weight : Tensor(),
             want_weight ? grad_bias : Tensor()};
   }
@@ -137,29 +139,18 @@ std::tuple<Tensor, Tensor> forward_autograd(const Tensor& x, const Tensor& weigh
   return {results[0], results[1]};
 }
 
+// x [N, Ci, H, W], weight [Co, Ci, 5, 5], bias [Co]: y [N, Co, (H - 4) / 2, (W - 4) / 2], and where
+// each maximum came from (uint8, in an order of the kernels' own). Gradients that are not wanted
+// are [0].
+TORCH_LIBRARY_FRAGMENT(dafl_fast, m) {
+  define(m, "conv_pool(Tensor x, Tensor weight, Tensor bias) -> (Tensor y, Tensor index)",
+         forward_cpu, forward_meta, torch::CppFunction(forward_autograd));
+  define(m,
+         "conv_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor index, "
+         "bool want_input, bool want_weight) -> "
+         "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+         backward_cpu, backward_meta);
+}
+
 }  // namespace
-
-std::tuple<Tensor, Tensor> conv_pool(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  static auto op = operator_handle<decltype(conv_pool)>("dafl_fast::conv_pool");
-  return op.call(x, weight, bias);
-}
-
-std::tuple<Tensor, Tensor, Tensor> conv_pool_backward(const Tensor& grad, const Tensor& x,
-                                                      const Tensor& weight, const Tensor& bias,
-                                                      const Tensor& index, bool want_input,
-                                                      bool want_weight) {
-  static auto op = operator_handle<decltype(conv_pool_backward)>("dafl_fast::conv_pool_backward");
-  return op.call(grad, x, weight, bias, index, want_input, want_weight);
-}
-
-TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
-  m.impl("conv_pool", forward_cpu);
-  m.impl("conv_pool_backward", backward_cpu);
-}
-TORCH_LIBRARY_IMPL(dafl_fast, Meta, m) {
-  m.impl("conv_pool", forward_meta);
-  m.impl("conv_pool_backward", backward_meta);
-}
-TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) { m.impl("conv_pool", forward_autograd); }
-
 }  // namespace dafl

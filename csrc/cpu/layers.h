@@ -1,6 +1,6 @@
 // Torch-free CPU kernels of the layers: raw pointers in, one piece of the work at a time. The
 // caller allocates, multiplies matrices and cuts the work by shape alone, as for the losses
-// (kernels.h).
+// (losses.h).
 //
 // Activations are of the table's dtype, dense, and channels_last ([H, W, C] per image) unless said
 // otherwise. "Compute type" is float, or double for fp64 activations.
@@ -13,7 +13,7 @@
 namespace dafl {
 namespace cpu {
 
-// Nearest x2, then 3x3 convolution with padding 1: see ../upsample_conv.cpp.
+// Nearest x2, then 3x3 convolution with padding 1: see ../layers/upsample_conv.cpp.
 struct Upsample {
   int64_t images, H, W, C;  // of the small images
 
@@ -22,7 +22,7 @@ struct Upsample {
   int64_t tiles() const { return images * tile_rows() * tile_columns(); }
 };
 
-// BatchNorm with batch statistics, then LeakyReLU, over [rows, C]: see ../norm.h.
+// BatchNorm with batch statistics, then LeakyReLU, over [rows, C]: see ../layers/norm.h.
 // Per channel, in the compute type: the normalised value is scale * x + shift.
 struct NormActivation {
   int64_t rows, C;
@@ -31,12 +31,12 @@ struct NormActivation {
   double slope;
 };
 
-// 3x3 convolution with padding 1 to few channels: see ../norm_image_conv.cpp.
+// 3x3 convolution with padding 1 to few channels: see ../layers/norm_image_conv.cpp.
 struct ImageConv {
   int64_t images, H, W, C;  // C: output channels
 };
 
-// Valid 5x5 convolution, 2x2 max pooling, ReLU: see ../conv_pool.cpp. NCHW here.
+// Valid 5x5 convolution, 2x2 max pooling, ReLU: see ../layers/conv_pool.cpp. NCHW here.
 struct ConvPool {
   int64_t N, in, H, W, out;
   const void* x;       // [N, in, H, W]

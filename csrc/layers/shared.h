@@ -1,12 +1,10 @@
-// What the layers' operators share: checks, memory formats, sums of partial results, and
-// registration. Each operator's file registers its own kernels; schemas stand in bindings.cpp.
+// What the layers' operators share: checks, memory formats, and sums of partial results.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
@@ -14,15 +12,15 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
-#include "cpu/layer_kernels.h"
+#include "cpu/layers.h"
 #include "layers.h"
-#include "losses_shared.h"
+#include "operator.h"
+#include "tensor.h"
 
 namespace dafl {
 
@@ -61,9 +59,9 @@ inline Tensor dense(const Tensor& x, ScalarType dtype, at::MemoryFormat format) 
   return x.to(dtype).contiguous(format);
 }
 
-// Work cut by shape alone into pieces of `images`; each thread takes whole pieces. A matrix product
-// in a piece runs on the piece's thread, so that its rounding does not depend on their number: that
-// is why even a single piece is run by a team, whose other member has nothing to do.
+// Work cut by shape alone into pieces of `images`; each thread takes whole pieces. Within a team of
+// threads a matrix product runs on one of them, so its rounding does not depend on their number.
+// That is why even a single piece gets a team of two, of which one has nothing to do.
 template <class Body>
 void for_pieces(int64_t N, int64_t images, Body body) {
   const int64_t count = (N + images - 1) / images;
@@ -75,7 +73,8 @@ void for_pieces(int64_t N, int64_t images, Body body) {
   });
 }
 
-// Pieces whose sums are kept apart until the end: at most 16, of whole multiples of `images`.
+// Pieces whose sums are kept apart until the end, of whole multiples of `images`: at most 16, which
+// bounds the memory for them and still gives as many threads work.
 inline int64_t images_per_sum(int64_t N, int64_t images) {
   const int64_t pieces = (N + images - 1) / images;
   return std::max<int64_t>((pieces + 15) / 16, 1) * images;
@@ -89,11 +88,6 @@ T* offset(const Tensor& tensor, int64_t elements) {
 // The gradient of a parameter, in the parameter's own dtype and strides.
 inline Tensor like_parameter(const Tensor& grad, const Tensor& parameter) {
   return at::empty_like(parameter).copy_(grad);
-}
-
-template <class Signature>
-auto operator_handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 }  // namespace dafl

@@ -88,15 +88,17 @@ struct Function : torch::autograd::Function<Function> {
     context->save_for_backward({x, mean, variance, weight, bias});
     context->saved_data["eps"] = eps;
     context->saved_data["slope"] = slope;
-    return norm_activation(x, mean, variance, weight, bias, eps, slope);
+    static const auto op = find_operator<decltype(forward_cpu)>("norm_activation");
+    return op.call(x, mean, variance, weight, bias, eps, slope);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list grads) {
     auto saved = context->get_saved_variables();
-    auto [grad_x, grad_weight, grad_bias] = norm_activation_backward(
-        grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-        context->saved_data["eps"].toDouble(), context->saved_data["slope"].toDouble());
+    static const auto op = find_operator<decltype(backward_cpu)>("norm_activation_backward");
+    auto [grad_x, grad_weight, grad_bias] =
+        op.call(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
+                context->saved_data["eps"].toDouble(), context->saved_data["slope"].toDouble());
     return {grad_x, Tensor(), Tensor(), grad_weight, grad_bias, Tensor(), Tensor()};
   }
 };
@@ -106,32 +108,21 @@ Tensor forward_autograd(const Tensor& x, const Tensor& mean, const Tensor& varia
   return Function::apply(x, mean, variance, weight, bias, eps, slope);
 }
 
+// Moments are the mean [C] and biased variance [C] of x [N, C, H, W], in statistics dtype. The norm
+// takes them from here or from upsample_conv, its gradient to x goes through them, and its result
+// is channels_last. slope 1: no activation.
+TORCH_LIBRARY_FRAGMENT(dafl_fast, m) {
+  define(m, "moments(Tensor x) -> (Tensor mean, Tensor variance)", moments_cpu, moments_meta);
+  define(m,
+         "norm_activation(Tensor x, Tensor mean, Tensor variance, Tensor weight, Tensor bias, "
+         "float eps, float slope) -> Tensor",
+         forward_cpu, forward_meta, torch::CppFunction(forward_autograd));
+  define(m,
+         "norm_activation_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance, "
+         "Tensor weight, Tensor bias, float eps, float slope) -> "
+         "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+         backward_cpu, backward_meta);
+}
+
 }  // namespace
-
-Tensor norm_activation(const Tensor& x, const Tensor& mean, const Tensor& variance,
-                       const Tensor& weight, const Tensor& bias, double eps, double slope) {
-  static auto op = operator_handle<decltype(norm_activation)>("dafl_fast::norm_activation");
-  return op.call(x, mean, variance, weight, bias, eps, slope);
-}
-
-Gradients norm_activation_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
-                                   const Tensor& variance, const Tensor& weight, const Tensor& bias,
-                                   double eps, double slope) {
-  static auto op =
-      operator_handle<decltype(norm_activation_backward)>("dafl_fast::norm_activation_backward");
-  return op.call(grad, x, mean, variance, weight, bias, eps, slope);
-}
-
-TORCH_LIBRARY_IMPL(dafl_fast, CPU, m) {
-  m.impl("moments", moments_cpu);
-  m.impl("norm_activation", forward_cpu);
-  m.impl("norm_activation_backward", backward_cpu);
-}
-TORCH_LIBRARY_IMPL(dafl_fast, Meta, m) {
-  m.impl("moments", moments_meta);
-  m.impl("norm_activation", forward_meta);
-  m.impl("norm_activation_backward", backward_meta);
-}
-TORCH_LIBRARY_IMPL(dafl_fast, Autograd, m) { m.impl("norm_activation", forward_autograd); }
-
 }  // namespace dafl

@@ -1,6 +1,6 @@
 // Torch-free CPU kernels of the 3x3 convolution with fewer multiplications: the mathematics stands
-// in ../winograd.cpp. Here, unlike for the other layers, the kernels multiply the matrices as well,
-// so that products never leave the caches.
+// in ../layers/winograd.cpp. Here, unlike for the other layers, the kernels multiply the matrices
+// as well, so that products never leave the caches.
 //
 // Activations are of the table's dtype, dense, and channels_last; "compute type" is float, or
 // double for fp64. What is multiplied lies in *units*, the one value, or for 16-bit dtypes the two,

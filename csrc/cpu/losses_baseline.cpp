@@ -1,8 +1,0 @@
-// Kernels for any processor: 128-bit vectors (SSE2, NEON), and the fp64 path.
-#include "kernels.h"
-
-#define DAFL_ISA baseline
-#define DAFL_VECTOR_BYTES 16
-#define DAFL_WITH_F64
-#include "../row_math.h"
-#include "kernels.inl"

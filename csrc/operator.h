@@ -1,0 +1,39 @@
+// How operators are registered and called. Every operator is defined, schema and kernels at once,
+// in a TORCH_LIBRARY_FRAGMENT of the file that implements it; there is no list of them elsewhere.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include <string>
+#include <utility>
+
+namespace dafl {
+
+template <class Kernel>
+void add_kernel(torch::Library& library, const std::string& schema, c10::DispatchKey key,
+                Kernel&& kernel) {
+  const std::string name = schema.substr(0, schema.find('('));
+  library.impl(name.c_str(), torch::dispatch(key, std::forward<Kernel>(kernel)));
+}
+
+// An operator, its kernel for CPU tensors and the one that only allocates its results (for fake
+// tensors and torch.compile). Without an Autograd kernel it refuses to be differentiated.
+template <class Cpu, class Meta>
+void define(torch::Library& library, const std::string& schema, Cpu cpu, Meta meta,
+            torch::CppFunction autograd = torch::autograd::autogradNotImplementedFallback()) {
+  library.def(schema.c_str());
+  add_kernel(library, schema, c10::DispatchKey::CPU, cpu);
+  add_kernel(library, schema, c10::DispatchKey::Meta, meta);
+  add_kernel(library, schema, c10::DispatchKey::Autograd, std::move(autograd));
+}
+
+// For calls through the dispatcher. Kept in a static variable, it is looked up once.
+template <class Signature>
+auto find_operator(const char* name) {
+  const std::string full = std::string("dafl_fast::") + name;
+  return c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), "").typed<Signature>();
+}
+
+}  // namespace dafl

@@ -1,0 +1,61 @@
+// Tensors for operators: checks of what the caller passed, allocation, and matrices as the kernels
+// see them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <string>
+
+#include "matrix.h"
+
+namespace dafl {
+
+using at::ScalarType;
+using at::Tensor;
+
+inline std::string got(const Tensor& tensor) {
+  return c10::str(", got ", tensor.sym_sizes(), " on ", tensor.device());
+}
+
+inline void check_dtype(const char* name, const Tensor& tensor) {
+  ScalarType type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble, name,
+      " must be float32, bfloat16, float16 or float64, got ", type);
+}
+
+// What losses, statistics and sums are in: fp32, or fp64 where the input is.
+inline ScalarType stats_dtype(ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+inline ScalarType stats_dtype(const Tensor& input) { return stats_dtype(input.scalar_type()); }
+
+inline Tensor empty(const Tensor& like, c10::SymIntArrayRef size, ScalarType dtype) {
+  return at::empty_symint(size, like.options().dtype(dtype));
+}
+
+inline Tensor empty_grad(const Tensor& input) {
+  return empty(input, input.sym_sizes(), input.scalar_type());
+}
+
+inline Dtype dtype_of(ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return Dtype::f64;
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    default:
+      return Dtype::f16;
+  }
+}
+
+inline Dtype dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
+
+inline Matrix matrix(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), dtype_of(tensor)};
+}
+
+}  // namespace dafl
