@@ -22,7 +22,7 @@ from .engine.prepare import prepare
 from .engine.tensorboard import TensorBoard
 from .errors import UserError, require
 from .models.twin import twin
-from .networks.runs import load_networks, outputs_of
+from .networks import load_networks, outputs_of
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from .engine.teacher import FrozenTeacher
 from .errors import TrainingStopped, UserError, command, require
 from .files import load_checkpoint, save_weights, write_text
 from .losses import distill_loss
-from .networks import load_network
+from .networks import bundled_weights, load_network
 from .pictures import save_comparison
 
 LOSSES = ("one_hot", "entropy", "activation")
@@ -380,11 +379,11 @@ class Reproduction:
     @cached_property
     def teacher_weights(self) -> Path:
         """The teacher's file, trained if there is none."""
-        config, preset = self.config, PRESETS[self.table.preset]
+        config, bundled = self.config, bundled_weights(self.table.preset)
         if config.teacher is not None:
             return config.teacher
-        if preset.bundled_teacher and self.teacher_name == preset.networks["teacher"]:
-            return Path(str(files("dafl_fast") / "assets" / preset.bundled_teacher))
+        if bundled and self.teacher_name == PRESETS[self.table.preset].networks["teacher"]:
+            return bundled
         path = self.out / "teacher.safetensors"
         if not path.with_suffix(".json").exists():  # which is written last
             train_teacher.train(

@@ -20,11 +20,10 @@ from dafl_fast.config import make_config
 from dafl_fast.data import FORMATS, eval_set
 from dafl_fast.distill import train
 from dafl_fast.errors import UserError
-from dafl_fast.evaluate import open_network
 from dafl_fast.export import export_student
 from dafl_fast.models import LeNet5, LeNet5Half, build
 from dafl_fast.models.winograd import WinogradConv2d, accelerated
-from dafl_fast.networks import load_network
+from dafl_fast.networks import load_network, open_file
 
 BUNDLED = Path(str(files("dafl_fast") / "assets" / "lenet5-mnist.safetensors"))
 TINY = {"batch_size": 16, "generator_width": 8, "student_batch_size": 32, "student_updates": 4,
@@ -109,7 +108,7 @@ def test_a_program_for_torch_export_is_the_student(tmp_path):
     assert (logits.argmax(1) == labels).double().mean() > 0.99
     assert check["held_out_images"] == 500
     assert (logits - network.eval()(images)).abs().max() <= check["max_difference"] + 1e-6
-    opened = open_network(path, None, "model")  # and this package reads it again
+    opened = open_file(path, "model")  # and this package reads it again
     torch.testing.assert_close(opened.network(images[:9]), logits[:9])
 
 
@@ -180,7 +179,7 @@ def test_a_result_of_distill_exports_itself(tmp_path):
     assert "which is not recorded here" in card
     assert "Accuracy: not measured" in card
     with pytest.raises(UserError, match=r"run has no name, .*export_student\(result, FILE\)"):
-        open_network(result.folder, None, "model")
+        open_file(result.folder, "model")
 
 
 class Other(nn.Module):
