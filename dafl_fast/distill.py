@@ -23,6 +23,7 @@ from .engine.tensorboard import TensorBoard
 from .errors import UserError, require
 from .models.twin import twin
 from .networks import load_networks, outputs_of
+from .pages import write_report
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +174,6 @@ def _run(
 def _report(folder: Path) -> None:
     """Writes report.html, of runs that were stopped too; a run never fails for its report."""
     try:
-        from . import report  # needs packages that training does not
-
-        report.write_report(folder)
+        write_report(folder)
     except Exception as error:
         log.warning("no report of the run could be made: %s", error)

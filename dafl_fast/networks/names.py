@@ -16,7 +16,7 @@ from ..errors import UserError, first_line, require
 from ..models import NETWORKS, build
 
 
-class Form(NamedTuple):
+class Sizes(NamedTuple):
     """For what a network is built; None leaves its own default."""
 
     num_classes: int | None = None
@@ -24,20 +24,20 @@ class Form(NamedTuple):
     image_size: int | None = None
 
 
-def build_named(name: str, role: str, form: Form) -> nn.Module:
+def build_named(name: str, role: str, sizes: Sizes) -> nn.Module:
     """The network that `name` means; its weights are new, unless the user's own code gives it some.
 
     Raises:
-        UserError: there is no such network, it cannot be built for `form`, or a package is missing.
+        UserError: there is no such network, it cannot be built for them, or a package is missing.
     """
     source, colon, rest = name.partition(":")
     if name in NETWORKS:
-        num_classes = 10 if form.num_classes is None else form.num_classes
-        return build(name, num_classes, form.channels)
+        num_classes = 10 if sizes.num_classes is None else sizes.num_classes
+        return build(name, num_classes, sizes.channels)
     if colon and source in _PACKAGES:
-        return _PACKAGES[source](rest, role, form)
+        return _PACKAGES[source](rest, role, sizes)
     if colon:
-        return _own(name, role, form)
+        return _own(name, role, sizes)
     raise UserError(
         f"unknown {role} {name!r}: name one of {', '.join((*NETWORKS, *OTHERS))}, or a file saved "
         "by torch.export.save"
@@ -49,14 +49,14 @@ def knows_nothing(name: str) -> bool:
     return name in NETWORKS or name.partition(":")[0] in _PACKAGES
 
 
-def _timm(name: str, role: str, form: Form) -> nn.Module:
+def _timm(name: str, role: str, sizes: Sizes) -> nn.Module:
     require("timm", f"the {role} timm:{name}")
     import timm
 
     if not timm.is_model(name):  # neither are names that timm would look up on a server
         raise UserError(_unknown(role, "timm", name, timm.list_models()))
     settings = _given(
-        num_classes=form.num_classes, in_chans=form.channels, img_size=form.image_size
+        num_classes=sizes.num_classes, in_chans=sizes.channels, img_size=sizes.image_size
     )
     try:
         return timm.create_model(name, pretrained=False, **settings)
@@ -69,7 +69,7 @@ def _timm(name: str, role: str, form: Form) -> nn.Module:
     return timm.create_model(name, pretrained=False, **settings)
 
 
-def _torchvision(name: str, role: str, form: Form) -> nn.Module:
+def _torchvision(name: str, role: str, sizes: Sizes) -> nn.Module:
     require("torchvision", f"the {role} torchvision:{name}")
     from torchvision import models
 
@@ -77,12 +77,12 @@ def _torchvision(name: str, role: str, form: Form) -> nn.Module:
     known = models.list_models(module=models)
     if name not in known:
         raise UserError(_unknown(role, "torchvision", name, known))
-    if form.channels not in (None, 3):
-        raise UserError(f"the {role} torchvision:{name} takes three channels, got {form.channels}")
-    return models.get_model(name, weights=None, **_given(num_classes=form.num_classes))
+    if sizes.channels not in (None, 3):
+        raise UserError(f"the {role} torchvision:{name} takes three channels, got {sizes.channels}")
+    return models.get_model(name, weights=None, **_given(num_classes=sizes.num_classes))
 
 
-def _own(name: str, role: str, form: Form) -> nn.Module:
+def _own(name: str, role: str, sizes: Sizes) -> nn.Module:
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -101,11 +101,11 @@ def _own(name: str, role: str, form: Form) -> nn.Module:
         )
     try:
         accepted = inspect.signature(found).parameters
-        sizes = _given(
-            num_classes=form.num_classes, channels=form.channels, in_chans=form.channels,
-            image_size=form.image_size, img_size=form.image_size,
+        settings = _given(
+            num_classes=sizes.num_classes, channels=sizes.channels, in_chans=sizes.channels,
+            image_size=sizes.image_size, img_size=sizes.image_size,
         )  # fmt: skip
-        network = found(**{key: value for key, value in sizes.items() if key in accepted})
+        network = found(**{key: value for key, value in settings.items() if key in accepted})
     except Exception as error:  # whatever the user's code raises
         raise _not_built(role, name, error) from error
     if not isinstance(network, nn.Module):

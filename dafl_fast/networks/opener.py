@@ -1,7 +1,6 @@
-"""The one way from what a user names to a network: `open_network`, and `open_file` for files only.
+"""The one way from what a user names to a network: `open_network`, and `open_file` for files.
 
-What may be named is decided in three rooms: `names` (built by name), `formats` (files), and here
-(the folder of a run).
+What is built by name stands in `names`, what is read from files in `formats`.
 """
 
 from __future__ import annotations
@@ -12,14 +11,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import PRESETS, Config
+from ..engine.checks import logits_of
 from ..engine.folder import read_config, read_summary
 from ..errors import UserError
 from ..models import GREY_SIZES, NETWORKS, build, identify
 from .formats import ENDINGS, load_weights, read_program, read_weights, recognise
-from .names import OTHERS, Form, build_named
+from .names import OTHERS, Sizes, build_named, knows_nothing
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,16 @@ class Opened:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
-    def built(
-        self,
-        num_classes: int | None = None,
-        channels: int | None = None,
-        image_size: int | None = None,
-    ) -> nn.Module:
-        """The network, made for such images if that was still to be done."""
+    def built(self, *sizes: int | None) -> nn.Module:
+        """The network, made for such images if that was still to be done; see `Sizes`."""
         if self.network is not None:
             return self.network
-        network = build_named(self.name, self.role, Form(num_classes, channels, image_size))
+        network = build_named(self.name, self.role, Sizes(*sizes))
         return network if self.file is None else load_weights(network, self.file, self.role)
 
 
 def open_network(
-    name: str | Path,
-    weights: str | Path | None = None,
-    *,
-    role: str,
-    weights_for: str | None = None,
+    name: str | Path, weights: str | Path | None, role: str, weights_for: str | None = None
 ) -> Opened:
     """What `load_network` takes, opened; a file of weights alone is one of the network
     `weights_for`, and refused without it.
@@ -139,14 +131,10 @@ def open_run(path: Path) -> Opened:
         )
     channels, size, _ = config.image_shape
     classes = read_summary(path).get("num_classes", config.num_classes)
-    student = load_network(
-        config.student, weights, role="student", num_classes=classes, channels=channels,
-        image_size=size,
-    ).eval()  # fmt: skip
-    return Opened(
-        config.student, "student", weights, student, classes, channels, size, config.mean,
-        config.std,
-    )  # fmt: skip
+    sizes = (classes, channels, size)
+    student = open_network(config.student, weights, "student").built(*sizes).eval()
+    known = (*sizes, config.mean, config.std)
+    return Opened(config.student, "student", weights, student, *known)
 
 
 def _note_beside(path: Path) -> dict[str, Any]:
@@ -157,11 +145,8 @@ def _note_beside(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(note, dict) or not {"mean", "std"} <= note.keys():
         return {}
-    return {
-        "mean": tuple(note["mean"]),
-        "std": tuple(note["std"]),
-        "image_size": note.get("image_size"),
-    }
+    image_size = note.get("image_size")
+    return {"mean": tuple(note["mean"]), "std": tuple(note["std"]), "image_size": image_size}
 
 
 def load_network(
@@ -195,7 +180,7 @@ def load_network(
         UserError: there is no such network, it does not fit the weights or the channels, a package
             is missing, or a file is not readable without running code that is in it.
     """
-    return open_network(name, weights, role=role).built(num_classes, channels, image_size)
+    return open_network(name, weights, role).built(num_classes, channels, image_size)
 
 
 def bundled_weights(preset: str) -> Path | None:
@@ -210,3 +195,41 @@ def bundled_teacher() -> nn.Module:
     It takes images [N, 1, 32, 32], normalised with `dafl_fast.data.FORMATS["mnist"]`.
     """
     return load_network("LeNet5", bundled_weights("mnist"), role="teacher")
+
+
+def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
+    """The teacher with its weights and the student that `config` names.
+
+    Raises:
+        UserError: one is not named, not to be had, or does not fit its weights.
+    """
+    for role in ("teacher", "student"):
+        if getattr(config, role) is None:
+            raise UserError(
+                f"--{role} must name a network for the preset {config.preset}: see docs/networks.md"
+            )
+    assert config.teacher is not None and config.student is not None
+    usual = PRESETS[config.preset].networks.get("teacher")
+    name, weights = config.teacher, config.teacher_weights
+    if weights is None and name == usual:
+        weights = bundled_weights(config.preset)
+        if weights is None:
+            raise UserError(
+                f"the preset {config.preset} has no bundled teacher: train one with `python -m "
+                f"dafl_fast.train_teacher {config.preset}` and name its file with --teacher"
+            )
+    if weights is None and knows_nothing(name):
+        raise UserError(f"--teacher-weights is needed: without weights {name} knows nothing")
+    channels, size, _ = config.image_shape
+    opened = open_network(name, weights, "teacher", usual)
+    teacher = opened.built(config.num_classes, channels, size)
+    classes = outputs_of(teacher, config.image_shape)
+    torch.manual_seed(config.seed)
+    student = open_network(config.student, config.student_weights, "student")
+    return teacher, student.built(classes, channels, size)
+
+
+@torch.no_grad()
+def outputs_of(teacher: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """The teacher's number of classes, found by asking it."""
+    return logits_of(teacher.eval(), torch.randn(2, *image_shape)).shape[1]
