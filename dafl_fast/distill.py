@@ -156,12 +156,12 @@ def _run(
         if path is None and world.first:
             path = RunFolder.create(config)
         folder = RunFolder(Path(world.decide_text(str(path))))
-        if config.tensorboard and world.first:
-            board = TensorBoard(folder, step)
-            callbacks = [*callbacks, board]
         loop = Loop(
             config, step, folder, teacher, held_out, callbacks, lambda: _report(folder.path)
         )
+        if config.tensorboard and world.first:
+            board = TensorBoard(folder, step)  # whose step counts on from the checkpoint by now
+            loop.callbacks = [*callbacks, board]
         summary = loop.run()
     finally:
         if board is not None:
