@@ -352,7 +352,7 @@ def _origin(config: Config, summary: dict[str, Any]) -> list[str]:
         f"- Training: {summary['steps']:,} steps, {summary['train_seconds']:.0f} s on "
         f"{summary['device']} in {summary['precision']}"
         f"{', interrupted' if summary['interrupted'] else ''}.",
-        f"- Agreement with the teacher on generated images: {summary['agreement']:.2%}.",
+        f"- Agreement with the teacher on generated images: {summary['agreement_fresh']:.2%}.",
     ]
     if summary["student_accuracy"] is None:
         return [*lines, "- Accuracy: not measured, no held-out images were given."]

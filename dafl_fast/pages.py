@@ -30,7 +30,7 @@ CURVES: tuple[tuple[str, dict[str, str], str | None, bool], ...] = (
     ("Accuracy on held-out images", {"accuracy": "student"}, None, True),
     (
         "Agreement with the teacher",
-        {"agreement": "images it learns from", "agreement_newest": "newest images"},
+        {"agreement_training": "images it learns from", "agreement_newest": "newest images"},
         None,
         True,
     ),
@@ -163,7 +163,7 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
 SUMMARY = {
     "recipe": "Recipe", "preset": "Preset", "teacher": "Teacher", "student": "Student",
     "teacher_accuracy": "Accuracy of the teacher", "student_accuracy": "Accuracy of the student",
-    "agreement": "Agreement on generated images", "eval_set": "Held-out images",
+    "agreement_fresh": "Agreement on generated images", "eval_set": "Held-out images",
     "eval_count": "Number of held-out images", "steps": "Generator steps",
     "generator_images": "Images the generator learned from",
     "student_images": "Images the student learned from", "train_seconds": "Seconds of training",
@@ -181,7 +181,7 @@ def figure_of(key: str, value: Any) -> str:
     """A value of summary.json for people."""
     if value is None or isinstance(value, (bool, str)):
         return setting(value)
-    if key.endswith("accuracy") or key == "agreement":
+    if key.endswith("accuracy") or key == "agreement_fresh":
         return percentage(value)
     if key.endswith("bytes"):
         return f"{value / 1e6:,.1f} MB"

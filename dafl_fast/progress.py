@@ -35,7 +35,8 @@ class Progress:
         text = (
             f"step {row['step']} · {row['steps_per_second']:.1f} steps/s · "
             f"{row['images_per_second']:,.0f} images/s · G {row['generator_loss']:.3f} · "
-            f"S {row['distill_loss']:.3f} · agreement {row['agreement']:.1%}{self.accuracy}"
+            f"S {row['distill_loss']:.3f} · agreement {row['agreement_training']:.1%}"
+            f"{self.accuracy}"
         )
         self.bar.update(self.task, completed=min(row["done"], 1.0), text=text)
 
@@ -53,7 +54,7 @@ def describe(summary: dict[str, Any]) -> str:
             f"{summary['teacher_accuracy']:.2%} on {summary['eval_count']:,} held-out images "
             f"({summary['eval_set']})"
         )
-    lines.append(f"agreement with the teacher on generated images {summary['agreement']:.2%}")
+    lines.append(f"agreement with the teacher on generated images {summary['agreement_fresh']:.2%}")
     lines.append(
         f"student of {summary['student_parameters']:,} parameters (teacher "
         f"{summary['teacher_parameters']:,}): {summary['run']}/student.safetensors"

@@ -79,7 +79,7 @@ class Run:
     @property
     def agreement(self) -> float | None:
         """With the teacher on generated images, 0..1, as last measured."""
-        return self.summary["agreement"] if self.summary else self.last("agreement")
+        return self.summary["agreement_fresh"] if self.summary else self.last("agreement_training")
 
     def classes(self) -> list[tuple[float, float]]:
         """(seconds, effective number of classes): the exponential of the entropy of p̄.

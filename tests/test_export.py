@@ -151,7 +151,7 @@ def test_the_card_says_what_the_run_says(run, monkeypatch, capsys, tmp_path):
         summary["teacher_sha256"],
         f"{summary['student_accuracy']:.2%}, the teacher's {summary['teacher_accuracy']:.2%}, on "
         "5,000 held-out images (mnist-5k)",
-        f"generated images: {summary['agreement']:.2%}",
+        f"generated images: {summary['agreement_fresh']:.2%}",
         "Recipe: fast of the preset mnist; settings that differ from it: precision fp32, seed 3, "
         "generator_width 8, batch_size 16,",
         "images [N, 1, 32, 32], float32",

@@ -18,7 +18,7 @@ from markupsafe import escape
 from dafl_fast import charts, pages, report
 from dafl_fast.config import make_config
 from dafl_fast.distill import distill, train
-from dafl_fast.engine.folder import RunFolder
+from dafl_fast.engine.folder import RunFolder, read_summary
 from dafl_fast.errors import UserError
 from dafl_fast.models import build
 from dafl_fast.pictures import save_samples
@@ -30,7 +30,8 @@ SUMMARY = {
     "device": "cpu", "precision": "bf16", "processes": 1, "cuda_graph": False, "seed": 7,
     "steps": 60, "generator_images": 15360, "student_images": 184320, "wall_seconds": 9.5,
     "train_seconds": 9.0, "images_per_second": 22187.5, "teacher_accuracy": 0.9912,
-    "student_accuracy": 0.9753, "agreement": 0.8125, "eval_set": "mnist-5k", "eval_count": 5000,
+    "student_accuracy": 0.9753, "agreement_fresh": 0.8125, "eval_set": "mnist-5k",
+    "eval_count": 5000,
     "teacher_parameters": 61706, "student_parameters": 15738, "bank_bytes": 835200000,
     "peak_host_bytes": 10**9, "peak_device_bytes": None, "interrupted": False, "version": "0.1.0",
 }  # fmt: skip
@@ -54,7 +55,8 @@ def make_run(tmp_path):
             folder.append_metrics({
                 "step": step, "train_seconds": step * 0.15, "generator_loss": -4.0 - step / 100,
                 "one_hot": 0.3, "entropy": -0.9, "activation": -1.5, "bn_statistics": 0.0,
-                "adversarial": 0.0, "distill_loss": 100 / step, "agreement": 0.8 + step / 1000,
+                "adversarial": 0.0, "distill_loss": 100 / step,
+                "agreement_training": 0.8 + step / 1000,
                 "steps_per_second": 6.7, "images_per_second": 22000.0 + step, "done": step / 60,
             })  # fmt: skip
         folder.append_metrics({
@@ -185,6 +187,16 @@ def test_runs_without_an_end(make_run):
     assert "step 20" in words(report.write_report(path).read_text())
 
 
+def test_runs_from_before_agreement_had_two_names_are_shown_as_today(make_run):
+    path = make_run()
+    page = report.write_report(path).read_text()
+    for name in ("metrics.jsonl", "summary.json"):
+        text = (path / name).read_text()
+        (path / name).write_text(re.sub('"agreement_(fresh|training)"', '"agreement"', text))
+    assert read_summary(path)["agreement_fresh"] == 0.8125
+    assert report.write_report(path).read_text() == page
+
+
 def test_what_comes_from_files_is_escaped(make_run):
     evil = "<script>alert('x')</script>&\"><img src=http://e.x>"
     path = make_run(student=evil, summary={**SUMMARY, "student": evil})
@@ -268,7 +280,7 @@ def test_a_run_reports_itself_and_writes_for_tensorboard(tmp_path):
     summary = train(config)
     path = tmp_path / "run"
     text = words((path / "report.html").read_text())
-    assert f"agrees with its teacher on {100 * summary['agreement']:.2f} %" in text
+    assert f"agrees with its teacher on {100 * summary['agreement_fresh']:.2f} %" in text
     assert "step 2" in text and f"tensorboard --logdir {path}/tensorboard" in text
     train(dataclasses.replace(config, steps=8, resume=path, out_dir=None))
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

@@ -255,7 +255,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def read_summary(path: Path) -> dict[str, Any]:
     """What summary.json of the run in `path` holds; see `read_json`."""
-    return read_json(path / "summary.json")
+    return _renamed(read_json(path / "summary.json"), "agreement_fresh")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -265,8 +265,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and {"step", "train_seconds"} <= row.keys():
-                rows.append(row)
+                rows.append(_renamed(row, "agreement_training"))
     return rows
+
+
+def _renamed(values: dict[str, Any], agreement: str) -> dict[str, Any]:
+    """Values of a run; "agreement", as both kinds were called once, is under its name of today."""
+    return {agreement if key == "agreement" else key: value for key, value in values.items()}
 
 
 def check_resumed(config: Config) -> None:
