@@ -20,20 +20,21 @@ _EPILOG = "The preset, when given, comes first: python -m dafl_fast.train mnist 
 
 
 def parse(arguments: list[str]) -> Config:
-    """The Config for a command line: preset and recipe choose the defaults of all the rest."""
-    flag = _value_of(arguments, "--resume")
-    if flag is not None:
-        return _resumed(Path(flag), arguments)
-    preset = _value_of(arguments, "--preset") or "mnist"
-    if arguments and not arguments[0].startswith("-"):
-        preset, arguments = arguments[0], arguments[1:]
-    defaults = make_config(preset, _value_of(arguments, "--recipe") or "fast")
+    """The Config for a command line: preset and recipe, or the run that is
+    resumed, choose the defaults of all the rest."""
+    resumed = _value_of(arguments, "--resume")
+    if resumed is not None:
+        try:
+            defaults = Config(**read_config(Path(resumed)), resume=Path(resumed))
+        except UserError as error:
+            raise UserError(f"--resume: {error}") from error
+    else:
+        preset = _value_of(arguments, "--preset") or "mnist"
+        if arguments and not arguments[0].startswith("-"):
+            preset, arguments = arguments[0], arguments[1:]
+        defaults = make_config(preset, _value_of(arguments, "--recipe") or "fast")
     if _value_of(arguments, "--steps") or _value_of(arguments, "--max-seconds"):
         defaults = dataclasses.replace(defaults, steps=None, max_seconds=None)
-    return _cli(defaults, arguments)
-
-
-def _cli(defaults: Config, arguments: list[str]) -> Config:
     config: Config = tyro.cli(
         Config,
         prog="python -m dafl_fast.train",
@@ -41,18 +42,8 @@ def _cli(defaults: Config, arguments: list[str]) -> Config:
         default=defaults,
         args=arguments,
     )
-    return config
-
-
-def _resumed(path: Path, arguments: list[str]) -> Config:
-    try:
-        before = Config(**read_config(path), resume=path)
-    except UserError as error:
-        raise UserError(f"--resume: {error}") from error
-    if _value_of(arguments, "--steps") or _value_of(arguments, "--max-seconds"):
-        before = dataclasses.replace(before, steps=None, max_seconds=None)
-    config = _cli(before, arguments)
-    check_resumed(config)
+    if resumed is not None:
+        check_resumed(config)
     return config
 
 

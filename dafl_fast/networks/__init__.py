@@ -11,7 +11,7 @@ from .opener import (
     open_file,
     open_run,
     outputs_of,
-)  # fmt: skip
+)
 
 __all__ = [
     "bundled_teacher", "bundled_weights", "from_export", "load_network", "load_networks",
