@@ -22,7 +22,8 @@ from .engine.prepare import prepare
 from .engine.tensorboard import TensorBoard
 from .errors import UserError, require
 from .models.twin import twin
-from .networks.runs import load_networks, outputs_of
+from .networks import load_networks, outputs_of
+from .pages import write_report
 from .recipes import make_config
 
 log = logging.getLogger(__name__)
@@ -156,12 +157,12 @@ def _run(
         if path is None and world.first:
             path = RunFolder.create(config)
         folder = RunFolder(Path(world.decide_text(str(path))))
-        if config.tensorboard and world.first:
-            board = TensorBoard(folder, step)
-            callbacks = [*callbacks, board]
         loop = Loop(
             config, step, folder, teacher, held_out, callbacks, lambda: _report(folder.path)
         )
+        if config.tensorboard and world.first:
+            board = TensorBoard(folder, step)  # whose step counts on from the checkpoint by now
+            loop.callbacks = [*callbacks, board]
         summary = loop.run()
     finally:
         if board is not None:
@@ -174,8 +175,6 @@ def _run(
 def _report(folder: Path) -> None:
     """Writes report.html, of runs that were stopped too; a run never fails for its report."""
     try:
-        from . import report  # needs packages that training does not
-
-        report.write_report(folder)
+        write_report(folder)
     except Exception as error:
         log.warning("no report of the run could be made: %s", error)

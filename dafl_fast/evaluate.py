@@ -23,10 +23,9 @@ from .device import keep_freed_memory, pick_device
 from .engine.checks import logits_of
 from .engine.evaluation import predictions
 from .errors import UserError, command
-from .models import GREY_SIZES, NETWORKS, build, identify
-from .networks import load_network, load_weights, read_state
-from .networks.exported import kind_of, load_program
-from .networks.runs import load_student
+from .models import GREY_SIZES, NETWORKS
+from .networks import open_file
+from .networks.opener import Opened
 
 
 @dataclass(frozen=True)
@@ -63,82 +62,9 @@ class EvaluateConfig:
     """Print JSON instead of a table."""
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A network to measure, and what is known of it before it has seen an image.
-
-    Attributes:
-        file: that holds it.
-        name: of the network, or what kind of program it is.
-        network: itself; None while it must be built for the images, as named ones of other
-            packages must.
-        classes, channels, image_size: that it takes; None if asking it will tell.
-        mean, std: of the images that it was trained on, per channel; None if not known.
-    """
-
-    file: Path
-    name: str
-    network: nn.Module | None = None
-    classes: int | None = None
-    channels: int | None = None
-    image_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    def built(self, role: str, classes: int, channels: int, image_size: int) -> nn.Module:
-        """The network in evaluation mode, made for such images if that was still to be done."""
-        network = self.network or load_network(
-            self.name,
-            self.file,
-            role=role,
-            num_classes=classes,
-            channels=channels,
-            image_size=image_size,
-        )
-        return network.eval()
-
-
-def open_network(path: Path, name: str | None, role: str) -> Opened:
-    """What is in `path`: a run's student, a program, or weights (of the network `name` if given).
-
-    Raises:
-        UserError: the file cannot be read, or which network its weights are for is not known.
-    """
-    if path.is_dir():
-        student, run = load_student(path)
-        shape = dict(zip(("channels", "image_size"), run.image_shape))
-        known: dict[str, Any] = {**shape, "mean": run.mean, "std": run.std}
-        return Opened(path / "student.safetensors", str(run.student), student, **known)
-    note = note_of(path)
-    mean, std = (tuple(note[key]) if note else None for key in ("mean", "std"))
-    size = note.get("image_size")
-    kind = kind_of(path, role)
-    if kind in ("export", "torchscript"):
-        title = "exported program" if kind == "export" else "TorchScript"
-        program = load_program(path, kind, role)
-        return Opened(path, title, program, image_size=size, mean=mean, std=std)
-    if name is not None and name not in NETWORKS:
-        return Opened(path, name, image_size=size, mean=mean, std=std)
-    found = identify(read_state(path, role))
-    if found is None:
-        flag = "network" if role == "model" else "teacher-network"
-        raise UserError(
-            f"the {role} file {path} holds none of the networks {', '.join(NETWORKS)}; "
-            f"say which one it is for with --{flag} timm:NAME, torchvision:NAME or "
-            "package.module:callable"
-        )
-    network = load_weights(build(*found), path, role)
-    size = GREY_SIZES.get(found[0]) or size
-    return Opened(path, found[0], network, *found[1:], image_size=size, mean=mean, std=std)
-
-
-def note_of(path: Path) -> dict[str, Any]:
-    """The note that train_teacher wrote beside the weights in `path`; empty if there is none."""
-    try:
-        note = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) and {"mean", "std"} <= note.keys() else {}
+def _open(path: Path, network: str | None, role: str) -> Opened:
+    # Weights of our own networks tell which one it is, and for how many classes.
+    return open_file(path, role, None if network in NETWORKS else network)
 
 
 def pick_normalisation(
@@ -203,10 +129,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     keep_freed_memory()
     device = pick_device(config.device)
-    model = open_network(config.model, config.network, "model")
+    model = _open(config.model, config.network, "model")
     teacher = None
     if config.teacher is not None:
-        teacher = open_network(config.teacher, config.teacher_network, "teacher")
+        teacher = _open(config.teacher, config.teacher_network, "teacher")
     mean, std = pick_normalisation(config, [model, *([teacher] if teacher else [])])
     channels = len(mean) if model.channels is None else model.channels
     if len(mean) != channels:
@@ -219,7 +145,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         config.data, config.split, config.data_dir, config.download, size, channels
     )
     data.check_channels(images, channels)
-    network = model.built("model", len(names), channels, size or images.shape[-1])
+    network = model.built(len(names), channels, size or images.shape[-1]).eval()
     if size is None:
         # Its own size, or that to which these data are usually brought.
         usual = _format_of(config.data)
@@ -232,17 +158,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     batch = normaliser(images[torch.arange(256) % len(images)].to(device))
     batch = batch.contiguous(memory_format=torch.channels_last)
 
-    def measure(path: Path, name: str, network: nn.Module) -> tuple[dict[str, Any], Tensor]:
+    def measure(opened: Opened, network: nn.Module) -> tuple[dict[str, Any], Tensor]:
+        assert opened.file is not None
         network = network.to(device).to(memory_format=torch.channels_last)
         predicted = predictions(nn.Sequential(normaliser, network), images)
         right = predicted == labels
         counts = labels.bincount(minlength=classes).tolist()
         hits = labels[right].bincount(minlength=classes).tolist()
         figures = {
-            "file": str(path),
-            "network": name,
+            "file": str(opened.file),
+            "network": opened.name,
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "bytes": path.stat().st_size,
+            "bytes": opened.file.stat().st_size,
             "latency_ms_1": latency(network, batch[:1]),
             "latency_ms_256": latency(network, batch),
             "accuracy": right.double().mean().item(),
@@ -254,7 +181,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         }
         return figures, predicted
 
-    figures, predicted = measure(model.file, model.name, network)
+    figures, predicted = measure(model, network)
     result = {
         "data": config.data,
         "split": config.split,
@@ -273,14 +200,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             GREY_SIZES.get(teacher.name) or teacher.image_size or size,
         ]
         if there == here:
-            network = teacher.built("teacher", *here)
+            network = teacher.built(*here).eval()
             there[0] = logits_of(network, batch[:2].cpu(), "teacher").shape[1]
         if there != here:
             raise UserError(
                 f"the teacher, {teacher.name}, has [classes, image channels, image size] {there}, "
                 f"the model {here}: they must be for the same images and classes"
             )
-        result["teacher"], chosen = measure(teacher.file, teacher.name, network)
+        result["teacher"], chosen = measure(teacher, network)
         result["agreement"] = (chosen == predicted).double().mean().item()
     return result
 

@@ -31,8 +31,7 @@ from .engine.checks import logits_of
 from .engine.folder import read_config, read_summary
 from .errors import UserError, command, first_line, require
 from .files import save_weights, write_atomically, write_text
-from .networks import load_weights
-from .networks.runs import load_student
+from .networks import load_weights, open_run
 from .recipes import make_config
 from .settings import Mark, marked
 
@@ -351,7 +350,7 @@ def _origin(config: Config, summary: dict[str, Any]) -> list[str]:
         f"- Training: {summary['steps']:,} steps, {summary['train_seconds']:.0f} s on "
         f"{summary['device']} in {summary['precision']}"
         f"{', interrupted' if summary['interrupted'] else ''}.",
-        f"- Agreement with the teacher on generated images: {summary['agreement']:.2%}.",
+        f"- Agreement with the teacher on generated images: {summary['agreement_fresh']:.2%}.",
     ]
     if summary["student_accuracy"] is None:
         return [*lines, "- Accuracy: not measured, no held-out images were given."]
@@ -392,7 +391,7 @@ def _held_out(config: Config) -> tuple[Tensor | None, tuple[str, ...]]:
 def main() -> int:
     arguments = tyro.cli(ExportConfig, prog="python -m dafl_fast.export")
     logging.basicConfig(format="%(message)s")
-    student, config = load_student(arguments.run)
+    student, config = open_run(arguments.run).built(), Config(**read_config(arguments.run))
     if arguments.data_dir is not None:
         config = replace(config, data_dir=arguments.data_dir)
     held_out, classes = _held_out(config)

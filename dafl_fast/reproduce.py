@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import sys
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +20,7 @@ import tyro
 from torch import Tensor, nn
 
 from . import data, train_teacher
+from .comparison import compare, curves, markdown, save_comparison
 from .config import RecipeName
 from .device import AUTOCAST, environment, keep_freed_memory, pick_device, pick_precision
 from .distill import distill
@@ -30,74 +29,10 @@ from .engine.teacher import FrozenTeacher
 from .errors import TrainingStopped, UserError, command, require
 from .files import load_checkpoint, save_weights, write_text
 from .losses import distill_loss
-from .networks import load_network
-from .pictures import save_comparison
+from .networks import bundled_weights, load_network
+from .paper import LOSSES, TABLES, Row
+from .progress import Progress
 from .recipes import PRESETS
-
-LOSSES = ("one_hot", "entropy", "activation")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table: what is run, and the accuracy that the paper has for it, in per cent."""
-
-    label: str
-    paper: float
-    kind: Literal["teacher", "ordinary", "kd", "noise", "alternative", "dafl"]
-    losses: tuple[str, ...] = LOSSES
-    """Those of `LOSSES` that train the generator, with the recipe's weights."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the paper: the preset with its networks, and the rows by their names."""
-
-    title: str
-    preset: str
-    rows: dict[str, Row]
-
-
-def _comparison(
-    teacher: float, ordinary: float, kd: float, noise: float, alternative: float, dafl: float
-) -> dict[str, Row]:
-    return {
-        "teacher": Row("teacher", teacher, "teacher"),
-        "ordinary": Row("student, ordinary training", ordinary, "ordinary"),
-        "kd": Row("student, KD on real data", kd, "kd"),
-        "noise": Row("student, normal noise", noise, "noise"),
-        "alternative": Row("student, alternative data", alternative, "alternative"),
-        "dafl": Row("student, DAFL", dafl, "dafl"),
-    }
-
-
-def _ablation(**paper: float) -> dict[str, Row]:
-    rows = {}
-    for name, accuracy in paper.items():
-        losses = tuple(loss for loss in LOSSES if loss in name or name == "all")
-        label = " + ".join(loss.replace("_", "-") for loss in losses)
-        rows[name.replace("_", "-")] = Row(
-            label or "none (generator as drawn)", accuracy, "dafl", losses
-        )
-    return rows
-
-
-# Chen et al., ICCV 2019.
-TABLES = {
-    "mnist": Table("MNIST", "mnist", _comparison(98.91, 98.65, 98.91, 88.01, 94.56, 98.20)),
-    "hintonnet": Table("MNIST", "hintonnet", _comparison(98.39, 98.11, 98.39, 87.58, 93.99, 97.91)),
-    "ablation": Table(
-        "Generator losses on MNIST",
-        "mnist",
-        _ablation(
-            none=88.01, one_hot=78.77, entropy=88.14, activation=15.95, one_hot_activation=42.07,
-            one_hot_entropy=97.25, entropy_activation=95.53, all=98.20,
-        ),
-    ),
-    "cifar10": Table("CIFAR-10", "cifar10", _comparison(95.58, 93.92, 94.34, 14.89, 90.65, 92.22)),
-    "cifar100": Table(
-        "CIFAR-100", "cifar100", _comparison(77.84, 76.53, 76.87, 1.44, 69.88, 74.47)
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -289,8 +224,6 @@ class Reproduction:
         }
 
     def _run_dafl(self, row: Row, folder: Path, seed: int) -> dict[str, Any]:
-        from .train import Progress
-
         config = self.config
         settings: dict[str, Any] = {loss: 0.0 for loss in LOSSES if loss not in row.losses}
         settings["resume" if (folder / "config.yaml").exists() else "out_dir"] = folder
@@ -381,11 +314,11 @@ class Reproduction:
     @cached_property
     def teacher_weights(self) -> Path:
         """The teacher's file, trained if there is none."""
-        config, preset = self.config, PRESETS[self.table.preset]
+        config, bundled = self.config, bundled_weights(self.table.preset)
         if config.teacher is not None:
             return config.teacher
-        if preset.bundled_teacher and self.teacher_name == preset.networks["teacher"]:
-            return Path(str(files("dafl_fast") / "assets" / preset.bundled_teacher))
+        if bundled and self.teacher_name == PRESETS[self.table.preset].networks["teacher"]:
+            return bundled
         path = self.out / "teacher.safetensors"
         if not path.with_suffix(".json").exists():  # which is written last
             train_teacher.train(
@@ -467,105 +400,15 @@ class Reproduction:
 
     def report(self) -> dict[str, Any]:
         """All results in the folder, as <table>.json has them."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for path in (self.out / "results").glob("*.json"):
-            result = json.loads(path.read_text())
-            found.setdefault(result["row"], []).append(result)
-        results = [result for results in found.values() for result in results]
-        teacher = found.get("teacher", [{}])[0]
-        return {
-            "table": self.config.table,
+        config = self.config
+        what = {
+            "table": config.table,
             "title": f"{self.table.title}: {self.teacher_name} → {self.student_name}",
-            "recipe": self.config.recipe,
-            "max_seconds_per_run": self.config.max_seconds_per_run,
-            "eval": Path(self.config.eval or self.data).name,
-            "teacher_accuracy": teacher.get("accuracy"),
-            "wall_seconds": sum(result["wall_seconds"] for result in results),
-            "date": max((result["date"] for result in results), default=None),
-            "machines": sorted({_machine(result) for result in results}),
-            "rows": [
-                _summary(name, row, sorted(found.get(name, []), key=lambda result: result["seed"]))
-                for name, row in self.table.rows.items()
-            ],
+            "recipe": config.recipe,
+            "max_seconds_per_run": config.max_seconds_per_run,
+            "eval": Path(config.eval or self.data).name,
         }
-
-    def curves(self) -> dict[str, list[list[tuple[float, float]]]]:
-        """Accuracy (0..1) over seconds of training of each DAFL row, by label, a curve a seed."""
-        curves: dict[str, list[list[tuple[float, float]]]] = {}
-        for name, row in self.table.rows.items():
-            for path in sorted((self.out / "runs").glob(f"{name}-*/metrics.jsonl")):
-                if self.out.joinpath("results", f"{path.parent.name}.json").exists():
-                    lines = [json.loads(line) for line in path.read_text().splitlines()]
-                    points = [(x["train_seconds"], x["accuracy"]) for x in lines if "accuracy" in x]
-                    curves.setdefault(row.label, []).append(points)
-        return curves
-
-
-def _summary(name: str, row: Row, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the seeds of a row have in common."""
-    done = [result for result in results if result["accuracy"] is not None]
-    accuracies = [result["accuracy"] for result in done]
-
-    def mean(key: str) -> float | None:
-        values = [result[key] for result in done if result[key] is not None]
-        return statistics.fmean(values) if values else None
-
-    ours = "stopped" if results else "not run"
-    if accuracies:
-        ours = f"{100 * statistics.fmean(accuracies):.2f}"
-    if len(accuracies) > 1:
-        ours += f" ± {100 * statistics.stdev(accuracies):.2f}"
-    sources = sorted({result["data"] for result in done if result.get("data")})
-    return {
-        "row": name,
-        "label": row.label + (f" ({' and '.join(sources)})" if sources else ""),
-        "paper": row.paper,
-        "ours": ours,
-        "seeds": [result["seed"] for result in done],
-        "accuracies": accuracies,
-        "mean": mean("accuracy"),
-        "sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "train_seconds": mean("train_seconds"),
-        "images": mean("images"),
-        "stopped": {r["seed"]: r["stopped"] for r in results if r["accuracy"] is None},
-    }
-
-
-def _machine(result: dict[str, Any]) -> str:
-    machine = result["environment"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, no GPU"
-    return f"{where}, PyTorch {machine['torch']}, {result['precision']}"
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a Markdown table with a title and a sentence on how it came about."""
-    lines = [
-        f"### {report['title']}",
-        "",
-        "| | paper | ours | seeds | training | images seen |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in report["rows"]:
-        count = str(len(row["seeds"]))
-        if row["stopped"]:
-            count += f" ({len(row['stopped'])} stopped)"
-        seconds, images = row["train_seconds"], row["images"]
-        cells = [
-            row["label"], f"{row['paper']:.2f}", row["ours"], count,
-            "" if seconds is None else f"{seconds:,.0f} s",
-            "" if images is None else f"{images:,.0f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    accuracy = report["teacher_accuracy"]
-    teacher = "" if accuracy is None else f" The teacher has {accuracy:.2%}."
-    lines += [
-        "",
-        f"Accuracy in % of the last weights on the test images of {report['eval']}, mean and "
-        f"standard deviation over the seeds.{teacher} Recipe `{report['recipe']}`, at most "
-        f"{report['max_seconds_per_run']:g} s of training a run, {report['wall_seconds'] / 60:.1f} "
-        f"minutes in all. {'; '.join(report['machines'])}. {report['date']}.",
-    ]
-    return "\n".join(lines) + "\n"
+        return compare(self.table, self.out, what)
 
 
 def reproduce(config: ReproduceConfig) -> str:
@@ -584,9 +427,8 @@ def reproduce(config: ReproduceConfig) -> str:
     path = reproduction.out / config.table
     write_text(path.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     write_text(path.with_suffix(".md"), text)
-    save_comparison(
-        path.with_suffix(".png"), report["title"], report["rows"], reproduction.curves()
-    )
+    lines = curves(reproduction.table, reproduction.out)
+    save_comparison(path.with_suffix(".png"), report["title"], report["rows"], lines)
     return text
 
 

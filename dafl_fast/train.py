@@ -7,12 +7,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from .config import Config
 from .distill import train
 from .engine.folder import check_resumed, read_config
 from .errors import UserError, command
+from .progress import Progress, describe
 from .recipes import make_config
 from .settings import from_arguments
 
@@ -49,66 +49,6 @@ def _value_of(arguments: list[str], flag: str) -> str | None:
                 return value
             return arguments[index + 1] if index + 1 < len(arguments) else None
     return None
-
-
-class Progress:
-    """A live line on a terminal; silent elsewhere."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        self.bar = Bar(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.percentage:.0f} %"),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
-        self.task = self.bar.add_task("distilling", total=1.0, text="starting")
-        self.accuracy = ""
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        if "class_counts" in row:  # an evaluation
-            if "accuracy" in row:
-                self.accuracy = f" · accuracy {row['accuracy']:.2%}"
-            return
-        text = (
-            f"step {row['step']} · {row['steps_per_second']:.1f} steps/s · "
-            f"{row['images_per_second']:,.0f} images/s · G {row['generator_loss']:.3f} · "
-            f"S {row['distill_loss']:.3f} · agreement {row['agreement']:.1%}{self.accuracy}"
-        )
-        self.bar.update(self.task, completed=min(row["done"], 1.0), text=text)
-
-
-def describe(summary: dict[str, Any]) -> str:
-    """The summary in a few lines for people."""
-    lines = [
-        f"{summary['steps']:,} steps in {summary['train_seconds']:.1f} s of training "
-        f"({summary['images_per_second']:,.0f} images/s, {summary['precision']} on "
-        f"{summary['device']}), {summary['wall_seconds']:.1f} s in all"
-    ]
-    if summary["student_accuracy"] is not None:
-        lines.append(
-            f"student {summary['student_accuracy']:.2%}, teacher "
-            f"{summary['teacher_accuracy']:.2%} on {summary['eval_count']:,} held-out images "
-            f"({summary['eval_set']})"
-        )
-    lines.append(f"agreement with the teacher on generated images {summary['agreement']:.2%}")
-    lines.append(
-        f"student of {summary['student_parameters']:,} parameters (teacher "
-        f"{summary['teacher_parameters']:,}): {summary['run']}/student.safetensors"
-    )
-    page = Path(summary["run"], "report.html")
-    if page.exists():
-        lines.append(f"the run at a glance: {page}")
-    if summary["interrupted"]:
-        again = f"python -m dafl_fast.train --resume {summary['run']}"
-        lines.append(f"interrupted; go on with: {again}")
-    return "\n".join(lines)
 
 
 @command

@@ -27,7 +27,8 @@ from .engine.ema import Average
 from .engine.evaluation import accuracy
 from .errors import TrainingStopped, UserError, command
 from .files import load_checkpoint, save_checkpoint, save_weights, write_text
-from .models import GREY_SIZES, NETWORKS, build
+from .models import GREY_SIZES, NETWORKS
+from .networks import load_network
 from .settings import BATCH, BELOW_ONE, NOT_NEGATIVE, POSITIVE, Mark, check, from_arguments, marked
 
 
@@ -372,7 +373,9 @@ def train(config: TeacherConfig) -> dict[str, Any]:
         data.check_labels(other.labels, len(classes))
 
     torch.manual_seed(config.seed)
-    network = build(config.network, len(classes), form.channels)
+    network = load_network(
+        config.network, role="teacher", num_classes=len(classes), channels=form.channels
+    )
     training = Training(network, images, labels, form, config)
     checkpoint = config.out.with_suffix(".checkpoint")
     if config.resume:

@@ -19,11 +19,10 @@ from dafl_fast import export as command
 from dafl_fast.data import FORMATS, eval_set
 from dafl_fast.distill import train
 from dafl_fast.errors import UserError
-from dafl_fast.evaluate import open_network
 from dafl_fast.export import export_student
 from dafl_fast.models import LeNet5, LeNet5Half, build
 from dafl_fast.models.winograd import WinogradConv2d, accelerated
-from dafl_fast.networks import load_network
+from dafl_fast.networks import load_network, open_file
 from dafl_fast.recipes import make_config
 
 BUNDLED = Path(str(files("dafl_fast") / "assets" / "lenet5-mnist.safetensors"))
@@ -109,7 +108,7 @@ def test_a_program_for_torch_export_is_the_student(tmp_path):
     assert (logits.argmax(1) == labels).double().mean() > 0.99
     assert check["held_out_images"] == 500
     assert (logits - network.eval()(images)).abs().max() <= check["max_difference"] + 1e-6
-    opened = open_network(path, None, "model")  # and this package reads it again
+    opened = open_file(path, "model")  # and this package reads it again
     torch.testing.assert_close(opened.network(images[:9]), logits[:9])
 
 
@@ -152,7 +151,7 @@ def test_the_card_says_what_the_run_says(run, monkeypatch, capsys, tmp_path):
         summary["teacher_sha256"],
         f"{summary['student_accuracy']:.2%}, the teacher's {summary['teacher_accuracy']:.2%}, on "
         "5,000 held-out images (mnist-5k)",
-        f"generated images: {summary['agreement']:.2%}",
+        f"generated images: {summary['agreement_fresh']:.2%}",
         "Recipe: fast of the preset mnist; settings that differ from it: precision fp32, seed 3, "
         "generator_width 8, batch_size 16,",
         "images [N, 1, 32, 32], float32",
@@ -180,7 +179,7 @@ def test_a_result_of_distill_exports_itself(tmp_path):
     assert "which is not recorded here" in card
     assert "Accuracy: not measured" in card
     with pytest.raises(UserError, match=r"run has no name, .*export_student\(result, FILE\)"):
-        open_network(result.folder, None, "model")
+        open_file(result.folder, "model")
 
 
 class Other(nn.Module):

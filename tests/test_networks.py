@@ -18,10 +18,11 @@ from torch import nn
 
 from dafl_fast import FrozenTeacher
 from dafl_fast.engine.evaluation import accuracy
+from dafl_fast.engine.folder import RunFolder
 from dafl_fast.errors import UserError
 from dafl_fast.models import LeNet5, LeNet5Half, ResNet, build
-from dafl_fast.networks import load_network, load_weights
-from dafl_fast.networks.exported import from_export
+from dafl_fast.networks import formats, from_export, load_network, load_networks, load_weights
+from dafl_fast.recipes import make_config
 
 from .published import PublishedLeNet5
 from .test_teacher import FOLDED, assert_same_teacher, batch_norms_run, randomised
@@ -267,6 +268,32 @@ def test_a_file_of_weights_is_no_network_and_a_program_no_weights(tmp_path):
         load_network(str(program), weights, role="teacher")
     with pytest.raises(UserError, match="the student cannot be the program .*p.pt2"):
         load_network(str(program), role="student")
+
+
+def test_a_new_file_format_is_one_row(tmp_path, monkeypatch):
+    made = Own(7).eval()
+    row = formats.FileFormat(
+        "ours", "our own", (".own",), lambda head, members: head[:3] == b"OWN",
+        program=lambda path, role: made,
+    )  # fmt: skip
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, row))
+    (tmp_path / "file").write_bytes(b"OWN")
+    assert load_network(tmp_path / "file", role="teacher") is made
+    (tmp_path / "file").write_bytes(b"other")
+    with pytest.raises(UserError, match="by torch.export.save, TorchScript, or our own$"):
+        load_network(tmp_path / "file", role="teacher")
+
+
+def test_a_run_is_its_student_and_weights_alone_are_the_usual_teacher(tmp_path):
+    student, teacher = randomised(LeNet5Half()).eval(), randomised(LeNet5()).eval()
+    RunFolder(tmp_path).write_config(make_config("mnist"))
+    with pytest.raises(UserError, match="has left no student yet; go on with it"):
+        load_network(tmp_path, role="teacher")
+    save_file(student.state_dict(), tmp_path / "student.safetensors")
+    weights, x = pickled(tmp_path / "t.pt", teacher.state_dict()), torch.randn(2, 1, 32, 32)
+    for name, expected in ((tmp_path, student), (weights, teacher)):
+        config = make_config("mnist", teacher=str(name))
+        assert torch.equal(load_networks(config)[0](x), expected(x))
 
 
 # -- programs --------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dafl_fast.distill import train
 from dafl_fast.engine.folder import RunFolder, check_resumed, read_config
 from dafl_fast.engine.prepare import prepare
 from dafl_fast.files import load_checkpoint
-from dafl_fast.networks.runs import load_networks
+from dafl_fast.networks import load_networks
 from dafl_fast.report import write_report
 
 from .test_graph import leaves

@@ -15,13 +15,14 @@ import pytest
 import torch
 from markupsafe import escape
 
-from dafl_fast import report
+from dafl_fast import charts, pages, report
 from dafl_fast.distill import distill, train
-from dafl_fast.engine.folder import RunFolder
+from dafl_fast.engine.folder import RunFolder, read_summary
 from dafl_fast.errors import UserError
 from dafl_fast.models import build
 from dafl_fast.pictures import save_samples
 from dafl_fast.recipes import make_config
+from dafl_fast.records import Run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 SUMMARY = {
@@ -29,7 +30,8 @@ SUMMARY = {
     "device": "cpu", "precision": "bf16", "processes": 1, "cuda_graph": False, "seed": 7,
     "steps": 60, "generator_images": 15360, "student_images": 184320, "wall_seconds": 9.5,
     "train_seconds": 9.0, "images_per_second": 22187.5, "teacher_accuracy": 0.9912,
-    "student_accuracy": 0.9753, "agreement": 0.8125, "eval_set": "mnist-5k", "eval_count": 5000,
+    "student_accuracy": 0.9753, "agreement_fresh": 0.8125, "eval_set": "mnist-5k",
+    "eval_count": 5000,
     "teacher_parameters": 61706, "student_parameters": 15738, "bank_bytes": 835200000,
     "peak_host_bytes": 10**9, "peak_device_bytes": None, "interrupted": False, "version": "0.1.0",
 }  # fmt: skip
@@ -53,7 +55,8 @@ def make_run(tmp_path):
             folder.append_metrics({
                 "step": step, "train_seconds": step * 0.15, "generator_loss": -4.0 - step / 100,
                 "one_hot": 0.3, "entropy": -0.9, "activation": -1.5, "bn_statistics": 0.0,
-                "adversarial": 0.0, "distill_loss": 100 / step, "agreement": 0.8 + step / 1000,
+                "adversarial": 0.0, "distill_loss": 100 / step,
+                "agreement_training": 0.8 + step / 1000,
                 "steps_per_second": 6.7, "images_per_second": 22000.0 + step, "done": step / 60,
             })  # fmt: skip
         folder.append_metrics({
@@ -99,7 +102,7 @@ def test_the_figures_of_a_run_are_in_its_report(make_run):
     assert "--resume" not in text and "dafl_fast.export" not in text
     (path / "checkpoint.pt").touch()
     (path / "student.safetensors").touch()
-    text = words(report.render(report.page_of_run(report.Run.read(path))))
+    text = words(pages.render(pages.page_of_run(Run.read(path))))
     assert f"python -m dafl_fast.train --resume {path} --max-seconds 240" in text
     assert f"python -m dafl_fast.evaluate {path} --data mnist-5k" in text
     assert f"python -m dafl_fast.export {path} --format onnx" in text
@@ -117,22 +120,22 @@ def test_the_page_needs_nothing_else(make_run):
 
 
 def test_the_curves_go_where_the_values_are():
-    line = report.Line("x", [(0.0, 1.0), (50.0, 2.0), (100.0, 5.0)])
-    svg = report.chart("t", [line])
+    line = charts.Line("x", [(0.0, 1.0), (50.0, 2.0), (100.0, 5.0)])
+    svg = charts.chart("t", [line])
     path = re.search(r'class="line c0 " d="M([^"]*)"', svg)[1]
     points = [tuple(map(float, point.split())) for point in path.split("L")]
-    left, right = report.LEFT, report.WIDTH - report.RIGHT
-    top, bottom = report.TOP, report.HEIGHT - report.BOTTOM
+    left, right = charts.LEFT, charts.WIDTH - charts.RIGHT
+    top, bottom = charts.TOP, charts.HEIGHT - charts.BOTTOM
     middle = (left + right) / 2
     assert points == [
         (left, bottom), (middle, pytest.approx(bottom - (bottom - top) / 4, abs=0.05)), (right, top)
     ]  # fmt: skip
     assert "logarithmic" not in svg
-    steep = report.chart("t", [report.Line("x", [(0.0, 0.1), (50.0, 1.0), (100.0, 10.0)])])
+    steep = charts.chart("t", [charts.Line("x", [(0.0, 0.1), (50.0, 1.0), (100.0, 10.0)])])
     assert "t, logarithmic" in steep and f"L{middle:.1f} {(top + bottom) / 2:.1f}L" in steep
     # One value only, or the same ones, are drawn, too.
-    assert "<circle" in report.chart("t", [report.Line("x", [(3.0, 0.0)])])
-    thinned = report.Line("x", [(float(x), 2.0 * x) for x in range(1000)]).thinned(300)
+    assert "<circle" in charts.chart("t", [charts.Line("x", [(3.0, 0.0)])])
+    thinned = charts.Line("x", [(float(x), 2.0 * x) for x in range(1000)]).thinned(300)
     assert thinned[:2] == [(1.5, 3.0), (5.5, 11.0)] and len(thinned) == 250
 
 
@@ -141,10 +144,10 @@ def test_the_curves_go_where_the_values_are():
     [(0, 100, [0, 25, 50, 75, 100]), (98.4, 99.12, [98.4, 98.6, 98.8, 99.0]), (-3, -1, None)],
 )
 def test_ticks_are_round_and_within(low, high, expected):
-    found = report.ticks(low, high)
+    found = charts.ticks(low, high)
     assert found == (expected or [-3, -2.5, -2, -1.5, -1])
-    assert report.log_ticks(0.3, 3) == [0.5, 1, 2]
-    assert report.log_ticks(0.01, 100) == pytest.approx([0.01, 0.1, 1, 10, 100])
+    assert charts.log_ticks(0.3, 3) == [0.5, 1, 2]
+    assert charts.log_ticks(0.01, 100) == pytest.approx([0.01, 0.1, 1, 10, 100])
 
 
 def test_more_classes_than_bars(make_run):
@@ -184,13 +187,23 @@ def test_runs_without_an_end(make_run):
     assert "step 20" in words(report.write_report(path).read_text())
 
 
+def test_runs_from_before_agreement_had_two_names_are_shown_as_today(make_run):
+    path = make_run()
+    page = report.write_report(path).read_text()
+    for name in ("metrics.jsonl", "summary.json"):
+        text = (path / name).read_text()
+        (path / name).write_text(re.sub('"agreement_(fresh|training)"', '"agreement"', text))
+    assert read_summary(path)["agreement_fresh"] == 0.8125
+    assert report.write_report(path).read_text() == page
+
+
 def test_what_comes_from_files_is_escaped(make_run):
     evil = "<script>alert('x')</script>&\"><img src=http://e.x>"
     path = make_run(student=evil, summary={**SUMMARY, "student": evil})
     other = path.rename(path.with_name("<b>a&b"))
     for page in (
         report.write_report(other).read_text(),
-        report.write_comparison([other, make_run("two")], path.with_name("c.html")).read_text(),
+        pages.write_comparison([other, make_run("two")], path.with_name("c.html")).read_text(),
     ):
         assert "<script" not in page and "<img" not in page and "<b>a" not in page
         assert str(escape(evil)) in page and "&lt;b&gt;a&amp;b" in page
@@ -231,7 +244,7 @@ def test_runs_of_one_name_are_told_apart(make_run, tmp_path):
     for parent in ("a", "b"):
         (tmp_path / parent).mkdir()
     paths = [make_run("a/dafl-0"), make_run("b/dafl-0")]
-    text = words(report.write_comparison(paths, tmp_path / "c.html").read_text())
+    text = words(pages.write_comparison(paths, tmp_path / "c.html").read_text())
     assert f"One-hot loss {paths[0]} 0.3 {paths[1]} 0.3" in text
 
 
@@ -267,7 +280,7 @@ def test_a_run_reports_itself_and_writes_for_tensorboard(tmp_path):
     summary = train(config)
     path = tmp_path / "run"
     text = words((path / "report.html").read_text())
-    assert f"agrees with its teacher on {100 * summary['agreement']:.2f} %" in text
+    assert f"agrees with its teacher on {100 * summary['agreement_fresh']:.2f} %" in text
     assert "step 2" in text and f"tensorboard --logdir {path}/tensorboard" in text
     train(dataclasses.replace(config, steps=8, resume=path, out_dir=None))
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -300,7 +313,7 @@ def test_a_run_without_a_report_is_still_a_run(tmp_path, monkeypatch, caplog):
     def broken(path):
         raise ImportError("No module named 'jinja2'")
 
-    monkeypatch.setattr(report, "write_report", broken)
+    monkeypatch.setattr(sys.modules["dafl_fast.distill"], "write_report", broken)
     teacher, student = build("LeNet5"), build("LeNet5Half")
     result = distill(
         teacher, student, image_shape=(1, 32, 32), steps=2, out_dir=tmp_path / "run",
@@ -324,13 +337,13 @@ def test_in_a_browser_nothing_is_wider_than_the_screen(make_run, tmp_path):
     """Both pages in frames as wide as a phone and a desktop, in a browser without a window."""
     long = "a-name-with-no-place-to-break-it-" * 4
     one, two = make_run("one", student=long), make_run("two", seed=12)
-    pages = [
+    both = [
         report.write_report(one).read_text(),
-        report.write_comparison([one, two, make_run("three")], tmp_path / "c.html").read_text(),
+        pages.write_comparison([one, two, make_run("three")], tmp_path / "c.html").read_text(),
     ]
     frames = "".join(
         f'<iframe width="{width}" height="900" srcdoc="{html.escape(page)}"></iframe>'
-        for page in pages
+        for page in both
         for width in (375, 1280)
     )
     measure = """<pre id="found"></pre><script>

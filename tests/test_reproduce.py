@@ -16,6 +16,7 @@ import torch
 
 from dafl_fast import reproduce as command
 from dafl_fast import train_teacher
+from dafl_fast.comparison import curves, markdown
 from dafl_fast.data import FORMATS, normalise
 from dafl_fast.data import load as load_data
 from dafl_fast.distill import Result
@@ -23,8 +24,9 @@ from dafl_fast.engine.step import Step
 from dafl_fast.errors import TrainingStopped, UserError
 from dafl_fast.models import build
 from dafl_fast.networks import load_weights
+from dafl_fast.paper import TABLES
 from dafl_fast.recipes import PRESETS, make_config
-from dafl_fast.reproduce import TABLES, ReproduceConfig, Reproduction, markdown, reproduce
+from dafl_fast.reproduce import ReproduceConfig, Reproduction, reproduce
 from dafl_fast.train_teacher import Training
 
 TINY = {
@@ -294,7 +296,7 @@ def test_the_table_says_what_the_results_are(tmp_path):
     write_result(tmp_path, "alternative", 0, 0.7, data="UCI digits, 8x8")
     folder = tmp_path / "runs" / "dafl-1"
     folder.mkdir(parents=True)
-    rows = [{"step": 1, "train_seconds": 3.0}, {"train_seconds": 3.5, "accuracy": 0.25}]
+    rows = [{"step": 1, "train_seconds": 3.0}, {"step": 2, "train_seconds": 3.5, "accuracy": 0.25}]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     reproduction = Reproduction(ReproduceConfig("mnist", out=tmp_path, max_seconds_per_run=60))
     report = reproduction.report()
@@ -315,7 +317,7 @@ def test_the_table_says_what_the_results_are(tmp_path):
         "training a run, 7.0 minutes in all. a CPU, 2 threads, no GPU, PyTorch 2.9, bf16. "
         "2026-01-02.",
     ]
-    assert reproduction.curves() == {"student, DAFL": [[(3.5, 0.25)]]}
+    assert curves(reproduction.table, tmp_path) == {"student, DAFL": [[(3.5, 0.25)]]}
     assert report["rows"][5]["accuracies"] == [0.98, 0.981, 0.985]
 
 

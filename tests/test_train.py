@@ -80,7 +80,7 @@ def test_a_run_folder_is_complete(tmp_path, monkeypatch, capsys):
     assert {name: summary[name] for name in expected} == expected
     assert summary["teacher_accuracy"] >= 0.99
     assert 0 < summary["student_accuracy"] < 1
-    assert 0 <= summary["agreement"] <= 1
+    assert 0 <= summary["agreement_fresh"] <= 1
     assert summary["wall_seconds"] > summary["train_seconds"] > 0
     assert summary["images_per_second"] == pytest.approx(240 / summary["train_seconds"], rel=0.05)
     assert f"{summary['student_accuracy']:.2%}" in printed
@@ -307,7 +307,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     before = student_of(tmp_path / "run")
     again = train(command.parse(["--resume", str(tmp_path / "run")]))
     assert again["steps"] == 3
-    assert again["agreement"] == first["agreement"]
+    assert again["agreement_fresh"] == first["agreement_fresh"]
     for name, tensor in student_of(tmp_path / "run").items():
         assert torch.equal(tensor, before[name])
 

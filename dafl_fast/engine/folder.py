@@ -6,6 +6,7 @@ student.safetensors  samples/*.png  report.html  tensorboard/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -225,14 +226,40 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_summary(path: Path) -> dict[str, Any]:
-    """What summary.json of the run in `path` holds; empty while there is none."""
-    file = path / "summary.json"
+def read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file of a run holds; empty while there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
-        summary: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not the summary of a run: {error}") from error
-    return summary
+        raise UserError(f"{file} cannot be read: {error}") from error
+    return values
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What summary.json of the run in `path` holds; see `read_json`."""
+    return _renamed(read_json(path / "summary.json"), "agreement_fresh")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of metrics.jsonl in the folder `path`; the last may be half written."""
+    rows, file = [], path / "metrics.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and {"step", "train_seconds"} <= row.keys():
+                rows.append(_renamed(row, "agreement_training"))
+    return rows
+
+
+def _renamed(values: dict[str, Any], agreement: str) -> dict[str, Any]:
+    """Values of a run; "agreement", as both kinds were called once, is under its name of today."""
+    return {agreement if key == "agreement" else key: value for key, value in values.items()}
 
 
 def check_resumed(config: Config) -> None:

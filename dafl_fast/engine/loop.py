@@ -307,7 +307,7 @@ class Loop:
             "images_per_second": round(images / max(train_seconds, 1e-9), 1),
             "teacher_accuracy": teacher,
             "student_accuracy": student,
-            "agreement": agreement,
+            "agreement_fresh": agreement,
             "eval_set": config.eval,
             "eval_count": count,
             "num_classes": step.num_classes,

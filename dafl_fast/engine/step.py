@@ -32,7 +32,7 @@ from .teacher import FrozenTeacher
 # What `Step.statistics` sums up, in this order.
 STATISTICS = (
     "generator_loss", "one_hot", "entropy", "activation", "bn_statistics", "adversarial",
-    "distill_loss", "agreement",
+    "distill_loss", "agreement_training",
 )  # fmt: skip
 
 

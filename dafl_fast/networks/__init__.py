@@ -1,5 +1,19 @@
-"""Networks found by name: what a user may name (`names`), files (`exported`), runs (`runs`)."""
+"""Networks as users name them: `opener` is the way in, `names` has what is built by name, and
+`formats` what is read from files."""
 
-from .names import bundled_teacher, load_network, load_weights, read_state
+from .exported import from_export
+from .formats import load_weights
+from .opener import (
+    bundled_teacher,
+    bundled_weights,
+    load_network,
+    load_networks,
+    open_file,
+    open_run,
+    outputs_of,
+)
 
-__all__ = ["bundled_teacher", "load_network", "load_weights", "read_state"]
+__all__ = [
+    "bundled_teacher", "bundled_weights", "from_export", "load_network", "load_networks",
+    "load_weights", "open_file", "open_run", "outputs_of",
+]  # fmt: skip

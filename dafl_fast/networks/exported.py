@@ -1,7 +1,7 @@
-"""Opaque programs as networks: `torch.export` files (.pt2) and TorchScript.
+"""Programs of torch.export as networks of layers, and the reading of their files (.pt2).
 
-Such a file holds weights and what is computed with them, and none of the source: the way to hand
-on a private classifier. Gradients to its images are there all the same.
+Such a file holds weights and what is computed with them, and none of the source, so that a private
+classifier can be handed on. Gradients with respect to its images work as in the original.
 """
 
 from __future__ import annotations
@@ -9,19 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from ..errors import UserError, first_line
-
-Kind = Literal["export", "torchscript", "checkpoint", "safetensors"]
+from ..errors import UserError
 
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 # By the number of dimensions of their input.
@@ -30,71 +27,23 @@ _EXPORT_IT = (
     "torch.export.export(network.eval(), (images,), "
     'dynamic_shapes=({0: torch.export.Dim("N")},)) with two images or more'
 )
-_SAVE_IT = (
-    "save its weights with safetensors.torch.save_file(network.state_dict(), "
-    '"weights.safetensors"), or all of it with torch.export.save'
-)
 
 
-def kind_of(path: Path, role: str) -> Kind:
-    """What a file is, by its content: endings mean little (.pt is used for three of these).
-
-    Raises:
-        UserError: no such file, or it is none of them; `role` ("teacher") names it in messages.
-    """
-    if not path.is_file():
-        raise UserError(f"the {role} file {path} does not exist")
-    with path.open("rb") as file:
-        head = file.read(9)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = {name.partition("/")[2] for name in archive.namelist()}
-        if "constants.pkl" in names:
-            return "torchscript"
-        if "data.pkl" in names:
-            return "checkpoint"
-        if "models/model.json" in names:
-            return "export"
-    elif head[8:] == b"{":  # after the length of the header
-        return "safetensors"
-    elif head[:1] == b"\x80":  # a pickle, as torch.save wrote it before version 1.6
-        return "checkpoint"
-    raise UserError(
-        f"the {role} file {path} is no model that can be read: wanted are safetensors, a state "
-        "dict saved by torch.save, a program saved by torch.export.save, or TorchScript"
-    )
+class NeedsCode(Exception):
+    """A file that only unrestricted unpickling could read, which can run any code."""
 
 
-def refuse_code(path: Path, role: str, what: str) -> UserError:
-    """The error for a file that only Python's unpickling could read."""
-    return UserError(
-        f"the {role} file {path} is not loaded, because reading {what} can run any code; "
-        + _SAVE_IT
-    )
-
-
-def load_program(path: Path, kind: Kind, role: str) -> nn.Module:
-    """The network in a file whose kind is "export" or "torchscript", on the CPU.
+def read_exported(path: Path, role: str) -> nn.Module:
+    """The network that torch.export.save wrote to `path`; see `from_export`.
 
     Raises:
-        UserError: the file is damaged, needs code to be unpickled, or see `from_export`.
+        NeedsCode: objects in the file would have to be unpickled, or compiled code run.
     """
-    try:
-        if kind == "torchscript":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
-                return torch.jit.load(path, map_location="cpu")
-        with zipfile.ZipFile(path) as archive:
-            if any(re.search("/opaque_obj|/aotinductor/", name) for name in archive.namelist()):
-                raise refuse_code(path, role, "the objects in it")
-        with _weights_only():
-            program = torch.export.load(path)
-    except UserError:
-        raise
-    except Exception as error:  # whatever torch says of a damaged file
-        if "Weights only load failed" in str(error):
-            raise refuse_code(path, role, "the objects in it") from error
-        raise UserError(f"the {role} file {path} cannot be read: {first_line(error)}") from error
+    with zipfile.ZipFile(path) as archive:
+        if any(re.search("/opaque_obj|/aotinductor/", name) for name in archive.namelist()):
+            raise NeedsCode
+    with _weights_only():
+        program = torch.export.load(path)
     return from_export(program, role)
 
 

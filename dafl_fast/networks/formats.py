@@ -1,0 +1,212 @@
+"""Files that hold a network or its weights: how each is recognised, read and called.
+
+`FORMATS` is all that the rest of the package knows of them: a new format is a new row.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, first_line
+from ..files import load_tensors
+from .exported import NeedsCode, read_exported
+
+State = dict[str, Tensor]
+# Under what a checkpoint keeps its state dict, besides the network's role.
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "network", "net")
+_SAVE_IT = (
+    "save its weights with safetensors.torch.save_file(network.state_dict(), "
+    '"weights.safetensors"), or all of it with torch.export.save'
+)
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """A kind of file; it has either `program` or `weights`.
+
+    Attributes:
+        name: what a network in such a file is called, where it has no other name.
+        wanted: what it is called to those whose file is of no format.
+        endings: a name with one of these means a file, whether it exists or not.
+        recognised: tells it by the first bytes and, of a zip archive, the names in its folder.
+        program: reads the whole network; like `weights` from the path and the network's role.
+        weights: reads a state dict.
+    """
+
+    name: str
+    wanted: str
+    endings: tuple[str, ...]
+    recognised: Callable[[bytes, set[str]], bool]
+    program: Callable[[Path, str], nn.Module] | None = None
+    weights: Callable[[Path, str], State] | None = None
+
+
+def recognise(path: Path, role: str) -> FileFormat:
+    """The format of a file, by its content: endings mean little (.pt is used for three of them).
+
+    Raises:
+        UserError: no such file, or it has none of the formats; `role` ("teacher") names it in
+            messages.
+    """
+    if not path.is_file():
+        raise UserError(f"the {role} file {path} does not exist")
+    with path.open("rb") as file:
+        head = file.read(9)
+    members: set[str] = set()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = {name.partition("/")[2] for name in archive.namelist()}
+    for known in FORMATS:
+        if known.recognised(head, members):
+            return known
+    *others, last = (known.wanted for known in FORMATS)
+    raise UserError(
+        f"the {role} file {path} is no model that can be read: wanted are {', '.join(others)}, "
+        f"or {last}"
+    )
+
+
+def read_program(path: Path, role: str) -> nn.Module | None:
+    """The network in a file, on the CPU; None if the file holds weights only.
+
+    Raises:
+        UserError: the file cannot be read without running code that is in it, or see `from_export`.
+    """
+    program = recognise(path, role).program
+    return None if program is None else _read(program, path, role)
+
+
+def read_weights(path: Path, role: str) -> State:
+    """The state dict in a file; see `load_weights`."""
+    weights = recognise(path, role).weights
+    if weights is None:
+        raise UserError(
+            f"the {role} weights {path} are a whole program; name it as the network itself: "
+            f"--{role} {path}"
+        )
+    return _read(weights, path, role)
+
+
+def _read(read: Callable[[Path, str], Any], path: Path, role: str) -> Any:
+    try:
+        return read(path, role)
+    except UserError:
+        raise
+    except Exception as error:  # whatever torch says of a damaged file
+        if not isinstance(error, NeedsCode) and "Weights only load failed" not in str(error):
+            raise UserError(
+                f"the {role} file {path} cannot be read: {first_line(error)}"
+            ) from error
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"the {role} file {path} is not loaded, because reading "
+            f"{named[1] if named else 'the objects in it'} can run any code; {_SAVE_IT}"
+        ) from error
+
+
+def load_weights(network: nn.Module, path: str | Path, role: str) -> nn.Module:
+    """Fills `network` from a file; `role` ("teacher") names it in messages.
+
+    The state dict may lie under a usual key of a checkpoint ("state_dict", "model", ...), and all
+    its names may have a prefix, as DataParallel's "module." and torch.compile's "_orig_mod.".
+
+    Args:
+        network: filled in place.
+        path: safetensors, or a checkpoint that `torch.load(weights_only=True)` reads.
+
+    Returns:
+        `network`.
+
+    Raises:
+        UserError: the file cannot be read without running code that is in it, or holds the
+            weights of another network.
+    """
+    path = Path(path)
+    state = read_weights(path, role)
+    own = network.state_dict()
+    while not state.keys() & own.keys():
+        prefixes = {name.partition(".")[0] for name in state}
+        if len(prefixes) != 1 or not all("." in name for name in state):
+            break
+        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+    # BatchNorm's counter is younger than many a checkpoint, and of no use here.
+    needed = {name for name in own if not name.endswith("num_batches_tracked")}
+    missing, extra = sorted(needed - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if wrong:
+        want, got = list(own[wrong[0]].shape), list(state[wrong[0]].shape)
+        detail = f"{wrong[0]} should be {want}, the file has {got}"
+    elif missing:
+        detail = f"{missing[0]} is missing"
+    elif extra:
+        detail = f"{extra[0]} is not part of it"
+    else:
+        network.load_state_dict(state, strict=False)
+        return network
+    raise UserError(
+        f"the weights in {path} do not fit the {role} {type(network).__name__}: {detail}"
+    )
+
+
+def _read_checkpoint(path: Path, role: str) -> State:
+    state = _find_state(torch.load(path, map_location="cpu", weights_only=True), role)
+    if state is None:
+        raise UserError(
+            f"the {role} file {path} holds no state dict, neither by itself nor under one of "
+            f"{', '.join((role, *_STATE_KEYS))}"
+        )
+    return state
+
+
+def _find_state(content: Any, role: str) -> State | None:
+    if not isinstance(content, dict):
+        return None
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return content
+    for key in (role, *_STATE_KEYS):
+        if (state := _find_state(content.get(key), role)) is not None:
+            return state
+    return None
+
+
+def _read_torchscript(path: Path, role: str) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
+        return torch.jit.load(path, map_location="cpu")
+
+
+FORMATS = (
+    FileFormat(
+        "safetensors", "safetensors", (".safetensors",),
+        lambda head, members: head[8:] == b"{",  # after the length of the header
+        weights=load_tensors,
+    ),
+    FileFormat(
+        "checkpoint", "a state dict saved by torch.save", (".pt", ".pth", ".ckpt", ".bin", ".pkl"),
+        # A bare pickle is what torch.save wrote before version 1.6.
+        lambda head, members: (
+            ("data.pkl" in members and "constants.pkl" not in members) or head[:1] == b"\x80"
+        ),
+        weights=_read_checkpoint,
+    ),
+    FileFormat(
+        "exported program", "a program saved by torch.export.save", (".pt2",),
+        lambda head, members: "models/model.json" in members,
+        program=read_exported,
+    ),
+    FileFormat(
+        "TorchScript", "TorchScript", (".pt",),
+        lambda head, members: "constants.pkl" in members,
+        program=_read_torchscript,
+    ),
+)  # fmt: skip
+ENDINGS = tuple(ending for known in FORMATS for ending in known.endings)

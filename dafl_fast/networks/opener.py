@@ -1,0 +1,236 @@
+"""The one way from what a user names to a network: `open_network`, and `open_file` for files.
+
+What is built by name stands in `names`, what is read from files in `formats`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import Config
+from ..engine.checks import logits_of
+from ..engine.folder import read_config, read_summary
+from ..errors import UserError
+from ..models import GREY_SIZES, NETWORKS, build, identify
+from ..recipes import PRESETS
+from .formats import ENDINGS, load_weights, read_program, read_weights, recognise
+from .names import OTHERS, Sizes, build_named, knows_nothing
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A network that was named, and what is known of it before it has seen an image.
+
+    Attributes:
+        name: of the network, or what kind of program it is.
+        role: "teacher", "student" or "model", for messages.
+        file: that holds its weights; None without one.
+        network: itself; None while it must be built for the images, as named ones must.
+        classes, channels, image_size: that it takes; None if asking it will tell.
+        mean, std: of the images that it was trained on, per channel; None if not known.
+    """
+
+    name: str
+    role: str
+    file: Path | None = None
+    network: nn.Module | None = None
+    classes: int | None = None
+    channels: int | None = None
+    image_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def built(self, *sizes: int | None) -> nn.Module:
+        """The network, made for such images if that was still to be done; see `Sizes`."""
+        if self.network is not None:
+            return self.network
+        network = build_named(self.name, self.role, Sizes(*sizes))
+        return network if self.file is None else load_weights(network, self.file, self.role)
+
+
+def open_network(
+    name: str | Path, weights: str | Path | None, role: str, weights_for: str | None = None
+) -> Opened:
+    """What `load_network` takes, opened; a file of weights alone is one of the network
+    `weights_for`, and refused without it.
+
+    Raises:
+        UserError: a file cannot be read or does not suit the role.
+    """
+    name, path = str(name), Path(name)
+    if name in NETWORKS or not (path.exists() or name.endswith(ENDINGS)):
+        return Opened(name, role, None if weights is None else Path(weights))
+    if weights is not None:
+        raise UserError(f"the {role} {path} brings its weights along; leave {weights} out")
+    if weights_for is None and path.is_file() and recognise(path, role).weights is not None:
+        read_weights(path, role)  # weights in truth, or a pickled module?
+        raise UserError(
+            f"the {role} file {path} holds weights only; name their network as well: "
+            f"--{role} NETWORK --{role}-weights {path}"
+        )
+    return open_file(path, role, weights_for)
+
+
+def open_file(path: Path, role: str, weights_for: str | None = None) -> Opened:
+    """What `path` holds: a run's student, a program, or weights.
+
+    Weights are of the network `weights_for`; those of `NETWORKS` are known by names and shapes.
+
+    Raises:
+        UserError: the file cannot be read, or which network its weights are for is not known.
+    """
+    if path.is_dir():
+        return open_run(path)
+    note = _note_beside(path)
+    program = read_program(path, role)
+    if program is not None:
+        if role == "student":
+            raise UserError(
+                f"the student cannot be the program {path}, which has one mode, that of "
+                "evaluation; name a network that can be trained"
+            )
+        return Opened(recognise(path, role).name, role, path, program, **note)
+    if weights_for is not None:
+        return Opened(weights_for, role, path, **note)
+    found = identify(read_weights(path, role))
+    if found is None:
+        flag = "network" if role == "model" else f"{role}-network"
+        raise UserError(
+            f"the {role} file {path} holds none of the networks {', '.join(NETWORKS)}; say which "
+            f"one it is for with --{flag} {', '.join(OTHERS[:-1])} or {OTHERS[-1]}"
+        )
+    note["image_size"] = GREY_SIZES.get(found[0]) or note.get("image_size")
+    network = load_weights(build(*found), path, role)
+    return Opened(found[0], role, path, network, *found[1:], **note)
+
+
+def open_run(path: Path) -> Opened:
+    """The student that the run in `path` has left.
+
+    Raises:
+        UserError: there is no run, it has left no student yet, or no name says which network the
+            student is.
+    """
+    config = Config(**read_config(path))
+    weights = path / "student.safetensors"
+    if config.student is None:
+        raise UserError(
+            f"the student of {path} has no name, since it was given to distill() as a module: "
+            "export it from Python with dafl_fast.export.export_student(result, FILE)"
+        )
+    if not weights.is_file():
+        raise UserError(
+            f"the run in {path} has left no student yet; go on with it: "
+            f"python -m dafl_fast.train --resume {path}"
+        )
+    channels, size, _ = config.image_shape
+    classes = read_summary(path).get("num_classes", config.num_classes)
+    sizes = (classes, channels, size)
+    student = open_network(config.student, weights, "student").built(*sizes).eval()
+    known = (*sizes, config.mean, config.std)
+    return Opened(config.student, "student", weights, student, *known)
+
+
+def _note_beside(path: Path) -> dict[str, Any]:
+    """What the note that train_teacher wrote beside the weights in `path` says of the images."""
+    try:
+        note = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(note, dict) or not {"mean", "std"} <= note.keys():
+        return {}
+    image_size = note.get("image_size")
+    return {"mean": tuple(note["mean"]), "std": tuple(note["std"]), "image_size": image_size}
+
+
+def load_network(
+    name: str | Path,
+    weights: str | Path | None = None,
+    *,
+    role: str,
+    num_classes: int | None = None,
+    channels: int | None = None,
+    image_size: int | None = None,
+) -> nn.Module:
+    """The network that `name` means, freshly initialised or with the weights given.
+
+    | name | network |
+    | --- | --- |
+    | `LeNet5`, `ResNet34`, `WRN-40-2`, ... | one of `dafl_fast.models.NETWORKS` |
+    | `timm:NAME`, `torchvision:NAME` | a classifier of that package, never downloaded |
+    | `package.module:callable` | what your own function or class returns, called with those of
+      num_classes, channels or in_chans, image_size or img_size that its signature names |
+    | a file of torch.export.save or TorchScript | the program in it, with its weights |
+    | the folder of a run | its student, with its weights |
+
+    Args:
+        name: see above; files are told apart by their content.
+        weights: safetensors, or a checkpoint that `torch.load(weights_only=True)` reads.
+        role: "teacher" or "student", for messages. A student is trained, which rules out programs.
+        num_classes, channels, image_size: of the images and their labels, handed to whatever can
+            be built for them; None leaves the network's own default.
+
+    Raises:
+        UserError: there is no such network, it does not fit the weights or the channels, a package
+            is missing, or a file is not readable without running code that is in it.
+    """
+    return open_network(name, weights, role).built(num_classes, channels, image_size)
+
+
+def bundled_weights(preset: str) -> Path | None:
+    """The file of the teacher that comes with the package for `preset`, if there is one."""
+    name = PRESETS[preset].bundled_teacher
+    return None if name is None else Path(str(files("dafl_fast") / "assets" / name))
+
+
+def bundled_teacher() -> nn.Module:
+    """LeNet-5, trained on 55,000 of MNIST's images with `python -m dafl_fast.train_teacher`.
+
+    It takes images [N, 1, 32, 32], normalised with `dafl_fast.data.FORMATS["mnist"]`.
+    """
+    return load_network("LeNet5", bundled_weights("mnist"), role="teacher")
+
+
+def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
+    """The teacher with its weights and the student that `config` names.
+
+    Raises:
+        UserError: one is not named, not to be had, or does not fit its weights.
+    """
+    for role in ("teacher", "student"):
+        if getattr(config, role) is None:
+            raise UserError(
+                f"--{role} must name a network for the preset {config.preset}: see docs/networks.md"
+            )
+    assert config.teacher is not None and config.student is not None
+    usual = PRESETS[config.preset].networks.get("teacher")
+    name, weights = config.teacher, config.teacher_weights
+    if weights is None and name == usual:
+        weights = bundled_weights(config.preset)
+        if weights is None:
+            raise UserError(
+                f"the preset {config.preset} has no bundled teacher: train one with `python -m "
+                f"dafl_fast.train_teacher {config.preset}` and name its file with --teacher"
+            )
+    if weights is None and knows_nothing(name):
+        raise UserError(f"--teacher-weights is needed: without weights {name} knows nothing")
+    channels, size, _ = config.image_shape
+    opened = open_network(name, weights, "teacher", usual)
+    teacher = opened.built(config.num_classes, channels, size)
+    classes = outputs_of(teacher, config.image_shape)
+    torch.manual_seed(config.seed)
+    student = open_network(config.student, config.student_weights, "student")
+    return teacher, student.built(classes, channels, size)
+
+
+@torch.no_grad()
+def outputs_of(teacher: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """The teacher's number of classes, found by asking it."""
+    return logits_of(teacher.eval(), torch.randn(2, *image_shape)).shape[1]

@@ -1,0 +1,344 @@
+"""The page about a run, and the one that compares several, as one HTML file.
+
+The file holds all it shows and runs no script, so it can be opened from disk, mailed and kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from .charts import PERCENT, Line, bars, chart, number
+from .config import Config
+from .files import write_text
+from .records import Run, grid, spread, step_of
+from .settings import Mark, marked
+
+GRIDS = 8  # grids of images in a report of one run
+EMPTY = "—"
+
+# The curves of a run: title, keys in metrics.jsonl with their labels, the weight's setting if it
+# is a loss with one, whether the values are shown in
+# per cent. Several runs are compared by the first key.
+CURVES: tuple[tuple[str, dict[str, str], str | None, bool], ...] = (
+    ("Accuracy on held-out images", {"accuracy": "student"}, None, True),
+    (
+        "Agreement with the teacher",
+        {"agreement_training": "images it learns from", "agreement_newest": "newest images"},
+        None,
+        True,
+    ),
+    ("Distillation loss", {"distill_loss": ""}, None, False),
+    ("Generator loss, weighted sum", {"generator_loss": ""}, None, False),
+    ("One-hot loss", {"one_hot": ""}, "one_hot", False),
+    ("Entropy loss", {"entropy": ""}, "entropy", False),
+    ("Activation loss", {"activation": ""}, "activation", False),
+    ("BatchNorm loss", {"bn_statistics": ""}, "bn_statistics", False),
+    ("Adversarial loss", {"adversarial": ""}, "adversarial", False),
+    ("Images per second", {"images_per_second": ""}, None, False),
+)
+
+
+def curves(runs: Sequence[Run]) -> list[Markup]:
+    """All charts that the runs have values for."""
+    charts = []
+    for title, keys, weight, percent in CURVES:
+        scale = 100.0 if percent else 1.0
+        if len(runs) == 1:
+            (run,) = runs
+            lines = [
+                Line(label, run.curve(key, scale), i) for i, (key, label) in enumerate(keys.items())
+            ]
+            teacher = run.summary.get("teacher_accuracy")
+            if "accuracy" in keys and teacher is not None:
+                end = run.rows[-1]["train_seconds"]
+                lines.append(Line("teacher", [(0, 100 * teacher), (end, 100 * teacher)], 1, True))
+            if weight:
+                title = f"{title}, weight {getattr(run.config, weight):g}"
+        else:
+            key = next(iter(keys))
+            lines = [Line(run.name, run.curve(key, scale), i) for i, run in enumerate(runs)]
+        charts.append((title, lines, percent))
+    places = enumerate(runs)
+    names = [""] if len(runs) == 1 else [run.name for run in runs]
+    balance = [Line(names[i], run.classes(), i) for i, run in places]
+    charts.append(("Class balance: effective number of classes", balance, False))
+    made = []
+    for title, lines, percent in charts:
+        lines = [line for line in lines if line.points]
+        # The BatchNorm and the adversarial loss are zero throughout when they are off.
+        if any(y for line in lines if not line.level for _, y in line.points):
+            made.append(chart(title, lines, percent))
+    if len(runs) == 1 and (counts := runs[0].last("class_counts")):
+        made.append(bars("Class balance of the newest images", counts))
+    return made
+
+
+@dataclass
+class Table:
+    """Rows of cells under a heading; `marked` cells (row, column) stand out."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    folded: bool = False
+    marked: set[tuple[int, int]] = field(default_factory=set)
+
+
+def percentage(value: float | None) -> str:
+    return EMPTY if value is None else f"{100 * value:.2f}{PERCENT}"
+
+
+def setting(value: Any) -> str:
+    """A setting as it would be typed, roughly."""
+    if value is None:
+        return EMPTY
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(setting, value))
+    return str(value)
+
+
+def settings_of(run: Run) -> dict[str, str]:
+    """All settings but those that name the folder."""
+    values, folder = dataclasses.asdict(run.config), marked(Config, Mark.OWN_FOLDER)
+    return {name: setting(value) for name, value in values.items() if name not in folder}
+
+
+def verdict(run: Run) -> str:
+    """In one or two sentences, how far the student is."""
+    summary, accuracy = run.summary, run.accuracy
+    parts = []
+    if not summary and (reason := run.rows[-1].get("stopped")):
+        parts.append(f"Stopped at step {run.rows[-1]['step']:,}: {reason}.")
+    elif not summary:
+        parts.append(f"Not finished: this is how it stood at step {run.rows[-1]['step']:,}.")
+    elif summary["interrupted"]:
+        parts.append(f"Interrupted after step {summary['steps']:,}.")
+    agreement = f"agrees with its teacher on {percentage(run.agreement)} of generated images"
+    if accuracy is None:
+        parts.append(f"The student {agreement}; no held-out images were given.")
+    elif not summary:
+        parts.append(
+            f"The student last had an accuracy of {percentage(accuracy)}, and {agreement}."
+        )
+    else:
+        teacher = summary["teacher_accuracy"]
+        side = "below" if accuracy < teacher else "above"
+        parts.append(
+            f"The student has an accuracy of {percentage(accuracy)} on {summary['eval_count']:,} "
+            f"held-out images, {100 * abs(teacher - accuracy):.2f} points {side} its teacher's "
+            f"{percentage(teacher)}, and {agreement}."
+        )
+    return " ".join(parts)
+
+
+def cards(run: Run) -> list[tuple[str, str, str]]:
+    """The figures that come first: label, value, remark."""
+    summary = run.summary
+    seconds = summary.get("train_seconds", run.rows[-1]["train_seconds"])
+    speed = summary.get("images_per_second", run.last("images_per_second"))
+    teacher = summary.get("teacher_accuracy")
+    found = [
+        ("Student", percentage(run.accuracy), "accuracy on held-out images"),
+        ("Teacher", percentage(teacher), "accuracy on the same images"),
+        ("Agreement", percentage(run.agreement), "same class, generated images"),
+        ("Training", f"{seconds:,.0f} s", f"{run.rows[-1]['step']:,} steps"),
+    ]
+    if speed is not None:
+        found.append(("Speed", f"{speed:,.0f}", "images per second"))
+    if summary:
+        small, large = summary["student_parameters"], summary["teacher_parameters"]
+        found.append(("Student size", f"{small:,}", f"parameters; teacher {large:,}"))
+    return [card for card in found if card[1] != EMPTY]
+
+
+SUMMARY = {
+    "recipe": "Recipe", "preset": "Preset", "teacher": "Teacher", "student": "Student",
+    "teacher_accuracy": "Accuracy of the teacher", "student_accuracy": "Accuracy of the student",
+    "agreement_fresh": "Agreement on generated images", "eval_set": "Held-out images",
+    "eval_count": "Number of held-out images", "steps": "Generator steps",
+    "generator_images": "Images the generator learned from",
+    "student_images": "Images the student learned from", "train_seconds": "Seconds of training",
+    "evaluation_seconds": "Seconds of evaluation", "saving_seconds": "Seconds of saving",
+    "wall_seconds": "Seconds in all", "images_per_second": "Images per second",
+    "device": "Device", "precision": "Precision", "processes": "Processes",
+    "cuda_graph": "CUDA graph", "seed": "Seed", "student_parameters": "Parameters of the student",
+    "teacher_parameters": "Parameters of the teacher", "bank_bytes": "Replay bank",
+    "peak_host_bytes": "Most memory, host", "peak_device_bytes": "Most memory, device",
+    "teacher_sha256": "Teacher's weights, SHA-256", "version": "dafl_fast",
+}  # fmt: skip
+
+
+def figure_of(key: str, value: Any) -> str:
+    """A value of summary.json for people."""
+    if value is None or isinstance(value, (bool, str)):
+        return setting(value)
+    if key.endswith("accuracy") or key == "agreement_fresh":
+        return percentage(value)
+    if key.endswith("bytes"):
+        return f"{value / 1e6:,.1f} MB"
+    return f"{value:,}" if isinstance(value, int) and key != "seed" else number(value)
+
+
+def commands(run: Run) -> list[tuple[str, str]]:
+    """How to go on: what for, and the command."""
+    folder, config = shlex.quote(str(run.path)), run.config
+    found = []
+    # The networks of `distill` have no names: its runs go on in Python only.
+    if (run.path / "checkpoint.pt").exists() and config.teacher and config.student:
+        if run.summary and not run.summary["interrupted"]:
+            length = (
+                f"--steps {2 * config.steps}" if config.steps is not None
+                else f"--max-seconds {2 * (config.max_seconds or 60):g}"
+            )  # fmt: skip
+            found.append(("Train on, to twice the length", f"train --resume {folder} {length}"))
+        elif "stopped" not in run.rows[-1]:
+            found.append(("Go on where it stopped", f"train --resume {folder}"))
+    if (run.path / "student.safetensors").exists() and config.student:
+        # Those MNIST images come with a package.
+        data = "mnist-5k" if config.preset in ("mnist", "hintonnet") else config.preset
+        if data != "custom":
+            found.append(("Evaluate the student", f"evaluate {folder} --data {data}"))
+        found.append(("Export the student", f"export {folder} --format onnx"))
+    found.append(("Write this page again", f"report {folder}"))
+    lines = [(what, f"python -m dafl_fast.{line}") for what, line in found]
+    if (run.path / "tensorboard").is_dir():
+        lines.append(("See it in TensorBoard", f"tensorboard --logdir {folder}/tensorboard"))
+    return lines
+
+
+def _flat(values: dict[str, Any]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += [(f"{key}: {name}", text) for name, text in _flat(value)]
+        else:
+            rows.append((key.replace("_", " "), setting(value)))
+    return rows
+
+
+def page_of_run(run: Run) -> dict[str, Any]:
+    """What the template shows of one run."""
+    mine, defaults = settings_of(run), settings_of(dataclasses.replace(run, config=run.defaults))
+    differing = [(k, v, defaults[k]) for k, v in mine.items() if v != defaults[k]]
+    recipe = f"{run.config.preset}, recipe {run.config.recipe}"
+    usual = [(name, value) for name, value in mine.items() if value == defaults[name]]
+    shown = [
+        (label, figure_of(key, run.summary[key]))
+        for key, label in SUMMARY.items()
+        if run.summary.get(key) is not None
+    ]
+    head = ("setting", "this run", "recipe")
+    tables = [
+        Table("Summary", (), shown),
+        Table(
+            "Settings that differ from the recipe's", head, differing or [("none", EMPTY, EMPTY)]
+        ),
+        Table("All other settings", (), usual, folded=True),
+        Table("Environment", (), _flat(run.environment), folded=True),
+    ]
+    pictures = [grid(path, step_of(path)) for path in spread(run.grids(), GRIDS)]
+    return {
+        "title": run.name,
+        "kind": recipe,
+        "verdict": verdict(run),
+        "cards": cards(run),
+        "charts": curves([run]),
+        "grids": [picture for picture in pictures if picture],
+        "tables": tables,
+        "commands": commands(run),
+    }
+
+
+def page_of_runs(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the template shows of several runs."""
+    names = [run.name for run in runs]
+    figures = [
+        (label, *(figure_of(key, run.summary.get(key)) for run in runs))
+        for key, label in SUMMARY.items()
+        if any(run.summary.get(key) is not None for run in runs)
+    ]
+    settings = [settings_of(run) for run in runs]
+    rows = [(name, *(values[name] for values in settings)) for name in settings[0]]
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    best = max(runs, key=lambda run: run.accuracy or 0)
+    many = "setting differs" if len(differing) == 1 else "settings differ"
+    words = f"{len(runs)} runs, {len(differing)} {many}."
+    if best.accuracy is not None:
+        words += f" The most accurate student is that of {best.name}: {percentage(best.accuracy)}."
+    pictures = [grid(paths[-1], f"{run.name}, {step_of(paths[-1])}")
+                for run in runs if (paths := run.grids())]  # fmt: skip
+    return {
+        "title": " · ".join(names) if len(names) <= 3 else f"{len(names)} runs",
+        "kind": "comparison of runs",
+        "verdict": words,
+        "cards": [(run.name, *_in_short(run)) for run in runs],
+        "charts": curves(runs),
+        "grids": [picture for picture in pictures if picture],
+        "tables": [
+            Table("Settings that differ", ("setting", *names), differing, marked=_odd(differing)),
+            Table("Summaries", ("", *names), figures),
+            Table(
+                "Settings that are the same", (),
+                [row[:2] for row in rows if row not in differing], folded=True,
+            ),
+        ],
+        "commands": [],
+    }  # fmt: skip
+
+
+def _in_short(run: Run) -> tuple[str, str]:
+    """The figure by which a run is known, and a remark."""
+    remark = f"{run.rows[-1]['step']:,} steps in {run.rows[-1]['train_seconds']:,.0f} s"
+    if run.accuracy is None:
+        return percentage(run.agreement), f"agreement, no held-out images; {remark}"
+    return percentage(run.accuracy), f"accuracy, agreement {percentage(run.agreement)}; {remark}"
+
+
+def _odd(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
+    """Places of cells that differ from the first run's."""
+    return {(i, j) for i, row in enumerate(rows) for j in range(2, len(row)) if row[j] != row[1]}
+
+
+def render(page: dict[str, Any]) -> str:
+    """The page as HTML; whatever comes from files is escaped."""
+    source = (files("dafl_fast") / "assets" / "report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(source).render(page)
+
+
+def write_report(path: Path, out: Path | None = None) -> Path:
+    """Writes the report of the run in the folder `path`, into it when `out` is not given.
+
+    Raises:
+        UserError: there is no run, it has no metrics yet, or the file cannot be written.
+    """
+    out = out or path / "report.html"
+    write_text(out, render(page_of_run(Run.read(path))))
+    return out
+
+
+def write_comparison(paths: Sequence[Path], out: Path) -> Path:
+    """Writes the comparison of the runs in the folders `paths` to `out`.
+
+    Raises:
+        UserError: as `write_report`.
+    """
+    runs = [Run.read(path) for path in paths]
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.path)
+    write_text(out, render(page_of_runs(runs)))
+    return out
