@@ -171,7 +171,7 @@ def test_temperature(temperature, scale_by_t2, classes):
 def test_empty_batch(classes):
     t, f = leaf(torch.empty(0, classes)), leaf(torch.empty(0, 4))
     loss = generator_loss(t, f)
-    assert [x.item() for x in loss] == [0, 0, 0, 0]
+    assert not any(x.item() for x in loss)
     loss.total.backward()
     assert t.grad.shape == (0, classes) and f.grad.shape == (0, 4)
     s = leaf(torch.empty(0, classes))
