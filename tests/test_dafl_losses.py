@@ -43,7 +43,7 @@ def test_matches_float64(device, shape, dtype):
     for a, b in zip(scalars(ours), scalars(oracle), strict=True):
         assert a.item() == pytest.approx(b.item(), rel=rtol)
     rtol = {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, rtol)
-    for x, a, b in zip((t, f, s), tensors(ours)[7:], tensors(oracle)[7:], strict=True):
+    for x, a, b in zip((t, f, s), tensors(ours)[-3:], tensors(oracle)[-3:], strict=True):
         assert a.dtype == x.dtype and a.is_contiguous() and a.isfinite().all()
         # fp16 gradients of large batches are subnormal: half their last bit is 3e-8.
         atol = b.abs().max().item() * rtol + (3e-8 if dtype == torch.float16 else 0)
@@ -77,7 +77,7 @@ def test_without_features_and_without_rows(device):
     losses = dafl_losses(t, None, s)
     assert losses.grad_features is None and losses.generator.activation.item() == 0
     losses = dafl_losses(t[:0], s[:0], s[:0])
-    assert [x.item() for x in scalars(losses)] == [0] * 7
+    assert not any(x.item() for x in scalars(losses))
     assert losses.grad_teacher_logits.shape == losses.grad_features.shape == (0, 10)
 
 

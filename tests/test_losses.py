@@ -171,7 +171,7 @@ def test_temperature(temperature, scale_by_t2, classes):
 def test_empty_batch(classes):
     t, f = leaf(torch.empty(0, classes)), leaf(torch.empty(0, 4))
     loss = generator_loss(t, f)
-    assert [x.item() for x in loss] == [0, 0, 0, 0]
+    assert not any(x.item() for x in loss)
     loss.total.backward()
     assert t.grad.shape == (0, classes) and f.grad.shape == (0, 4)
     s = leaf(torch.empty(0, classes))
@@ -576,7 +576,7 @@ X = torch.zeros(4, 3)
         (lambda: generator_loss(X, log_base=1), ValueError, "log_base must .* got 1"),
         (lambda: generator_loss(X, log_base=-2), ValueError, "log_base must .* got -2"),
         (lambda: generator_loss(X, log_base=INF), ValueError, "log_base must .* got inf"),
-        (lambda: generator_loss(X, one_hot=NAN), ValueError, "one_hot must be a finite .* got nan"),
+        (lambda: generator_loss(X, one_hot=NAN), ValueError, "one_hot must be .*, got nan"),
         (lambda: distill_loss(torch.zeros(512), X), ValueError,
          r"student_logits must be \[N, C\] on the same device as teacher_logits, "
          r"got \[512\] on cpu"),

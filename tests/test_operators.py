@@ -136,7 +136,7 @@ def test_fake_outputs_look_like_real_ones(dtype):
         generator = OPS.generator_loss(t, f, *WEIGHTS)
         distill = OPS.distill_loss(f, torch.zeros(6, 4, dtype=dtype), 1.0, True)
         one = torch.ones((), dtype=generator[0].dtype)
-        backward = OPS.generator_loss_backward(one, t, f, *generator[4:], *WEIGHTS)
+        backward = OPS.generator_loss_backward(one, t, f, *generator[-2:], *WEIGHTS)
         student = OPS.distill_loss_backward(one, f, f.to(dtype), distill[3], 1.0, True)
         return [*generator, *distill, *backward, student]
 
@@ -150,7 +150,7 @@ def test_fake_outputs_look_like_real_ones(dtype):
 def test_fake_tensors_on_a_gpu_that_is_not_there():
     with FakeTensorMode():
         t = torch.empty(6, 10, device="cuda")
-        assert [x.device.type for x in generator_loss(t)] == ["cuda"] * 4
+        assert {x.device.type for x in generator_loss(t)} == {"cuda"}
 
 
 def test_checks_run_on_fake_tensors_too():

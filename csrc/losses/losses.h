@@ -11,6 +11,7 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "generator_terms.h"
 
@@ -20,9 +21,8 @@ using at::Tensor;
 
 struct GeneratorOutputs {
   std::array<Tensor, kGeneratorLosses> losses;  // total and parts, each []
-  Tensor row_stats;                             // [3, N]: maximum m, d' = sum over k != y of
-                                                // exp(t_k - m), argmax y
-  Tensor class_mean;                            // [C]: p_bar
+  Tensor row_stats;   // [3, N]: maximum m, d' = sum over k != y of exp(t_k - m), argmax y
+  Tensor class_mean;  // [C]: p_bar
 };
 
 struct GeneratorGradients {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ops/ones.h>
+#include <c10/util/bit_cast.h>
 
 #include <cmath>
 #include <optional>
