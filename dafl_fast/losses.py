@@ -11,6 +11,7 @@ Notation: t, s teacher and student logits, f features, N rows, C classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -140,6 +141,31 @@ def batch_norm_loss(
         distances.append(torch.linalg.vector_norm(mean - norm.running_mean))
         distances.append(torch.linalg.vector_norm(variance - norm.running_var))
     return torch.stack(distances).sum()
+
+
+class GeneratedBatch(NamedTuple):
+    """What a generator loss in plain PyTorch may look at.
+
+    Attributes:
+        images: [N, C, H, W], differentiable like all the others.
+        logits, features: the teacher's, [N, C] and [N, F] or None.
+        student: images -> the student's logits [N, C], in evaluation mode, its weights constant.
+        batch_norm_loss: `batch_norm_loss` of the teacher's layers for this batch.
+    """
+
+    images: Tensor
+    logits: Tensor
+    features: Tensor | None
+    student: Callable[[Tensor], Tensor]
+    batch_norm_loss: Callable[[], Tensor]
+
+
+# The generator losses in plain PyTorch, which come after the fused ones, by the setting that is
+# their weight. They are not computed where it is 0.
+PLAIN_GENERATOR_LOSSES: dict[str, Callable[[GeneratedBatch], Tensor]] = {
+    "bn_statistics": lambda batch: batch.batch_norm_loss(),
+    "adversarial": lambda batch: adversarial_loss(batch.student(batch.images), batch.logits),
+}
 
 
 class _SharedGeneratorLoss(torch.autograd.Function):

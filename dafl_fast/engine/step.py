@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..device import AUTOCAST, autocast
-from ..losses import adversarial_loss, distill_loss, generator_loss
+from ..losses import (
+    PLAIN_GENERATOR_LOSSES,
+    GeneratedBatch,
+    GeneratorLoss,
+    distill_loss,
+    generator_loss,
+)
 from .bank import ReplayBank
 from .distributed import World
 from .ema import Average
@@ -29,17 +35,18 @@ from .evaluation import accuracy, evaluation_mode
 from .live import Live, restore, state_of
 from .teacher import FrozenTeacher
 
+# The fused terms of the generator loss, each named like its weight in Config.
+_FUSED = GeneratorLoss._fields[1:]
 # What `Step.statistics` sums up, in this order.
 STATISTICS = (
-    "generator_loss", "one_hot", "entropy", "activation", "bn_statistics", "adversarial",
-    "distill_loss", "agreement_training",
+    "generator_loss", *_FUSED, *PLAIN_GENERATOR_LOSSES, "distill_loss", "agreement_training",
 )  # fmt: skip
 
 
 class Step:
     """Everything that a training step reads and writes; calling it runs one step.
 
-    Shapes are static and nothing returns to the host. `statistics` [8] accumulates the values
+    Shapes are static and nothing returns to the host. `statistics` accumulates the values
     named in `STATISTICS` (those of the student averaged over its updates) until the caller
     clears it.
 
@@ -228,23 +235,29 @@ class Step:
             loss = generator_loss(
                 logits,
                 features,
-                one_hot=config.one_hot,
-                entropy=config.entropy,
-                activation=config.activation,
+                **{name: getattr(config, name) for name in _FUSED},
                 log_base=config.log_base,
                 group=self.world.group,
             )
             total, *parts = loss
-            bn_statistics = adversarial = torch.zeros_like(total)
-            if self.teacher.watching:
-                bn_statistics = self.teacher.batch_norm_loss(self.world)
-                total = total + config.bn_statistics * bn_statistics
-            if config.adversarial:
-                adversarial = adversarial_loss(self._student_for_images(images), logits)
-                total = total + self._adversarial * adversarial
+            batch = GeneratedBatch(
+                images, logits, features, self._student_for_images, self._batch_norm_loss
+            )
+            for name, loss_of in PLAIN_GENERATOR_LOSSES.items():
+                weight = getattr(config, name)
+                parts.append(loss_of(batch) if weight else torch.zeros_like(total))
+                if weight:
+                    # This one's weight is written by the host, step by step.
+                    weight = self._adversarial if name == "adversarial" else weight
+                    total = total + weight * parts[-1]
         self._descend(total, self.generator_optimizer, self.scalers[0])
-        parts = [total, *parts, bn_statistics, adversarial]
-        return images.detach(), logits.detach(), [part.detach().float() for part in parts]
+        parts = [part.detach().float() for part in (total, *parts)]
+        return images.detach(), logits.detach(), parts
+
+    def _batch_norm_loss(self) -> Tensor:
+        if not self.teacher.watching:
+            return torch.zeros((), device=self.device)
+        return self.teacher.batch_norm_loss(self.world)
 
     def _student_for_images(self, images: Tensor) -> Tensor:
         """The student's logits with a gradient to the images and none to its weights."""
