@@ -16,8 +16,6 @@ from pathlib import Path, PurePath
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import tyro
-
 from .errors import UserError
 
 Settings = TypeVar("Settings")
@@ -92,6 +90,8 @@ def from_arguments(
 
     `--help` shows the class's docstring and `note`, and each field's docstring, bounds and default.
     """
+    import tyro  # of the commands only
+
     hints = get_type_hints(kind, include_extras=True)
     for name, (_, *rules) in _fields(kind).items():
         words = "; ".join(rule.words for rule in rules if isinstance(rule, Bound))

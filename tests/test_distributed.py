@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from dafl_fast import generator_loss, report
+from dafl_fast import generator_loss
 from dafl_fast.distill import train
 from dafl_fast.engine import loop
 from dafl_fast.engine.distributed import World
@@ -243,7 +243,7 @@ def test_torchruns_signal_does_not_take_the_message_away(tmp_path, moment):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop.Loop, "_train", losing_contact)
-            patch.setattr(report, "write_report", reporting)
+            patch.setattr(sys.modules["dafl_fast.distill"], "write_report", reporting)
             with pytest.raises(TrainingStopped, match="lost contact with another one at step 1;"):
                 train(config)
         if moment == "end":
