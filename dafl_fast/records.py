@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from .config import Config
 from .engine.folder import read_config, read_json, read_metrics, read_summary
 from .errors import UserError
@@ -107,6 +105,8 @@ class Grid:
 
 def grid(path: Path, caption: str) -> Grid | None:
     """The picture in `path`, smaller if it is large; None when it cannot be read."""
+    from PIL import Image  # of reports only
+
     try:
         data, kind = path.read_bytes(), "png"
         with Image.open(path) as picture:
