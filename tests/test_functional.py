@@ -408,6 +408,19 @@ def test_opcheck():
         torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.parametrize("images", [1, 3, 8, 16, 20])
+def test_conv_pool_writes_all_that_it_returns(images):
+    """Also the bytes for vectors that the batch does not fill."""
+    x, weight, bias = torch.randn(images, 4, 8, 6), torch.randn(5, 4, 5, 5), torch.randn(5)
+    results = []
+    for poison in (255, 7):
+        spoilt = [torch.full((size,), poison, dtype=torch.uint8) for size in (160, 320)]
+        del spoilt  # memory that the next call takes
+        results.append(torch.ops.dafl_fast.conv_pool(x, weight, bias))
+    for mine, again in zip(*results, strict=True):
+        assert torch.equal(mine, again)
+
+
 def test_elsewhere_the_layers_themselves_run(monkeypatch):
     """The path of other devices, taken here by a tensor that says it is on one."""
 

@@ -255,6 +255,11 @@ void conv_pool(const ConvPool& a, int64_t begin, int64_t end, void* y, void* scr
 #undef DAFL_CALL
     block_out<M>(block.y, images, block.pooled, static_cast<T*>(y) + n * block.pooled);
   }
+  if (end < a.N) return;
+  // The index has room for the lanes of the widest vectors: the same bytes at every call.
+  const int64_t written = (end + M::lanes - 1) / M::lanes * M::lanes;
+  const int64_t room = (end + kConvPoolImages - 1) / kConvPoolImages * kConvPoolImages;
+  for (int64_t k = written * block.pooled; k < room * block.pooled; ++k) a.index[k] = 0;
 }
 
 template <class M>
