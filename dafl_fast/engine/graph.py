@@ -104,9 +104,12 @@ def capture(step: Step) -> Callable[[], None]:
     # The graph's memory is a pool of its own, which goes when the graph goes.
     pool = torch.cuda.graph_pool_handle()
     try:
-        with uncollected(), torch.cuda.stream(here):
-            with torch.cuda.graph(graph, pool=pool, stream=side):
-                step.body()
+        with (
+            uncollected(),
+            torch.cuda.stream(here),
+            torch.cuda.graph(graph, pool=pool, stream=side),
+        ):
+            step.body()
     except BaseException:
         for generator, spare in zip(generators, spares, strict=True):
             generator.graphsafe_set_state(spare)
