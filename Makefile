@@ -65,13 +65,13 @@ build: $(STAMPS)/build ## compile the extension and say how it was built
 
 cuda-check: ## compile every CUDA kernel with warnings as errors and list registers and spills
 	@echo '== Compiling the kernels for three architectures, no GPU needed (about 1 minute)'
-	@$(PY_AS_IS) csrc/cuda/check.py $(ARGS)
+	@$(PY_AS_IS) tools/cuda_check.py $(ARGS)
 
-gpu-check: ## build, test and measure on the visible GPU (below 9 minutes); without one a dry run
-	$(PY_AS_IS) bench/gpu_check.py $(ARGS)
+gpu-check: ## build, test and measure on the visible GPU (8 minutes at most); without one a dry run
+	$(PY_AS_IS) tools/gpu_check.py $(ARGS)
 
-sanitize: ## compute-sanitizer's memcheck and racecheck over every kernel, on the visible GPU
-	$(PY_AS_IS) bench/gpu_check.py --sanitize $(ARGS)
+sanitize: ## compute-sanitizer (memory, races, barriers) over every kernel, on the visible GPU
+	$(PY_AS_IS) tools/gpu_check.py --only build,sanitizer $(ARGS)
 
 cuda-build-check: $(STAMPS)/torch ## compile with CUDA in a throw-away folder, warnings are errors
 	@echo '== Compiling with CUDA, warnings are errors (1 to 3 minutes)'

@@ -5,7 +5,7 @@
 `test_losses` has the method's own sizes and a thousand classes, one thread but for the rows that
 say otherwise; what fits a cache may pass the memory's bandwidth. `test_sweep` has four million
 logits, which do not fit, at 10 to 10,000 classes. On a GPU these times include the host's; the
-kernels alone are measured by bench/gpu_check.py.
+kernels alone are measured by tools/gpu_measure.py.
 """
 
 from __future__ import annotations

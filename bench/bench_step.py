@@ -30,6 +30,7 @@ from bench.measure import (
     DEVICE,
     GPU,
     PRECISION,
+    TF32,
     MatrixProduct,
     on_noise,
     published_step,
@@ -64,8 +65,13 @@ CASES = {
 def make_step(contender: str, case: Case):
     if contender.startswith("ours"):
         keep_freed_memory()
+        graph = "on" if GPU and contender != "ours without graph" else "off"
         config = make_config(
-            case.preset, "published", batch_size=case.batch, compile=contender == "ours+"
+            case.preset,
+            "published",
+            batch_size=case.batch,
+            compile=contender == "ours+",
+            cuda_graph=graph,
         )
         step = prepare(config, build(config.teacher), build(config.student), DEVICE, PRECISION)
         compile_and_capture(step)
@@ -153,6 +159,7 @@ def test_step(benchmark, capsys, workers):
         peak=peak,
         batch=case.batch,
         precision=PRECISION,
+        tf32=TF32,
         **{
             f"{name}_{fact}": value
             for name, known in facts.items()

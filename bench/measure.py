@@ -23,6 +23,10 @@ from tests.published import (
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 PRECISION = pick_precision("auto", DEVICE)
+# For all contenders: the fastest convolutions are looked for once. What fp32 is on a GPU stays as
+# PyTorch has it, and is named in the results.
+torch.backends.cudnn.benchmark = True
+TF32 = f"cudnn {torch.backends.cudnn.allow_tf32}, matmul {torch.backends.cuda.matmul.allow_tf32}"
 # Set to a small number to see in a few minutes that everything runs; the figures are then void.
 ROUNDS = os.environ.get("DAFL_BENCH_ROUNDS")
 

@@ -1,12 +1,15 @@
 """What only a GPU can show: graphs, streams, devices, determinism. The losses' values on a GPU are
 tested where those on the CPU are (test_losses.py, test_dafl_losses.py)."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from dafl_fast import _C, reference
 from dafl_fast.losses import dafl_losses, distill_loss, generator_loss
-from tests.conftest import NO_GPU
+from tests.conftest import NO_GPU, ROOT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,6 +82,26 @@ def test_a_replay_reads_new_inputs():
         x.copy_(new.flip(0))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(step(*given), results, strict=True))
+
+
+def test_the_first_call_of_all_may_be_inside_a_capture():
+    """In a new process, where no kernel is loaded yet and no limit of the GPU was asked for."""
+    code = """
+import torch
+from tests.test_cuda import SHAPES, inputs, step
+
+x = torch.ones((), device="cuda", requires_grad=True)
+torch.autograd.grad(x * 3, x)  # what torch itself has to load
+for shape in SHAPES:
+    given = inputs(*shape)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(*given)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(step(*given), results, strict=True)), shape
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_compiled_is_the_same_bits():

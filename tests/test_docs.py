@@ -58,8 +58,8 @@ STAND_INS = {
     ("--eval", "cifar10"): "photos",
     ("--data", "cifar10"): "photos",
 }
-# Flags of other programs that the documents mention.
-FOREIGN = {"--no-build-isolation", "--nproc-per-node", "--benchmark-only"}
+# Flags of other programs, and of tools, that the documents mention.
+FOREIGN = {"--no-build-isolation", "--nproc-per-node", "--benchmark-only", "--seconds"}
 # Commands that only a GPU, or a minute of compiling, could carry out are parsed and no more.
 NOT_HERE = {"--compile", "--device cuda", "--cuda-graph on"}
 
@@ -358,7 +358,7 @@ def test_what_is_named_in_passing_exists(document):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     for module in re.findall(r"python -m dafl_fast\.(\w+)", text):
         assert (ROOT / "dafl_fast" / f"{module}.py").is_file(), module
-    for path in re.findall(r"`((?:csrc|docs|bench|tests|dafl_fast)/[\w./-]+)`", text):
+    for path in re.findall(r"`((?:csrc|docs|bench|tests|tools|dafl_fast)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
 
 

@@ -4,6 +4,7 @@ machine, that warming up for it leaves no trace."""
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 
 import pytest
@@ -84,6 +85,19 @@ def test_the_state_is_written_in_place(device):
     step.load_state_dict(copy.deepcopy(step.state_dict()))
     step.set_student_lr(1e-4)
     assert places_of(step) == places
+
+
+def test_no_garbage_is_collected_inside():
+    with graph.uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with graph.uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_without_a_gpu_there_is_a_reason():

@@ -199,7 +199,7 @@ setup.main()
     with tarfile.open(tmp_path / f"dafl_fast-{dafl_fast.__version__}.tar.gz") as archive:
         shipped = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "dafl_fast/py.typed"}
-    for folder in ("csrc", "dafl_fast/assets", "tests", "bench", "docs", "tools"):
+    for folder in ("csrc", "dafl_fast/assets", "tests", "bench", "tools", "docs"):
         files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
         made = {"__pycache__", "out"}  # by Python and by `make bench`
         wanted |= {str(p.relative_to(ROOT)) for p in files if not made & {*p.parts}}

@@ -9,6 +9,7 @@ start from the same state and draw the same random numbers.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections.abc import Callable, Iterator
 
@@ -100,14 +101,33 @@ def capture(step: Step) -> Callable[[], None]:
     # were inside it.
     generators = (step.random, torch.cuda.default_generators[here.device_index])
     spares = [generator.clone_state() for generator in generators]
+    # The graph's memory is a pool of its own, which goes when the graph goes.
+    pool = torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.stream(here), torch.cuda.graph(graph, stream=side):
+        with (
+            uncollected(),
+            torch.cuda.stream(here),
+            torch.cuda.graph(graph, pool=pool, stream=side),
+        ):
             step.body()
     except BaseException:
         for generator, spare in zip(generators, spares, strict=True):
             generator.graphsafe_set_state(spare)
         raise
     return graph.replay
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Collects garbage before and not inside, where it could free memory of the device."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Compiles every kernel with warnings as errors and says what each takes: `make cuda-check`.
 
-    python csrc/cuda/check.py [ARCH ...]     default: sm_80, sm_90 and the newest that nvcc knows
+    python tools/cuda_check.py [ARCH ...]     default: sm_80, sm_90 and the newest that nvcc knows
 
 No GPU and no torch is needed. It fails on warnings, and on registers spilled to memory in the
 regimes that matter for speed.
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # The flags of setup.py, and those that torch adds: its half operators are off.
