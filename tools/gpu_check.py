@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 START = time.monotonic()
 
 SECTIONS = (
-    "build", "tests", "kernels", "step", "step-compile", "teacher", "bank", "kernels-compile",
-    "sanitizer",
+    "build", "tests", "kernels", "step", "step-compile", "accuracy", "teacher", "bank",
+    "kernels-compile", "sanitizer",
 )  # fmt: skip
 # N, C, F. The first two are the method's own sizes.
 SIZES = [
@@ -177,7 +177,8 @@ def tables(results: dict[str, Any]) -> str:
     for name, section in results["sections"].items():
         jobs = "; ".join(f"{job}: {outcome}" for job, outcome in section["jobs"].items())
         lines += [f"## {name}", "", f"{section['run']['date']}: {jobs}", ""]
-        keys = list(dict.fromkeys(key for row in section["rows"] for key in row))
+        keys = list(dict.fromkeys(key for row in section["rows"] for key in row
+                                  if not isinstance(row[key], (list, dict))))  # fmt: skip
         if keys:
             lines += [f"| {' | '.join(keys)} |", "| --- " * len(keys) + "|"]
             for row in section["rows"]:
@@ -243,6 +244,14 @@ def suite(check: Check, name: str, limit: float) -> None:
                     check.row(name, {"name": row["name"], **row["extra_info"]})
 
 
+def accuracy(check: Check) -> None:
+    on_gpu = check.facts["gpu"] is not None
+    for recipe, seconds in (("fast", 10), ("published", 20)) if on_gpu else (("fast", 2),):
+        for seed in (0, 1, 2) if on_gpu else (0,):
+            job = f"{recipe}, seed {seed}"
+            check.job("accuracy", job, child("accuracy", recipe, seconds, seed), seconds + 40)
+
+
 def sanitizer(check: Check) -> None:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if check.facts["gpu"] is None:
@@ -263,6 +272,7 @@ RUN: dict[str, Callable[[Check], None]] = {
     "kernels": kernels,
     "step": step,
     "step-compile": lambda check: step(check, "step-compile"),
+    "accuracy": accuracy,
     "teacher": lambda check: suite(check, "teacher", 60),
     "bank": lambda check: suite(check, "bank", 40),
     "kernels-compile": lambda check: kernels(check, "kernels-compile"),
