@@ -32,6 +32,7 @@ SQUARE = Bound(
     lambda shape: shape[1] == shape[2] >= 4 and shape[1] % 4 == 0,
 )
 EVEN = Bound("an even number of channels", lambda width: width >= 2 and width % 2 == 0)
+SEED = Bound("between -2^32 and 2^32", lambda seed: abs(seed) <= 2**32)
 ABOVE_ONE = Bound("greater than 1", lambda base: base > 1)
 
 
@@ -66,7 +67,7 @@ class Config:
     capture it where that works; else say why not and run step by step."""
     compile: Annotated[bool, Mark.RESUMABLE] = False
     """Compile the networks with torch.compile: a minute at the start, then faster steps."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of every random number of the run."""
 
     # --- networks -----------------------------------------------------------------------------

@@ -93,10 +93,10 @@ def make_config(preset: str = "mnist", recipe: str = "fast", **overrides: Any) -
     Raises:
         UserError: an unknown preset, recipe or setting, or a value out of range.
     """
-    if preset not in PRESETS:
+    if preset not in list(PRESETS):  # a list: it may be anything
         raise UserError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     recipes = PRESETS[preset].recipes
-    if recipe not in recipes:
+    if recipe not in list(recipes):
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(recipes)}")
     unknown = overrides.keys() - {field.name for field in dataclasses.fields(Config)}
     if unknown:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Integral, Real
@@ -121,11 +122,12 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
         raise mistake(name, "one of " + ", ".join(options), value)
     if get_origin(kind) is tuple:
         count = None if Ellipsis in options else len(options)
-        if isinstance(value, (list, tuple)) and count in (None, len(value)):
+        if isinstance(value, (list, tuple)) and len(value) == (count or max(1, len(value))):
             return tuple(_converted(name, item, options[0]) for item in value)
         raise mistake(name, f"{count or 'one or more'} values", value)
     accepted, words = _KINDS[kind]
     if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
-        if kind is not float or math.isfinite(value):
-            return kind(value)
+        with suppress(OverflowError):  # a whole number beyond all floats
+            if kind is not float or math.isfinite(value):
+                return kind(value)
     raise mistake(name, words, value)

@@ -57,6 +57,7 @@ BOUNDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "ema_decay": ([0.0, 0.999], [-0.1, 1.0, 2.0]),
         "generator_beta1": ([0.0, 0.999], [-0.1, 1.0, 2.0]),
     },
+    "between -2^32 and 2^32": {"seed": ([-(2**32), 0, 2**32], [-(2**32) - 1, 2**70])},
     "greater than 1": {"log_base": ([1.01, math.e, 10.0], [1.0, 0.5, -10.0])},
     "an even number of channels": {"generator_width": ([2, 128], [0, -2, 3])},
     "1 to 4 channels, height and width": {
@@ -107,7 +108,12 @@ def test_bounds(words):
 @pytest.mark.parametrize("words", NUMBERS)
 def test_a_number_is_a_number(words):
     for name in NUMBERS[words]:
-        wrong = ["3", True, [1], *([1.0, NAN] if words == "a whole number" else [NAN, INF, -INF])]
+        wrong = [
+            "3",
+            True,
+            [1],
+            *([1.0, NAN] if words == "a whole number" else [NAN, INF, -INF, 10**400]),
+        ]
         for value in wrong:
             flag = "--" + name.replace("_", "-")
             assert refusal(**{name: value}) == f"{flag} must be {words}, got {value!r}"
@@ -124,6 +130,7 @@ def test_a_number_is_a_number(words):
         ({"image_shape": (1, 32)}, "--image-shape must be 3 values, got (1, 32)"),
         ({"image_shape": (1, 32, 32.0)}, "--image-shape must be a whole number, got 32.0"),
         ({"mean": 0.5}, "--mean must be one or more values, got 0.5"),
+        ({"mean": ()}, "--mean must be one or more values, got ()"),
         ({"std": (0.5, NAN)}, "--std must be a finite number, got nan"),
         ({"preset": "imagenet"}, "--preset must be one of mnist, hintonnet, cifar10, cifar100, "
                                  "custom, got 'imagenet'"),

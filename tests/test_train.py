@@ -177,6 +177,13 @@ def test_a_student_that_does_not_fit(student, sentence):
         prepare(config, LeNet5(), student, torch.device("cpu"), "fp32")
 
 
+def test_a_runs_folder_is_no_student(tmp_path):
+    """Its name would be all that the new run knows of its student's network."""
+    config = make_config("mnist", student=str(tmp_path), out_dir=tmp_path / "new", steps=1)
+    with pytest.raises(UserError, match="--student must name a network, got the folder "):
+        train(config)
+
+
 def test_same_seed_same_student(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(tiny(tmp_path / name, seed=seed, steps=4))

@@ -210,6 +210,11 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
                 f"--{role} must name a network for the preset {config.preset}: see docs/networks.md"
             )
     assert config.teacher is not None and config.student is not None
+    if Path(config.student).is_dir():  # the run would not say which network its student is
+        raise UserError(
+            f"--student must name a network, got the folder {config.student}; to go on with the "
+            "student in it, name its network, and its student.safetensors with --student-weights"
+        )
     usual = PRESETS[config.preset].networks.get("teacher")
     name, weights = config.teacher, config.teacher_weights
     if weights is None and name == usual:
