@@ -15,10 +15,9 @@ from typing import Any
 from markupsafe import Markup
 
 from .charts import PERCENT, Line, bars, chart, number
-from .config import Config
 from .files import write_text
 from .records import Run, grid, spread, step_of
-from .settings import Mark, marked
+from .settings import Mark, plain
 from .templates import render
 
 GRIDS = 8  # grids of images in a report of one run
@@ -109,8 +108,8 @@ def setting(value: Any) -> str:
 
 def settings_of(run: Run) -> dict[str, str]:
     """All settings but those that name the folder."""
-    values, folder = dataclasses.asdict(run.config), marked(Config, Mark.OWN_FOLDER)
-    return {name: setting(value) for name, value in values.items() if name not in folder}
+    values = plain(run.config, without=Mark.OWN_FOLDER)
+    return {name: setting(value) for name, value in values.items()}
 
 
 def verdict(run: Run) -> str:

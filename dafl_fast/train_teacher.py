@@ -26,10 +26,20 @@ from .device import keep_freed_memory, pick_device, pick_precision
 from .engine.ema import Average
 from .engine.evaluation import accuracy
 from .errors import TrainingStopped, UserError, command
-from .files import load_checkpoint, save_checkpoint, save_weights, write_text
+from .files import load_checkpoint, save_checkpoint, save_weights, write_json
 from .models import GREY_SIZES, NETWORKS
 from .networks import load_network
-from .settings import BATCH, BELOW_ONE, NOT_NEGATIVE, POSITIVE, Mark, check, from_arguments, marked
+from .settings import (
+    BATCH,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Mark,
+    check,
+    check_unchanged,
+    from_arguments,
+    plain,
+)
 
 
 @dataclass(frozen=True)
@@ -292,7 +302,7 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs."""
         return {
-            "settings": _settings(self.config),
+            "settings": plain(self.config, without=Mark.RESUMABLE),
             "network": self.network.state_dict(),
             "average": self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -307,13 +317,7 @@ class Training:
         Raises:
             UserError: it belongs to a training with other settings.
         """
-        before = state["settings"]
-        for name, value in _settings(self.config).items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"--{name.replace('_', '-')} cannot change when resuming: the checkpoint has "
-                    f"{before.get(name)}, got {value}"
-                )
+        check_unchanged(state["settings"], self.config, " when resuming: the checkpoint has")
         self.network.load_state_dict(state["network"])
         self.average.module.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -327,12 +331,6 @@ def one_cycle(done: float) -> float:
     if done < 0.2:
         return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * done / 0.2))
     return 0.5 * (1 + math.cos(math.pi * (done - 0.2) / 0.8))
-
-
-def _settings(config: TeacherConfig) -> dict[str, Any]:
-    """What a checkpoint and the training that resumes from it must share."""
-    free = marked(TeacherConfig, Mark.RESUMABLE)
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
 
 
 def train(config: TeacherConfig) -> dict[str, Any]:
@@ -349,13 +347,11 @@ def train(config: TeacherConfig) -> dict[str, Any]:
         size = _FORMATS[config.preset].image_size
     reading = (config.data_dir, config.download, size, 1 if grey else 3)
     images, labels, classes = data.load(config.data, "train", *reading)
-    held_out = {}
+    names = [config.eval, config.exclude]
     if config.eval is None and data.has_test_split(config.data, config.data_dir):
-        held_out[config.data] = data.load(config.data, "test", *reading)
-    elif config.eval not in (None, "none"):
-        held_out[config.eval] = data.load(config.eval, "test", *reading)
+        names[0] = config.data
+    held_out = {n: data.load(n, "test", *reading) for n in names if n and n != "none"}
     if config.exclude != "none":
-        held_out[config.exclude] = data.load(config.exclude, "test", *reading)
         images, labels = data.without(images, labels, held_out[config.exclude].images)
     if size is None:
         height, size = images.shape[2:]
@@ -405,7 +401,7 @@ def train(config: TeacherConfig) -> dict[str, Any]:
         },
     }
     save_weights(config.out, network.state_dict())
-    write_text(config.out.with_suffix(".json"), json.dumps(note, indent=2) + "\n")
+    write_json(config.out.with_suffix(".json"), note)
     checkpoint.unlink(missing_ok=True)
     return note
 
