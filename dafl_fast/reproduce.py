@@ -120,6 +120,11 @@ class Reproduction:
         self.data = config.data or ("mnist" if grey else self.table.preset)
         self.device = pick_device(config.device)
         self.precision = pick_precision(config.precision, self.device)
+        self.training: dict[str, Any] = {
+            "max_seconds": config.max_seconds_per_run,
+            "device": config.device,
+            "precision": config.precision,
+        }
 
     def run(self) -> None:
         """Runs what is not done yet.
@@ -128,17 +133,17 @@ class Reproduction:
             UserError: the folder holds results of another setting, or something is not usable.
             KeyboardInterrupt: a run was interrupted; it can be gone on with.
         """
-        settings = self.out / "settings.json"
+        config, settings = self.config, self.out / "settings.json"
         if settings.exists():
             check_unchanged(
-                json.loads(settings.read_text()), self.config,
+                json.loads(settings.read_text()), config,
                 f": the results in {self.out} have", "; choose another folder with --out",
             )  # fmt: skip
         runs = [("teacher", 0)]  # one for all seeds, and its accuracy belongs to any table
-        for name in self.config.only or self.table.rows:
-            without = name == "alternative" and self._has_no_alternative
-            if name != "teacher" and not without:
-                runs += [(name, seed) for seed in self.config.seeds]
+        for name in config.only or self.table.rows:
+            given = name != "alternative" or config.alternative or self.form.channels == 1
+            if name != "teacher" and given:
+                runs += [(name, seed) for seed in config.seeds]
         left = {name for name, seed in runs if not self._result(name, seed).exists()}
         if left:  # mistakes show before anything has taken its time
             _ = self._new_student(0), self.held_out
@@ -158,26 +163,19 @@ class Reproduction:
                     "precision": self.precision,
                     "environment": environment(),
                 }
-                write_json(settings, plain(self.config, Mark.RESUMABLE))
+                write_json(settings, plain(config, Mark.RESUMABLE))
                 write_json(path, result)
                 print(result.get("stopped") or f"accuracy {result['accuracy']:.2%}", flush=True)
-            self._remove_what_only_resuming_needs(name, seed)
-
-    @property
-    def _has_no_alternative(self) -> bool:
-        return self.config.alternative is None and self.form.channels == 3
+            folder = self._folder(name, seed)  # without what only resuming needs
+            folder.with_suffix(".checkpoint").unlink(missing_ok=True)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+            shutil.rmtree(folder / "bank", ignore_errors=True)
 
     def _result(self, name: str, seed: int) -> Path:
         return self.out / "results" / f"{name}-{seed}.json"
 
     def _folder(self, name: str, seed: int) -> Path:
         return self.out / "runs" / f"{name}-{seed}"
-
-    def _remove_what_only_resuming_needs(self, name: str, seed: int) -> None:
-        folder = self._folder(name, seed)
-        folder.with_suffix(".checkpoint").unlink(missing_ok=True)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        shutil.rmtree(folder / "bank", ignore_errors=True)
 
     def _run(self, name: str, seed: int) -> dict[str, Any]:
         """One run, from its last checkpoint if it has one: accuracy (None if training had to be
@@ -196,11 +194,11 @@ class Reproduction:
         note = {}
         if self.config.teacher is None:
             note = json.loads(self.teacher_weights.with_suffix(".json").read_text())
-        images = note["epochs"] * note["training_images"] if "epochs" in note else None
+        seen = round(note["epochs"] * note["training_images"]) if "epochs" in note else None
         return {
             "accuracy": self._accuracy(self.teacher),
             "train_seconds": note.get("train_seconds"),
-            "images": None if images is None else round(images),
+            "images": seen,
         }
 
     def _run_dafl(self, row: Row, folder: Path, seed: int) -> dict[str, Any]:
@@ -216,14 +214,12 @@ class Reproduction:
                 num_classes=self.classes,
                 recipe=config.recipe,
                 steps=self.recipe.get("steps"),
-                max_seconds=config.max_seconds_per_run,
                 eval_loader=self.held_out,
                 callbacks=[progress],
                 preset=self.table.preset,
                 seed=seed,
-                device=config.device,
-                precision=config.precision,
                 eval_every=config.max_seconds_per_run / 10,
+                **self.training,
                 **settings,
             ).summary
         if summary["interrupted"]:
@@ -255,10 +251,8 @@ class Reproduction:
             self.table.preset,
             network=self.student_name,
             data=self.data,
-            max_seconds=self.config.max_seconds_per_run,
-            device=self.config.device,
-            precision=self.config.precision,
             seed=seed,
+            **self.training,
             **changes,
         )
         student = self._new_student(seed)
@@ -311,9 +305,7 @@ class Reproduction:
                     eval="none",
                     out=path,
                     resume=path.with_suffix(".checkpoint").exists(),
-                    max_seconds=config.max_seconds_per_run,
-                    device=config.device,
-                    precision=config.precision,
+                    **self.training,
                 )
             )
         return path
