@@ -344,7 +344,7 @@ def _held_out(config: Config) -> tuple[Tensor | None, tuple[str, ...]]:
 
 
 @command
-def main() -> int:
+def main() -> None:
     arguments = tyro.cli(ExportConfig, prog="python -m dafl_fast.export")
     logging.basicConfig(format="%(message)s")
     student, config = open_run(arguments.run).built(), Config(**read_config(arguments.run))
@@ -361,7 +361,6 @@ def main() -> int:
         f"({check['held_out_images']:,} held out), logits differ by at most "
         f"{check['max_difference']:.2g}\n{path}.md: its model card"
     )
-    return 0
 
 
 if __name__ == "__main__":

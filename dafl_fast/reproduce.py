@@ -405,14 +405,13 @@ def reproduce(config: ReproduceConfig) -> str:
 
 
 @command
-def main() -> int:
+def main() -> None:
     config = tyro.cli(ReproduceConfig, prog="python -m dafl_fast.reproduce", args=sys.argv[1:])
     try:
         print(reproduce(config))
     except KeyboardInterrupt:
         print("the same command again goes on from here", file=sys.stderr)
         raise
-    return 0
 
 
 if __name__ == "__main__":

@@ -185,16 +185,13 @@ class Training:
         self.bf16 = pick_precision(config.precision, self.device) == "bf16"
         self.network = network.to(self.device).to(memory_format=torch.channels_last).train()
         self.average = Average(self.network, config.ema_decay)
-        self.optimizer: torch.optim.Optimizer
-        settings: dict[str, Any] = {
-            "lr": config.lr, "weight_decay": config.weight_decay, "fused": True,
-        }  # fmt: skip
-        if config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(
-                self.network.parameters(), momentum=0.9, nesterov=True, **settings
-            )
-        else:
-            self.optimizer = torch.optim.AdamW(self.network.parameters(), **settings)
+        settings: dict[str, Any] = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        weights = self.network.parameters()
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(weights, momentum=0.9, nesterov=True, **settings)
+            if config.optimizer == "sgd"
+            else torch.optim.AdamW(weights, **settings)
+        )
         size = tuple(images.shape[2:])
         if config.shift >= min(size):
             raise UserError(f"--shift must be smaller than the image, got {config.shift}")
@@ -342,9 +339,10 @@ def train(config: TeacherConfig) -> dict[str, Any]:
     """
     keep_freed_memory()
     grey = config.network in GREY_SIZES or config.preset in ("mnist", "hintonnet")
+    known = _FORMATS.get(config.preset)
     size = config.image_size or GREY_SIZES.get(config.network)
-    if size is None and config.preset in _FORMATS:
-        size = _FORMATS[config.preset].image_size
+    if size is None and known:
+        size = known.image_size
     reading = (config.data_dir, config.download, size, 1 if grey else 3)
     images, labels, classes = data.load(config.data, "train", *reading)
     names = [config.eval, config.exclude]
@@ -361,12 +359,11 @@ def train(config: TeacherConfig) -> dict[str, Any]:
                 "brought with --image-size"
             )
     images = data.resized(images, size)
-    known = _FORMATS.get(config.preset)
     mean, std = (known.mean, known.std) if known else data.statistics(images)
     form = data.Format(size, images.shape[1], mean, std)
-    for other in held_out.values():
-        data.check_channels(other.images, form.channels)
-        data.check_labels(other.labels, len(classes))
+    for x, y, _ in held_out.values():
+        data.check_channels(x, form.channels)
+        data.check_labels(y, len(classes))
 
     torch.manual_seed(config.seed)
     network = load_network(
@@ -380,6 +377,7 @@ def train(config: TeacherConfig) -> dict[str, Any]:
     training.run(checkpoint)
 
     network = training.average.module
+    whole = nn.Sequential(training.normaliser, network)
     note = {
         "network": config.network,
         "num_classes": len(classes),
@@ -392,12 +390,7 @@ def train(config: TeacherConfig) -> dict[str, Any]:
         "epochs": round(training.steps / training.steps_per_epoch, 2),
         "train_seconds": round(training.seconds, 1),
         "accuracy": {
-            name: accuracy(
-                nn.Sequential(training.normaliser, network),
-                data.resized(other.images, size),
-                other.labels,
-            )
-            for name, other in held_out.items()
+            name: accuracy(whole, data.resized(x, size), y) for name, (x, y, _) in held_out.items()
         },
     }
     save_weights(config.out, network.state_dict())
@@ -416,9 +409,8 @@ def parse(arguments: list[str]) -> TeacherConfig:
 
 
 @command
-def main() -> int:
+def main() -> None:
     print(json.dumps(train(parse(sys.argv[1:])), indent=2))
-    return 0
 
 
 if __name__ == "__main__":
