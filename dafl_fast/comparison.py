@@ -11,6 +11,7 @@ from .engine.folder import read_metrics
 from .errors import require
 from .files import write_atomically
 from .paper import Row, Table
+from .templates import render
 
 
 def compare(table: Table, folder: Path, what: dict[str, Any]) -> dict[str, Any]:
@@ -89,33 +90,7 @@ def _machine(result: dict[str, Any]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a Markdown table with a title and a sentence on how it came about."""
-    lines = [
-        f"### {report['title']}",
-        "",
-        "| | paper | ours | seeds | training | images seen |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in report["rows"]:
-        count = str(len(row["seeds"]))
-        if row["stopped"]:
-            count += f" ({len(row['stopped'])} stopped)"
-        seconds, images = row["train_seconds"], row["images"]
-        cells = [
-            row["label"], f"{row['paper']:.2f}", row["ours"], count,
-            "" if seconds is None else f"{seconds:,.0f} s",
-            "" if images is None else f"{images:,.0f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    accuracy = report["teacher_accuracy"]
-    teacher = "" if accuracy is None else f" The teacher has {accuracy:.2%}."
-    lines += [
-        "",
-        f"Accuracy in % of the last weights on the test images of {report['eval']}, mean and "
-        f"standard deviation over the seeds.{teacher} Recipe `{report['recipe']}`, at most "
-        f"{report['max_seconds_per_run']:g} s of training a run, {report['wall_seconds'] / 60:.1f} "
-        f"minutes in all. {'; '.join(report['machines'])}. {report['date']}.",
-    ]
-    return "\n".join(lines) + "\n"
+    return render("table.md.j2", report) + "\n"
 
 
 def save_comparison(

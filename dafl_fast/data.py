@@ -245,14 +245,14 @@ def _image_folder(path: Path, image_size: int | None, channels: int) -> Labelled
         return pil_to_tensor(image)
 
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import track
 
     files, labels = zip(*folder.samples, strict=True)
     images = torch.empty(0)
-    bar = Progress(console=Console(stderr=True), transient=True, disable=len(files) < 2000)
-    with ThreadPoolExecutor() as pool, bar:
-        reading = bar.add_task(f"reading {path}", total=len(files))
-        for start in range(0, len(files), 1000):
+    show: dict[str, Any] = dict(console=Console(stderr=True), transient=True)
+    show["disable"] = len(files) < 2000
+    with ThreadPoolExecutor() as pool:
+        for start in track(range(0, len(files), 1000), f"reading {path}", **show):
             for index, image in enumerate(pool.map(decode, files[start : start + 1000]), start):
                 if index == 0:
                     images = torch.empty((len(files), *image.shape), dtype=torch.uint8)
@@ -263,7 +263,6 @@ def _image_folder(path: Path, image_size: int | None, channels: int) -> Labelled
                         "size to which they are brought with --image-size"
                     )
                 images[index] = image
-            bar.update(reading, completed=start + 1000)
     return Labelled(images, torch.tensor(labels), tuple(folder.classes))
 
 

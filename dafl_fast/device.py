@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import resource
 import sys
 from pathlib import Path
@@ -79,12 +80,10 @@ def peak_memory(device: torch.device) -> dict[str, int | None]:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for environment.json and bug reports."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
+    path = Path("/proc/cpuinfo")
+    cpus = path.read_text() if path.exists() else ""
+    found = re.search(r"^model name\s*:[ \t]*(.*\S)", cpus, re.MULTILINE)
+    model = found[1] if found else platform.processor() or platform.machine()
     return {
         "dafl_fast": __version__,
         "torch": torch.__version__,

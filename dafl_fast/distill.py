@@ -96,17 +96,12 @@ def distill(
     """
     if generator is not None and not hasattr(generator, "reset"):
         settings.setdefault("generator_restart_every", 0)
-    config = make_config(
-        preset,
-        recipe,
-        **{
-            **dict(image_shape=tuple(image_shape), feature_layer=feature_layer, eval="none"),
-            **dict(teacher=None, student=None, num_classes=num_classes),
-            **({"steps": steps} if steps is not None else {}),
-            **({"max_seconds": max_seconds} if max_seconds is not None else {}),
-            **settings,
-        },
-    )
+    given: dict[str, Any] = {
+        "image_shape": tuple(image_shape), "num_classes": num_classes, "steps": steps,
+        "max_seconds": max_seconds, "feature_layer": feature_layer, "eval": "none",
+        "teacher": None, "student": None,
+    }  # fmt: skip
+    config = make_config(preset, recipe, **(given | settings))
     if config.resume is not None:
         check_resumed(config)
     return _run(config, teacher, student, generator, eval_loader, callbacks)

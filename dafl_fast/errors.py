@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 
@@ -15,13 +16,13 @@ class TrainingStopped(RuntimeError):
     """Training cannot usefully go on (collapse, non-finite losses); the message says why."""
 
 
-def command(main: Callable[[], int]) -> Callable[[], int]:
+def command(main: Callable[[], int | None]) -> Callable[[], int]:
     """Wraps a command's `main`: expected errors become one line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def run() -> int:
         try:
-            return main()
+            return main() or 0
         except (UserError, TrainingStopped) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -35,13 +36,8 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
 def require(module: str, purpose: str, package: str | None = None) -> None:
     """Raises UserError, naming the package to install, unless `module` can be imported.
 
-    Args:
-        module: to import.
-        purpose: what needs it.
-        package: that has it, where it is not named like the module.
+    `purpose` says what needs it, `package` what brings it, if that has another name.
     """
-    import importlib
-
     try:
         importlib.import_module(module)
     except ImportError as error:

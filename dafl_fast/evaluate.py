@@ -249,14 +249,13 @@ def show(result: dict[str, Any]) -> None:
 
 
 @command
-def main() -> int:
+def main() -> None:
     config = tyro.cli(EvaluateConfig, prog="python -m dafl_fast.evaluate")
     result = evaluate(config)
     if config.json:
         print(json.dumps(result, indent=2))
     else:
         show(result)
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import hashlib
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -34,10 +34,11 @@ from .files import save_weights, write_atomically, write_text
 from .networks import load_weights, open_run
 from .recipes import make_config
 from .settings import Mark, marked
+from .templates import render
 
 log = logging.getLogger(__name__)
 
-FormatName = Literal["safetensors", "onnx", "pt2"]
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Of the largest logit: other kernels add up in another order, and no more than that may differ.
 ROUNDING = 1e-4
 # Where a run took place and how it was watched is nobody else's business.
@@ -50,9 +51,7 @@ class ExportConfig:
 
     run: tyro.conf.Positional[Path]
     """The folder of a run."""
-    format: FormatName = "onnx"
-    """onnx: runs in onnxruntime and most engines for inference. pt2: a program for
-    torch.export.load. safetensors: the weights alone."""
+    format: Annotated[FormatName, tyro.conf.arg(help=_HELP)] = "onnx"
     out: Path | None = None
     """The file; RUN/student.onnx and so on when not given. Its card is beside it, FILE.md."""
     data_dir: Path | None = None
@@ -95,10 +94,8 @@ def export_student(
     if isinstance(student, Result):
         run = run or student.folder
         student = student.student
-    if format not in get_args(FormatName):
-        raise UserError(
-            f"--format must be one of {', '.join(get_args(FormatName))}, got {format!r}"
-        )
+    if format not in FORMATS:
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
     if path.is_dir():
         raise UserError(f"--out must be a file, {path} is a folder")
     config = None if run is None else Config(**read_config(run))
@@ -111,7 +108,7 @@ def export_student(
     random = torch.randn(256, *image_shape, generator=torch.Generator().manual_seed(0))
     example = random[:2].clone()  # two or more: one would fix the batch size
     num_classes = logits_of(student, example, "student").shape[1]
-    write, load = _FORMATS[format](student, example)
+    write, load = FORMATS[format].made(student, example)
     check: dict[str, Any] = {}
     if run is not None:
         read_summary(run)  # the card needs it: say so before there is a file without a card
@@ -126,13 +123,11 @@ def export_student(
     return check
 
 
-_Write = Callable[[Path], object]
 _Network = Callable[[Tensor], Tensor]
+_Made = tuple[Callable[[Path], object], Callable[[Path], _Network]]
 
 
-def _as_safetensors(
-    student: nn.Module, images: Tensor
-) -> tuple[_Write, Callable[[Path], _Network]]:
+def _as_safetensors(student: nn.Module, images: Tensor) -> _Made:
     def load(path: Path) -> _Network:
         fresh = copy.deepcopy(student)
         with torch.no_grad():
@@ -143,7 +138,7 @@ def _as_safetensors(
     return lambda path: save_weights(path, student.state_dict()), load
 
 
-def _as_program(student: nn.Module, images: Tensor) -> tuple[_Write, Callable[[Path], _Network]]:
+def _as_program(student: nn.Module, images: Tensor) -> _Made:
     program = _program(student, images)
 
     def write(path: Path) -> None:
@@ -157,8 +152,8 @@ def _as_program(student: nn.Module, images: Tensor) -> tuple[_Write, Callable[[P
     return write, load
 
 
-def _as_onnx(student: nn.Module, images: Tensor) -> tuple[_Write, Callable[[Path], _Network]]:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+def _as_onnx(student: nn.Module, images: Tensor) -> _Made:
+    for package in _ONNX_PACKAGES:
         require(package, "exporting to ONNX (the extra dafl_fast[export])")
     import onnxruntime
 
@@ -180,9 +175,6 @@ def _as_onnx(student: nn.Module, images: Tensor) -> tuple[_Write, Callable[[Path
     return lambda path: made.save(str(path), external_data=False), load
 
 
-_FORMATS = {"safetensors": _as_safetensors, "onnx": _as_onnx, "pt2": _as_program}
-
-
 def _program(student: nn.Module, images: Tensor) -> ExportedProgram:
     """The student as a program for any number of images."""
     shapes = ({0: torch.export.Dim("N")},)
@@ -195,6 +187,46 @@ def _program(student: nn.Module, images: Tensor) -> ExportedProgram:
             for node in module.graph.nodes:
                 node.meta.pop("stack_trace", None)  # paths of this machine
     return program
+
+
+class ExportFormat(NamedTuple):
+    """A format of exported files.
+
+    Attributes:
+        made: from the student and two images, what writes a file and what loads it again.
+        library: what the Hugging Face hub calls it.
+        use: Python that loads file {} and runs it on images, for the card.
+        help: for the command line.
+        packages: that it takes, whose versions the card tells.
+    """
+
+    made: Callable[[nn.Module, Tensor], _Made]
+    library: str
+    use: str
+    help: str
+    packages: tuple[str, ...] = ()
+
+
+# A new format is a new row.
+FORMATS = {
+    "safetensors": ExportFormat(
+        _as_safetensors, "safetensors",
+        'network.load_state_dict(safetensors.torch.load_file("{}"))', "the weights alone",
+    ),
+    "onnx": ExportFormat(
+        _as_onnx, "onnx", 'onnxruntime.InferenceSession("{}").run(None, {{"images": images}})[0]',
+        "runs in onnxruntime and most engines for inference", _ONNX_PACKAGES,
+    ),
+    "pt2": ExportFormat(
+        _as_program, "pytorch", 'torch.export.load("{}").module()(images)',
+        "a program for torch.export.load",
+    ),
+}  # fmt: skip
+_HELP = " ".join(f"{name}: {kind.help}." for name, kind in FORMATS.items())
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]
 
 
 @torch.no_grad()
@@ -249,126 +281,50 @@ def model_card(
     """A model card in the style of the Hugging Face hub; see `export_student`."""
     config = None if run is None else Config(**read_config(run))
     summary = {} if run is None else read_summary(run)
-    content = path.read_bytes()
-    name = summary.get("student", type(student).__name__)
-    channels, height, width = image_shape
-    library = {"onnx": "onnx", "pt2": "pytorch", "safetensors": "safetensors"}[format]
-    how = {
-        "onnx": f'onnxruntime.InferenceSession("{path.name}").run(None, {{"images": images}})[0]',
-        "pt2": f'torch.export.load("{path.name}").module()(images)',
-        "safetensors": f'network.load_state_dict(safetensors.torch.load_file("{path.name}"))',
-    }[format]
-    held_out = f"{check['held_out_images']:,} held-out images"
-    lines = [
-        "---",
-        "license: unknown",
-        f"library_name: {library}",
-        "pipeline_tag: image-classification",
-        "tags: [knowledge-distillation, data-free, dafl]",
-        "---",
-        "",
-        f"# {name}, distilled without data",
-        "",
-        f"`{path.name}`, {format}, {len(content):,} bytes, sha256 "
-        f"`{hashlib.sha256(content).hexdigest()}`, exported on {datetime.date.today()}.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        how,
-        "```",
-        "",
-        f"- Input: images [N, {channels}, {height}, {width}], float32, any N.",
-        f"- Preprocessing: {_preprocessing(config, image_shape)}",
-        f"- Output: logits [N, {num_classes}]; softmax gives probabilities, the largest is the "
-        "class.",
-        f"- Classes: {_class_names(classes, num_classes)}",
-        "",
-        "## Origin",
-        "",
-        *(_origin(config, summary) if config else ["It is not recorded which run made it."]),
-        "",
-        "## Check",
-        "",
-        f"Loaded again and compared with the student in PyTorch on {check['random_images']:,} "
-        f"random images{' and ' + held_out if check['held_out_images'] else ''}: the same class on "
-        f"all of them, logits differ by at most {check['max_difference']:.2g}.",
-        "",
-        "## Versions",
-        "",
-        ", ".join(f"{package} {number}" for package, number in _versions(format).items()),
-        "",
-        "## Licence",
-        "",
-        "None is stated. Whoever publishes this file chooses it; terms of the teacher may reach "
-        "its student.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _preprocessing(config: Config | None, image_shape: tuple[int, int, int]) -> str:
-    channels, height, width = image_shape
-    start = (
-        f"{'grey' if channels == 1 else f'{channels} channels'}, brought to {height}x{width} "
-        "pixels (bilinear, antialiased), values 0..255 divided by 255, then "
-    )
-    if config is None or config.mean is None or config.std is None:
-        return start + "normalised as the teacher's training data were, which is not recorded here."
-    return start + (
-        f"(x - mean) / std per channel, mean {list(config.mean)}, std {list(config.std)}."
-    )
-
-
-def _class_names(classes: tuple[str, ...], num_classes: int) -> str:
+    teacher = summary.get("teacher", config and config.teacher)  # it may be a file
+    content, here = path.read_bytes(), environment()
+    versions = {name: here[name] for name in ("dafl_fast", "torch", "python")}
+    versions |= {package: version(package) for package in FORMATS[format].packages}
+    normalised = "normalised as the teacher's training data were, which is not recorded here."
+    if config is not None and config.mean is not None and config.std is not None:
+        normalised = (
+            f"(x - mean) / std per channel, mean {list(config.mean)}, std {list(config.std)}."
+        )
+    class_names = f"{', '.join(classes)}, in this order."
     if len(classes) != num_classes:
-        return f"0 to {num_classes - 1}, in the teacher's order; their names are not recorded here."
-    return f"{', '.join(classes)}, in this order."
-
-
-def _origin(config: Config, summary: dict[str, Any]) -> list[str]:
-    usual = asdict(make_config(config.preset, config.recipe))
-    changed = {
-        name: value
-        for name, value in asdict(config).items()
-        if name not in _NOT_LISTED and value != usual[name]
+        class_names = (
+            f"0 to {num_classes - 1}, in the teacher's order; their names are not recorded here."
+        )
+    card = {
+        "file": path.name,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "date": datetime.date.today(),
+        "format": format,
+        "library": FORMATS[format].library,
+        "use": FORMATS[format].use.format(path.name),
+        "name": type(student).__name__,
+        "image_shape": image_shape,
+        "num_classes": num_classes,
+        "normalised": normalised,
+        "class_names": class_names,
+        "config": config,
+        "changed": {} if config is None else _changed(config),
+        "summary": summary,
+        "teacher": Path(str(teacher)).name,
+        "check": check,
+        "versions": versions,
     }
-    teacher = Path(summary.get("teacher", str(config.teacher))).name  # it may be a file
-    settings = ", ".join(f"{name} {value}" for name, value in changed.items())
-    lines = [
-        "Distilled from its teacher by data-free learning (Chen et al., ICCV 2019): no image of "
-        "the teacher's training data was used.",
-        "",
-        f"- Teacher: {teacher}, sha256 of its weights "
-        f"`{summary.get('teacher_sha256', 'not recorded')}`.",
-        f"- Recipe: {config.recipe} of the preset {config.preset}; settings that differ from it: "
-        f"{settings or 'none'}.",
-    ]
-    if not summary:
-        return [*lines, "- The run has left no summary."]
-    lines += [
-        f"- Training: {summary['steps']:,} steps, {summary['train_seconds']:.0f} s on "
-        f"{summary['device']} in {summary['precision']}"
-        f"{', interrupted' if summary['interrupted'] else ''}.",
-        f"- Agreement with the teacher on generated images: {summary['agreement_fresh']:.2%}.",
-    ]
-    if summary["student_accuracy"] is None:
-        return [*lines, "- Accuracy: not measured, no held-out images were given."]
-    held_out = "" if summary["eval_set"] == "none" else f" ({summary['eval_set']})"
-    return [
-        *lines,
-        f"- Accuracy: {summary['student_accuracy']:.2%}, the teacher's "
-        f"{summary['teacher_accuracy']:.2%}, on {summary['eval_count']:,} held-out images"
-        f"{held_out}, none of which took part in the training of the student.",
-    ]
+    return render("card.md.j2", card) + "\n"
 
 
-def _versions(format: FormatName) -> dict[str, str]:
-    packages = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
-    here = environment()
+def _changed(config: Config) -> dict[str, Any]:
+    """The settings that differ from those of the run's preset and recipe, but for `_NOT_LISTED`."""
+    usual = vars(make_config(config.preset, config.recipe))
     return {
-        **{name: here[name] for name in ("dafl_fast", "torch", "python")},
-        **{package: version(package) for package in packages},
+        name: value
+        for name, value in vars(config).items()
+        if name not in _NOT_LISTED and value != usual[name]
     }
 
 
@@ -388,7 +344,7 @@ def _held_out(config: Config) -> tuple[Tensor | None, tuple[str, ...]]:
 
 
 @command
-def main() -> int:
+def main() -> None:
     arguments = tyro.cli(ExportConfig, prog="python -m dafl_fast.export")
     logging.basicConfig(format="%(message)s")
     student, config = open_run(arguments.run).built(), Config(**read_config(arguments.run))
@@ -405,7 +361,6 @@ def main() -> int:
         f"({check['held_out_images']:,} held out), logits differ by at most "
         f"{check['max_difference']:.2g}\n{path}.md: its model card"
     )
-    return 0
 
 
 if __name__ == "__main__":

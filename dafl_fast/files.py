@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor
 from .errors import UserError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, then puts it in place in one move.
 
     A crash at any moment leaves the old file or the new one.
@@ -46,11 +47,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Atomic `path.write_text`."""
-    write_atomically(path, lambda temporary: _dump(temporary, text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _dump(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes `value` as JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:

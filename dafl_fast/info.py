@@ -40,21 +40,19 @@ def collect() -> dict[str, Any]:
     return {
         **environment(),
         "usable_cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "gpus": [
+            {
+                "name": gpu.name,
+                "memory_gib": round(gpu.total_memory / 2**30, 1),
+                "compute_capability": f"{gpu.major}.{gpu.minor}",
+            }
+            for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        ],
         "device": device.type,
         "precision": pick_precision("auto", device),
         "packages": packages(requirements),
         "data_dir": str(root.resolve()) if root.is_dir() else f"{root} (no such folder)",
         "data": found,
-    }
-
-
-def _gpu(index: int) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(index)
-    return {
-        "name": properties.name,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "compute_capability": f"{properties.major}.{properties.minor}",
     }
 
 
@@ -104,11 +102,10 @@ def text(info: dict[str, Any]) -> str:
 
 
 @command
-def main() -> int:
+def main() -> None:
     config = tyro.cli(InfoConfig, prog="python -m dafl_fast.info")
     info = collect()
     print(json.dumps(info, indent=2) if config.json else text(info))
-    return 0
 
 
 if __name__ == "__main__":

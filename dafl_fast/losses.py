@@ -93,11 +93,8 @@ def generator_loss(
         return GeneratorLoss(
             *_SharedGeneratorLoss.apply(teacher_logits, features, weights, group)  # type: ignore
         )
-    if torch.compiler.is_compiling():
-        return GeneratorLoss(
-            *torch.ops.dafl_fast.generator_loss(teacher_logits, features, *weights)[:4]
-        )
-    return GeneratorLoss(*_C.generator_loss(teacher_logits, features, *weights))
+    operator = _operators().generator_loss
+    return GeneratorLoss(*operator(teacher_logits, features, *weights)[:4])
 
 
 def adversarial_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -233,13 +230,8 @@ def distill_loss(
             require grad.
         TypeError: a dtype that is not floating point, or a floating point type not named above.
     """
-    if torch.compiler.is_compiling():
-        return DistillLoss(
-            *torch.ops.dafl_fast.distill_loss(
-                student_logits, teacher_logits, temperature, scale_by_t2
-            )[:3]
-        )
-    return DistillLoss(*_C.distill_loss(student_logits, teacher_logits, temperature, scale_by_t2))
+    operator = _operators().distill_loss
+    return DistillLoss(*operator(student_logits, teacher_logits, temperature, scale_by_t2)[:3])
 
 
 def dafl_losses(
@@ -281,23 +273,15 @@ def dafl_losses(
     Raises:
         ValueError, TypeError: as the separate losses.
     """
-    operator = torch.ops.dafl_fast.dafl_losses if torch.compiler.is_compiling() else _C.dafl_losses
-    results = operator(
-        teacher_logits.detach(),
-        None if features is None else features.detach(),
-        student_logits.detach(),
-        one_hot,
-        entropy,
-        activation,
-        log_base,
-        temperature,
-        scale_by_t2,
-    )
-    grad_teacher, grad_features, grad_student = results[7:]
-    return DaflLosses(
-        GeneratorLoss(*results[:4]),
-        DistillLoss(*results[4:7]),
-        grad_teacher,
-        None if features is None else grad_features,
-        grad_student,
-    )
+    settings = (one_hot, entropy, activation, log_base, temperature, scale_by_t2)
+    t, s = teacher_logits.detach(), student_logits.detach()
+    f = None if features is None else features.detach()
+    results = _operators().dafl_losses(t, f, s, *settings)
+    grad_t, grad_f, grad_s = results[7:]
+    generator, distill = GeneratorLoss(*results[:4]), DistillLoss(*results[4:7])
+    return DaflLosses(generator, distill, grad_t, None if f is None else grad_f, grad_s)
+
+
+def _operators() -> Any:
+    """The extension's functions; under torch.compile the operators, which it can trace."""
+    return torch.ops.dafl_fast if torch.compiler.is_compiling() else _C

@@ -9,18 +9,16 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from .charts import PERCENT, Line, bars, chart, number
-from .config import Config
 from .files import write_text
 from .records import Run, grid, spread, step_of
-from .settings import Mark, marked
+from .settings import Mark, plain
+from .templates import render
 
 GRIDS = 8  # grids of images in a report of one run
 EMPTY = "—"
@@ -110,8 +108,8 @@ def setting(value: Any) -> str:
 
 def settings_of(run: Run) -> dict[str, str]:
     """All settings but those that name the folder."""
-    values, folder = dataclasses.asdict(run.config), marked(Config, Mark.OWN_FOLDER)
-    return {name: setting(value) for name, value in values.items() if name not in folder}
+    values = plain(run.config, without=Mark.OWN_FOLDER)
+    return {name: setting(value) for name, value in values.items()}
 
 
 def verdict(run: Run) -> str:
@@ -310,15 +308,6 @@ def _odd(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
     return {(i, j) for i, row in enumerate(rows) for j in range(2, len(row)) if row[j] != row[1]}
 
 
-def render(page: dict[str, Any]) -> str:
-    """The page as HTML; whatever comes from files is escaped."""
-    source = (files("dafl_fast") / "assets" / "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(source).render(page)
-
-
 def write_report(path: Path, out: Path | None = None) -> Path:
     """Writes the report of the run in the folder `path`, into it when `out` is not given.
 
@@ -326,7 +315,7 @@ def write_report(path: Path, out: Path | None = None) -> Path:
         UserError: there is no run, it has no metrics yet, or the file cannot be written.
     """
     out = out or path / "report.html"
-    write_text(out, render(page_of_run(Run.read(path))))
+    write_text(out, render("report.html.j2", page_of_run(Run.read(path))))
     return out
 
 
@@ -340,5 +329,5 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
             run.name = str(run.path)
-    write_text(out, render(page_of_runs(runs)))
+    write_text(out, render("report.html.j2", page_of_runs(runs)))
     return out

@@ -23,7 +23,7 @@ class ReportConfig:
 
 
 @command
-def main() -> int:
+def main() -> None:
     config = tyro.cli(ReportConfig, prog="python -m dafl_fast.report")
     if not config.runs:
         raise UserError("name the folder of a run, or of several: python -m dafl_fast.report RUN")
@@ -31,7 +31,6 @@ def main() -> int:
         print(write_report(config.runs[0], config.out))
     else:
         print(write_comparison(config.runs, config.out or Path("comparison.html")))
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -27,12 +27,13 @@ from .distill import distill
 from .engine.evaluation import accuracy_on
 from .engine.teacher import FrozenTeacher
 from .errors import TrainingStopped, UserError, command, require
-from .files import load_checkpoint, save_weights, write_text
+from .files import load_checkpoint, save_weights, write_json, write_text
 from .losses import distill_loss
 from .networks import bundled_weights, load_network
 from .paper import LOSSES, TABLES, Row
 from .progress import Progress
 from .recipes import PRESETS
+from .settings import POSITIVE, Mark, check, check_unchanged, plain
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,19 @@ class ReproduceConfig:
     table: tyro.conf.Positional[str]
     """mnist (LeNet-5), hintonnet, ablation (the eight combinations of the generator's losses on
     MNIST), cifar10 or cifar100."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], Mark.RESUMABLE] = (0, 1, 2)
     """Seeds of each row; there is one teacher for all of them."""
-    max_seconds_per_run: float = 120.0
+    max_seconds_per_run: Annotated[float, POSITIVE] = 120.0
     """Training seconds of each run, the teacher's included if it is to be trained. A recipe with a
     number of steps may end earlier."""
-    only: tuple[str, ...] = ()
+    only: Annotated[tuple[str, ...], Mark.RESUMABLE] = ()
     """Run only these rows: teacher, ordinary, kd, noise, alternative, dafl; of the ablation none,
     one-hot, entropy, activation, one-hot-activation, one-hot-entropy, entropy-activation, all."""
-    out: Path | None = None
+    out: Annotated[Path | None, Mark.RESUMABLE] = None
     """Folder of results, table and plot; runs/reproduce-<table> when not given."""
     recipe: RecipeName = "fast"
     """Recipe of the DAFL rows; its temperature is that of all rows with a teacher."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Mark.RESUMABLE] = "auto"
     """auto: the GPU when there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks. auto: bf16 where the processor has it."""
@@ -77,12 +78,13 @@ class ReproduceConfig:
     alternative: str | None = None
     """Images of the row alternative, named as in --data: for MNIST USPS where it is to be had,
     else scikit-learn's uci-digits, when not given; for CIFAR the row is left out then."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, Mark.RESUMABLE] = None
     """Where the data lie, in torchvision's layout; default: the environment variable DAFL_DATA."""
-    download: bool = False
+    download: Annotated[bool, Mark.RESUMABLE] = False
     """Allow torchvision to download into --data-dir."""
 
     def __post_init__(self) -> None:
+        check(self)
         if self.table not in TABLES:
             raise UserError(f"unknown table {self.table!r}: choose one of {', '.join(TABLES)}")
         rows = TABLES[self.table].rows
@@ -93,17 +95,6 @@ class ReproduceConfig:
                 )
         if not self.seeds:
             raise UserError("--seeds must name at least one seed")
-        if self.max_seconds_per_run <= 0:
-            raise UserError(
-                f"--max-seconds-per-run must be positive, got {self.max_seconds_per_run}"
-            )
-
-
-# What the results in one folder must share.
-_SHARED = (
-    "table", "max_seconds_per_run", "recipe", "precision", "teacher", "teacher_network",
-    "student_network", "data", "eval", "alternative",
-)  # fmt: skip
 
 
 class Reproduction:
@@ -129,6 +120,11 @@ class Reproduction:
         self.data = config.data or ("mnist" if grey else self.table.preset)
         self.device = pick_device(config.device)
         self.precision = pick_precision(config.precision, self.device)
+        self.training: dict[str, Any] = {
+            "max_seconds": config.max_seconds_per_run,
+            "device": config.device,
+            "precision": config.precision,
+        }
 
     def run(self) -> None:
         """Runs what is not done yet.
@@ -137,12 +133,17 @@ class Reproduction:
             UserError: the folder holds results of another setting, or something is not usable.
             KeyboardInterrupt: a run was interrupted; it can be gone on with.
         """
-        self._check_settings()
+        config, settings = self.config, self.out / "settings.json"
+        if settings.exists():
+            check_unchanged(
+                json.loads(settings.read_text()), config,
+                f": the results in {self.out} have", "; choose another folder with --out",
+            )  # fmt: skip
         runs = [("teacher", 0)]  # one for all seeds, and its accuracy belongs to any table
-        for name in self.config.only or self.table.rows:
-            without = name == "alternative" and self._has_no_alternative
-            if name != "teacher" and not without:
-                runs += [(name, seed) for seed in self.config.seeds]
+        for name in config.only or self.table.rows:
+            given = name != "alternative" or config.alternative or self.form.channels == 1
+            if name != "teacher" and given:
+                runs += [(name, seed) for seed in config.seeds]
         left = {name for name, seed in runs if not self._result(name, seed).exists()}
         if left:  # mistakes show before anything has taken its time
             _ = self._new_student(0), self.held_out
@@ -162,29 +163,13 @@ class Reproduction:
                     "precision": self.precision,
                     "environment": environment(),
                 }
-                write_text(self.out / "settings.json", json.dumps(self._settings, indent=2) + "\n")
-                write_text(path, json.dumps(result, indent=2) + "\n")
+                write_json(settings, plain(config, Mark.RESUMABLE))
+                write_json(path, result)
                 print(result.get("stopped") or f"accuracy {result['accuracy']:.2%}", flush=True)
-            self._remove_what_only_resuming_needs(name, seed)
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        values = {name: getattr(self.config, name) for name in _SHARED}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-
-    def _check_settings(self) -> None:
-        path = self.out / "settings.json"
-        before = json.loads(path.read_text()) if path.exists() else self._settings
-        for name, value in self._settings.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"--{name.replace('_', '-')} cannot change: the results in {self.out} have "
-                    f"{before.get(name)}, got {value}; choose another folder with --out"
-                )
-
-    @property
-    def _has_no_alternative(self) -> bool:
-        return self.config.alternative is None and self.form.channels == 3
+            folder = self._folder(name, seed)  # without what only resuming needs
+            folder.with_suffix(".checkpoint").unlink(missing_ok=True)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+            shutil.rmtree(folder / "bank", ignore_errors=True)
 
     def _result(self, name: str, seed: int) -> Path:
         return self.out / "results" / f"{name}-{seed}.json"
@@ -192,22 +177,15 @@ class Reproduction:
     def _folder(self, name: str, seed: int) -> Path:
         return self.out / "runs" / f"{name}-{seed}"
 
-    def _remove_what_only_resuming_needs(self, name: str, seed: int) -> None:
-        folder = self._folder(name, seed)
-        (self.out / "runs" / f"{name}-{seed}.checkpoint").unlink(missing_ok=True)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        shutil.rmtree(folder / "bank", ignore_errors=True)
-
     def _run(self, name: str, seed: int) -> dict[str, Any]:
         """One run, from its last checkpoint if it has one: accuracy (None if training had to be
         stopped), train_seconds, images (seen by the network) and, where it matters, data."""
         if name == "teacher":
             return self._run_teacher()
         row = self.table.rows[name]
+        run = self._run_dafl if row.kind == "dafl" else self._run_student
         try:
-            if row.kind == "dafl":
-                return self._run_dafl(row, self._folder(name, seed), seed)
-            return self._run_student(row, self._folder(name, seed), seed)
+            return run(row, self._folder(name, seed), seed)
         except TrainingStopped as error:
             # A collapse is a result too, and would only come again.
             return {"accuracy": None, "train_seconds": None, "images": None, "stopped": str(error)}
@@ -216,11 +194,11 @@ class Reproduction:
         note = {}
         if self.config.teacher is None:
             note = json.loads(self.teacher_weights.with_suffix(".json").read_text())
-        images = note["epochs"] * note["training_images"] if "epochs" in note else None
+        seen = round(note["epochs"] * note["training_images"]) if "epochs" in note else None
         return {
             "accuracy": self._accuracy(self.teacher),
             "train_seconds": note.get("train_seconds"),
-            "images": None if images is None else round(images),
+            "images": seen,
         }
 
     def _run_dafl(self, row: Row, folder: Path, seed: int) -> dict[str, Any]:
@@ -236,14 +214,12 @@ class Reproduction:
                 num_classes=self.classes,
                 recipe=config.recipe,
                 steps=self.recipe.get("steps"),
-                max_seconds=config.max_seconds_per_run,
                 eval_loader=self.held_out,
                 callbacks=[progress],
                 preset=self.table.preset,
                 seed=seed,
-                device=config.device,
-                precision=config.precision,
                 eval_every=config.max_seconds_per_run / 10,
+                **self.training,
                 **settings,
             ).summary
         if summary["interrupted"]:
@@ -275,10 +251,8 @@ class Reproduction:
             self.table.preset,
             network=self.student_name,
             data=self.data,
-            max_seconds=self.config.max_seconds_per_run,
-            device=self.config.device,
-            precision=self.config.precision,
             seed=seed,
+            **self.training,
             **changes,
         )
         student = self._new_student(seed)
@@ -331,9 +305,7 @@ class Reproduction:
                     eval="none",
                     out=path,
                     resume=path.with_suffix(".checkpoint").exists(),
-                    max_seconds=config.max_seconds_per_run,
-                    device=config.device,
-                    precision=config.precision,
+                    **self.training,
                 )
             )
         return path
@@ -363,7 +335,9 @@ class Reproduction:
     @cached_property
     def real_images(self) -> tuple[Tensor, Tensor]:
         """The data set that the student is to go without: images uint8 and labels."""
-        return self._load(self.data, "train")
+        images, labels = self._load(self.data)
+        data.check_labels(labels, self.classes)
+        return images, labels
 
     @cached_property
     def held_out(self) -> list[tuple[Tensor, Tensor]]:
@@ -371,9 +345,9 @@ class Reproduction:
         name = self.config.eval or self.data
         if self.config.eval is None and not data.has_test_split(name, self.config.data_dir):
             raise UserError(f"{name} has no test images: name those to measure on with --eval")
-        images, labels = self._load(name, "test")
-        normaliser = data.Normaliser(self.form)
-        return [(normaliser(x), y) for x, y in zip(images.split(1000), labels.split(1000))]
+        reading = (self.form, self.classes, self.config.data_dir, self.config.download)
+        images, labels = data.eval_set(name, *reading)
+        return list(zip(images.split(1000), labels.split(1000)))
 
     @cached_property
     def alternative_images(self) -> tuple[Tensor, Tensor, str]:
@@ -381,21 +355,19 @@ class Reproduction:
         name = self.config.alternative
         if name is None:
             try:
-                return *self._load("usps", "train"), "USPS"
+                return *self._load("usps"), "USPS"
             except UserError:
                 if self.config.download:
                     raise
             name = "uci-digits"
         title = "UCI digits, 8x8" if name == "uci-digits" else Path(name).name
-        return *self._load(name, "train"), title
+        return *self._load(name), title
 
-    def _load(self, name: str, split: str) -> tuple[Tensor, Tensor]:
+    def _load(self, name: str) -> tuple[Tensor, Tensor]:
         config, form = self.config, self.form
         reading = (config.data_dir, config.download, form.image_size, form.channels)
-        images, labels, _ = data.load(name, split, *reading)
+        images, labels, _ = data.load(name, "train", *reading)
         data.check_channels(images, form.channels)
-        if split == "test" or name == self.data:
-            data.check_labels(labels, self.classes)
         return data.resized(images, form.image_size), labels
 
     def report(self) -> dict[str, Any]:
@@ -425,7 +397,7 @@ def reproduce(config: ReproduceConfig) -> str:
     report = reproduction.report()
     text = markdown(report)
     path = reproduction.out / config.table
-    write_text(path.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
+    write_json(path.with_suffix(".json"), report)
     write_text(path.with_suffix(".md"), text)
     lines = curves(reproduction.table, reproduction.out)
     save_comparison(path.with_suffix(".png"), report["title"], report["rows"], lines)
@@ -433,14 +405,13 @@ def reproduce(config: ReproduceConfig) -> str:
 
 
 @command
-def main() -> int:
+def main() -> None:
     config = tyro.cli(ReproduceConfig, prog="python -m dafl_fast.reproduce", args=sys.argv[1:])
     try:
         print(reproduce(config))
     except KeyboardInterrupt:
         print("the same command again goes on from here", file=sys.stderr)
         raise
-    return 0
 
 
 if __name__ == "__main__":

@@ -84,6 +84,24 @@ def marked(kind: type, mark: Mark) -> set[str]:
     return {name for name, (_, *rules) in _fields(kind).items() if mark in rules}
 
 
+def plain(settings: Any, without: Mark) -> dict[str, Any]:
+    """All settings but those with the mark, paths as text, for a file."""
+    left_out = marked(type(settings), without)
+    values = {name: value for name, value in vars(settings).items() if name not in left_out}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def check_unchanged(before: dict[str, Any], settings: Any, place: str, remedy: str = "") -> None:
+    """Raises UserError, --NAME cannot change`place` OLD, got NEW`remedy`, if any setting that is
+    not `Mark.RESUMABLE` differs from `before`."""
+    for name, value in plain(settings, Mark.RESUMABLE).items():
+        if before.get(name) != value:
+            raise UserError(
+                f"--{name.replace('_', '-')} cannot change{place} {before.get(name)}, got {value}"
+                f"{remedy}"
+            )
+
+
 def from_arguments(
     kind: type[Settings], default: Settings, arguments: list[str], prog: str, note: str = ""
 ) -> Settings:

@@ -26,10 +26,20 @@ from .device import keep_freed_memory, pick_device, pick_precision
 from .engine.ema import Average
 from .engine.evaluation import accuracy
 from .errors import TrainingStopped, UserError, command
-from .files import load_checkpoint, save_checkpoint, save_weights, write_text
+from .files import load_checkpoint, save_checkpoint, save_weights, write_json
 from .models import GREY_SIZES, NETWORKS
 from .networks import load_network
-from .settings import BATCH, BELOW_ONE, NOT_NEGATIVE, POSITIVE, Mark, check, from_arguments, marked
+from .settings import (
+    BATCH,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Mark,
+    check,
+    check_unchanged,
+    from_arguments,
+    plain,
+)
 
 
 @dataclass(frozen=True)
@@ -175,16 +185,13 @@ class Training:
         self.bf16 = pick_precision(config.precision, self.device) == "bf16"
         self.network = network.to(self.device).to(memory_format=torch.channels_last).train()
         self.average = Average(self.network, config.ema_decay)
-        self.optimizer: torch.optim.Optimizer
-        settings: dict[str, Any] = {
-            "lr": config.lr, "weight_decay": config.weight_decay, "fused": True,
-        }  # fmt: skip
-        if config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(
-                self.network.parameters(), momentum=0.9, nesterov=True, **settings
-            )
-        else:
-            self.optimizer = torch.optim.AdamW(self.network.parameters(), **settings)
+        settings: dict[str, Any] = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        weights = self.network.parameters()
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(weights, momentum=0.9, nesterov=True, **settings)
+            if config.optimizer == "sgd"
+            else torch.optim.AdamW(weights, **settings)
+        )
         size = tuple(images.shape[2:])
         if config.shift >= min(size):
             raise UserError(f"--shift must be smaller than the image, got {config.shift}")
@@ -292,7 +299,7 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs."""
         return {
-            "settings": _settings(self.config),
+            "settings": plain(self.config, without=Mark.RESUMABLE),
             "network": self.network.state_dict(),
             "average": self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -307,13 +314,7 @@ class Training:
         Raises:
             UserError: it belongs to a training with other settings.
         """
-        before = state["settings"]
-        for name, value in _settings(self.config).items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"--{name.replace('_', '-')} cannot change when resuming: the checkpoint has "
-                    f"{before.get(name)}, got {value}"
-                )
+        check_unchanged(state["settings"], self.config, " when resuming: the checkpoint has")
         self.network.load_state_dict(state["network"])
         self.average.module.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -329,12 +330,6 @@ def one_cycle(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - 0.2) / 0.8))
 
 
-def _settings(config: TeacherConfig) -> dict[str, Any]:
-    """What a checkpoint and the training that resumes from it must share."""
-    free = marked(TeacherConfig, Mark.RESUMABLE)
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-
-
 def train(config: TeacherConfig) -> dict[str, Any]:
     """Trains (or resumes) the teacher that `config` describes, writes it, and returns its note.
 
@@ -344,18 +339,17 @@ def train(config: TeacherConfig) -> dict[str, Any]:
     """
     keep_freed_memory()
     grey = config.network in GREY_SIZES or config.preset in ("mnist", "hintonnet")
+    known = _FORMATS.get(config.preset)
     size = config.image_size or GREY_SIZES.get(config.network)
-    if size is None and config.preset in _FORMATS:
-        size = _FORMATS[config.preset].image_size
+    if size is None and known:
+        size = known.image_size
     reading = (config.data_dir, config.download, size, 1 if grey else 3)
     images, labels, classes = data.load(config.data, "train", *reading)
-    held_out = {}
+    names = [config.eval, config.exclude]
     if config.eval is None and data.has_test_split(config.data, config.data_dir):
-        held_out[config.data] = data.load(config.data, "test", *reading)
-    elif config.eval not in (None, "none"):
-        held_out[config.eval] = data.load(config.eval, "test", *reading)
+        names[0] = config.data
+    held_out = {n: data.load(n, "test", *reading) for n in names if n and n != "none"}
     if config.exclude != "none":
-        held_out[config.exclude] = data.load(config.exclude, "test", *reading)
         images, labels = data.without(images, labels, held_out[config.exclude].images)
     if size is None:
         height, size = images.shape[2:]
@@ -365,12 +359,11 @@ def train(config: TeacherConfig) -> dict[str, Any]:
                 "brought with --image-size"
             )
     images = data.resized(images, size)
-    known = _FORMATS.get(config.preset)
     mean, std = (known.mean, known.std) if known else data.statistics(images)
     form = data.Format(size, images.shape[1], mean, std)
-    for other in held_out.values():
-        data.check_channels(other.images, form.channels)
-        data.check_labels(other.labels, len(classes))
+    for x, y, _ in held_out.values():
+        data.check_channels(x, form.channels)
+        data.check_labels(y, len(classes))
 
     torch.manual_seed(config.seed)
     network = load_network(
@@ -384,6 +377,7 @@ def train(config: TeacherConfig) -> dict[str, Any]:
     training.run(checkpoint)
 
     network = training.average.module
+    whole = nn.Sequential(training.normaliser, network)
     note = {
         "network": config.network,
         "num_classes": len(classes),
@@ -396,16 +390,11 @@ def train(config: TeacherConfig) -> dict[str, Any]:
         "epochs": round(training.steps / training.steps_per_epoch, 2),
         "train_seconds": round(training.seconds, 1),
         "accuracy": {
-            name: accuracy(
-                nn.Sequential(training.normaliser, network),
-                data.resized(other.images, size),
-                other.labels,
-            )
-            for name, other in held_out.items()
+            name: accuracy(whole, data.resized(x, size), y) for name, (x, y, _) in held_out.items()
         },
     }
     save_weights(config.out, network.state_dict())
-    write_text(config.out.with_suffix(".json"), json.dumps(note, indent=2) + "\n")
+    write_json(config.out.with_suffix(".json"), note)
     checkpoint.unlink(missing_ok=True)
     return note
 
@@ -420,9 +409,8 @@ def parse(arguments: list[str]) -> TeacherConfig:
 
 
 @command
-def main() -> int:
+def main() -> None:
     print(json.dumps(train(parse(sys.argv[1:])), indent=2))
-    return 0
 
 
 if __name__ == "__main__":

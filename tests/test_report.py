@@ -23,6 +23,7 @@ from dafl_fast.models import build
 from dafl_fast.pictures import save_samples
 from dafl_fast.recipes import make_config
 from dafl_fast.records import Run
+from dafl_fast.templates import render
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 SUMMARY = {
@@ -102,7 +103,7 @@ def test_the_figures_of_a_run_are_in_its_report(make_run):
     assert "--resume" not in text and "dafl_fast.export" not in text
     (path / "checkpoint.pt").touch()
     (path / "student.safetensors").touch()
-    text = words(pages.render(pages.page_of_run(Run.read(path))))
+    text = words(render("report.html.j2", pages.page_of_run(Run.read(path))))
     assert f"python -m dafl_fast.train --resume {path} --max-seconds 240" in text
     assert f"python -m dafl_fast.evaluate {path} --data mnist-5k" in text
     assert f"python -m dafl_fast.export {path} --format onnx" in text

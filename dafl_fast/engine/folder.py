@@ -21,8 +21,15 @@ from torch import Tensor
 from ..config import Config
 from ..device import environment
 from ..errors import UserError
-from ..files import load_checkpoint, load_tensors, save_checkpoint, save_weights, write_text
-from ..settings import Mark, marked
+from ..files import (
+    load_checkpoint,
+    load_tensors,
+    save_checkpoint,
+    save_weights,
+    write_json,
+    write_text,
+)
+from ..settings import Mark, check_unchanged, plain
 from .bank import ReplayBank
 from .live import copied, map_tensors
 from .step import Step
@@ -84,17 +91,12 @@ class RunFolder:
         """Writes config.yaml, from which a run can be resumed."""
         import yaml
 
-        own = marked(Config, Mark.OWN_FOLDER)
-        values = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(config).items()
-            if name not in own
-        }
+        values = plain(config, without=Mark.OWN_FOLDER)
         write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Writes a JSON file of the run, atomically."""
-        write_text(self.path / name, json.dumps(value, indent=2) + "\n")
+        write_json(self.path / name, value)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl."""
@@ -270,14 +272,8 @@ def check_resumed(config: Config) -> None:
     """
     assert config.resume is not None
     before = Config(**read_config(config.resume))
-    free = marked(Config, Mark.RESUMABLE)
-    for name, old in vars(before).items():
-        new = getattr(config, name)
-        if old != new and name not in free:
-            raise UserError(
-                f"--{name.replace('_', '-')} cannot change when resuming: the run in "
-                f"{config.resume} has {old}, got {new}"
-            )
+    place = f" when resuming: the run in {config.resume} has"
+    check_unchanged(plain(before, without=Mark.RESUMABLE), config, place)
 
 
 def _next_free(parent: Path, stem: str) -> Path:

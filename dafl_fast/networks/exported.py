@@ -6,13 +6,12 @@ classifier can be handed on. Gradients with respect to its images work as in the
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,24 +41,10 @@ def read_exported(path: Path, role: str) -> nn.Module:
     with zipfile.ZipFile(path) as archive:
         if any(re.search("/opaque_obj|/aotinductor/", name) for name in archive.namelist()):
             raise NeedsCode
-    with _weights_only():
+    # Without this, torch.export.load unpickles some parts of a file without restriction.
+    with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
         program = torch.export.load(path)
     return from_export(program, role)
-
-
-@contextlib.contextmanager
-def _weights_only() -> Iterator[None]:
-    # torch.export.load unpickles some parts of a file without restriction unless this is set.
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def from_export(program: ExportedProgram, role: str = "teacher") -> nn.Module:
