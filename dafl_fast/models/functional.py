@@ -37,7 +37,7 @@ def upsample_stage(
     """Nearest x2 upsampling, `conv`, `norm`, LeakyReLU with `slope`, then `to_image` if given.
 
     Convolutions are 3x3 with padding 1. x is [N, in_channels, H, W]; the result has twice its
-    height and width. What is spared:
+    height and width. What this saves:
 
     * the upsampled image, since each output pixel sees only 2x2 distinct pixels of x: on a CPU
       6.25 multiply-adds per pixel of x and channel pair (csrc/layers/upsample_conv.cpp), elsewhere
