@@ -103,34 +103,6 @@ def settings_of(run: Run) -> dict[str, str]:
     return {name: setting(value) for name, value in values.items()}
 
 
-def verdict(run: Run) -> str:
-    """In one or two sentences, how far the student is."""
-    summary, accuracy = run.summary, run.accuracy
-    parts = []
-    if not summary and (reason := run.rows[-1].get("stopped")):
-        parts.append(f"Stopped at step {run.rows[-1]['step']:,}: {reason}.")
-    elif not summary:
-        parts.append(f"Not finished: this is how it stood at step {run.rows[-1]['step']:,}.")
-    elif summary["interrupted"]:
-        parts.append(f"Interrupted after step {summary['steps']:,}.")
-    agreement = f"agrees with its teacher on {percentage(run.agreement)} of generated images"
-    if accuracy is None:
-        parts.append(f"The student {agreement}; no held-out images were given.")
-    elif not summary:
-        parts.append(
-            f"The student last had an accuracy of {percentage(accuracy)}, and {agreement}."
-        )
-    else:
-        teacher = summary["teacher_accuracy"]
-        side = "below" if accuracy < teacher else "above"
-        parts.append(
-            f"The student has an accuracy of {percentage(accuracy)} on {summary['eval_count']:,} "
-            f"held-out images, {100 * abs(teacher - accuracy):.2f} points {side} its teacher's "
-            f"{percentage(teacher)}, and {agreement}."
-        )
-    return " ".join(parts)
-
-
 def cards(run: Run) -> list[tuple[str, str, str]]:
     """The figures that come first: label, value, remark."""
     summary = run.summary
@@ -237,7 +209,8 @@ def page_of_run(run: Run) -> dict[str, Any]:
     return {
         "title": run.name,
         "kind": f"{run.config.preset}, recipe {run.config.recipe}",
-        "verdict": verdict(run),
+        "run": run,
+        "percentage": percentage,
         "cards": cards(run),
         "charts": curves([run]),
         "grids": [picture for picture in pictures if picture],
@@ -267,6 +240,7 @@ def page_of_runs(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "title": " · ".join(names) if len(names) <= 3 else f"{len(names)} runs",
         "kind": "comparison of runs",
+        "run": None,
         "verdict": words,
         "cards": [(run.name, *_in_short(run)) for run in runs],
         "charts": curves(runs),
