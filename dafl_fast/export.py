@@ -350,16 +350,16 @@ def main() -> None:
     student, config = open_run(arguments.run).built(), Config(**read_config(arguments.run))
     if arguments.data_dir is not None:
         config = replace(config, data_dir=arguments.data_dir)
-    held_out, classes = _held_out(config)
+    images, classes = _held_out(config)
     path = arguments.out or arguments.run / f"student.{arguments.format}"
     check = export_student(
-        student, path, arguments.format, run=arguments.run, held_out=held_out, classes=classes
+        student, path, arguments.format, run=arguments.run, held_out=images, classes=classes
     )
-    count = check["random_images"] + check["held_out_images"]
+    held_out = check["held_out_images"]
     print(
-        f"{path}: the student's class on all of {count:,} images "
-        f"({check['held_out_images']:,} held out), logits differ by at most "
-        f"{check['max_difference']:.2g}\n{path}.md: its model card"
+        f"{path}: the student's class on all of {check['random_images'] + held_out:,} images "
+        f"({held_out:,} held out), logits differ by at most {check['max_difference']:.2g}\n"
+        f"{path}.md: its model card"
     )
 
 

@@ -6,11 +6,11 @@ The file holds all it shows and runs no script, so it can be opened from disk, m
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -20,20 +20,15 @@ from .records import Run, grid, spread, step_of
 from .settings import Mark, plain
 from .templates import render
 
+_AGREEMENTS = {"agreement_training": "images it learns from", "agreement_newest": "newest images"}
 GRIDS = 8  # grids of images in a report of one run
 EMPTY = "—"
 
-# The curves of a run: title, keys in metrics.jsonl with their labels, the weight's setting if it
-# is a loss with one, whether the values are shown in
-# per cent. Several runs are compared by the first key.
+# The curves of a run: title, keys in metrics.jsonl with their labels, the setting of its weight if
+# it is a loss with one, whether in per cent. Several runs are compared by the first key.
 CURVES: tuple[tuple[str, dict[str, str], str | None, bool], ...] = (
     ("Accuracy on held-out images", {"accuracy": "student"}, None, True),
-    (
-        "Agreement with the teacher",
-        {"agreement_training": "images it learns from", "agreement_newest": "newest images"},
-        None,
-        True,
-    ),
+    ("Agreement with the teacher", _AGREEMENTS, None, True),
     ("Distillation loss", {"distill_loss": ""}, None, False),
     ("Generator loss, weighted sum", {"generator_loss": ""}, None, False),
     ("One-hot loss", {"one_hot": ""}, "one_hot", False),
@@ -47,27 +42,24 @@ CURVES: tuple[tuple[str, dict[str, str], str | None, bool], ...] = (
 
 def curves(runs: Sequence[Run]) -> list[Markup]:
     """All charts that the runs have values for."""
+    one = len(runs) == 1
+    names = [""] if one else [run.name for run in runs]
     charts = []
     for title, keys, weight, percent in CURVES:
         scale = 100.0 if percent else 1.0
-        if len(runs) == 1:
-            (run,) = runs
-            lines = [
-                Line(label, run.curve(key, scale), i) for i, (key, label) in enumerate(keys.items())
-            ]
-            teacher = run.summary.get("teacher_accuracy")
-            if "accuracy" in keys and teacher is not None:
-                end = run.rows[-1]["train_seconds"]
-                lines.append(Line("teacher", [(0, 100 * teacher), (end, 100 * teacher)], 1, True))
-            if weight:
-                title = f"{title}, weight {getattr(run.config, weight):g}"
-        else:
-            key = next(iter(keys))
-            lines = [Line(run.name, run.curve(key, scale), i) for i, run in enumerate(runs)]
+        shown = list(keys.items())[: None if one else 1]
+        lines = [
+            Line(label if one else run.name, run.curve(key, scale), i)
+            for i, (run, (key, label)) in enumerate(itertools.product(runs, shown))
+        ]
+        teacher = runs[0].summary.get("teacher_accuracy")
+        if one and "accuracy" in keys and teacher is not None:
+            end = runs[0].rows[-1]["train_seconds"]
+            lines.append(Line("teacher", [(0, 100 * teacher), (end, 100 * teacher)], 1, True))
+        if one and weight:
+            title = f"{title}, weight {getattr(runs[0].config, weight):g}"
         charts.append((title, lines, percent))
-    places = enumerate(runs)
-    names = [""] if len(runs) == 1 else [run.name for run in runs]
-    balance = [Line(names[i], run.classes(), i) for i, run in places]
+    balance = [Line(name, run.classes(), i) for i, (name, run) in enumerate(zip(names, runs))]
     charts.append(("Class balance: effective number of classes", balance, False))
     made = []
     for title, lines, percent in charts:
@@ -75,20 +67,19 @@ def curves(runs: Sequence[Run]) -> list[Markup]:
         # The BatchNorm and the adversarial loss are zero throughout when they are off.
         if any(y for line in lines if not line.level for _, y in line.points):
             made.append(chart(title, lines, percent))
-    if len(runs) == 1 and (counts := runs[0].last("class_counts")):
+    if one and (counts := runs[0].last("class_counts")):
         made.append(bars("Class balance of the newest images", counts))
     return made
 
 
-@dataclass
-class Table:
+class Table(NamedTuple):
     """Rows of cells under a heading; `marked` cells (row, column) stand out."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[Any]]
     folded: bool = False
-    marked: set[tuple[int, int]] = field(default_factory=set)
+    marked: Set[tuple[int, int]] = frozenset()
 
 
 def percentage(value: float | None) -> str:
@@ -110,34 +101,6 @@ def settings_of(run: Run) -> dict[str, str]:
     """All settings but those that name the folder."""
     values = plain(run.config, without=Mark.OWN_FOLDER)
     return {name: setting(value) for name, value in values.items()}
-
-
-def verdict(run: Run) -> str:
-    """In one or two sentences, how far the student is."""
-    summary, accuracy = run.summary, run.accuracy
-    parts = []
-    if not summary and (reason := run.rows[-1].get("stopped")):
-        parts.append(f"Stopped at step {run.rows[-1]['step']:,}: {reason}.")
-    elif not summary:
-        parts.append(f"Not finished: this is how it stood at step {run.rows[-1]['step']:,}.")
-    elif summary["interrupted"]:
-        parts.append(f"Interrupted after step {summary['steps']:,}.")
-    agreement = f"agrees with its teacher on {percentage(run.agreement)} of generated images"
-    if accuracy is None:
-        parts.append(f"The student {agreement}; no held-out images were given.")
-    elif not summary:
-        parts.append(
-            f"The student last had an accuracy of {percentage(accuracy)}, and {agreement}."
-        )
-    else:
-        teacher = summary["teacher_accuracy"]
-        side = "below" if accuracy < teacher else "above"
-        parts.append(
-            f"The student has an accuracy of {percentage(accuracy)} on {summary['eval_count']:,} "
-            f"held-out images, {100 * abs(teacher - accuracy):.2f} points {side} its teacher's "
-            f"{percentage(teacher)}, and {agreement}."
-        )
-    return " ".join(parts)
 
 
 def cards(run: Run) -> list[tuple[str, str, str]]:
@@ -229,27 +192,25 @@ def page_of_run(run: Run) -> dict[str, Any]:
     """What the template shows of one run."""
     mine, defaults = settings_of(run), settings_of(dataclasses.replace(run, config=run.defaults))
     differing = [(k, v, defaults[k]) for k, v in mine.items() if v != defaults[k]]
-    recipe = f"{run.config.preset}, recipe {run.config.recipe}"
     usual = [(name, value) for name, value in mine.items() if value == defaults[name]]
     shown = [
         (label, figure_of(key, run.summary[key]))
         for key, label in SUMMARY.items()
         if run.summary.get(key) is not None
     ]
-    head = ("setting", "this run", "recipe")
+    head, differing = ("setting", "this run", "recipe"), differing or [("none", EMPTY, EMPTY)]
     tables = [
         Table("Summary", (), shown),
-        Table(
-            "Settings that differ from the recipe's", head, differing or [("none", EMPTY, EMPTY)]
-        ),
+        Table("Settings that differ from the recipe's", head, differing),
         Table("All other settings", (), usual, folded=True),
         Table("Environment", (), _flat(run.environment), folded=True),
     ]
     pictures = [grid(path, step_of(path)) for path in spread(run.grids(), GRIDS)]
     return {
         "title": run.name,
-        "kind": recipe,
-        "verdict": verdict(run),
+        "kind": f"{run.config.preset}, recipe {run.config.recipe}",
+        "run": run,
+        "percentage": percentage,
         "cards": cards(run),
         "charts": curves([run]),
         "grids": [picture for picture in pictures if picture],
@@ -279,6 +240,7 @@ def page_of_runs(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "title": " · ".join(names) if len(names) <= 3 else f"{len(names)} runs",
         "kind": "comparison of runs",
+        "run": None,
         "verdict": words,
         "cards": [(run.name, *_in_short(run)) for run in runs],
         "charts": curves(runs),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Kind = Literal["teacher", "ordinary", "kd", "noise", "alternative", "dafl"]
 LOSSES = ("one_hot", "entropy", "activation")
 
 
@@ -14,7 +15,7 @@ class Row:
 
     label: str
     paper: float
-    kind: Literal["teacher", "ordinary", "kd", "noise", "alternative", "dafl"]
+    kind: Kind
     losses: tuple[str, ...] = LOSSES
     """Those of `LOSSES` that train the generator, with the recipe's weights."""
 
@@ -28,17 +29,19 @@ class Table:
     rows: dict[str, Row]
 
 
-def _comparison(
-    teacher: float, ordinary: float, kd: float, noise: float, alternative: float, dafl: float
-) -> dict[str, Row]:
-    return {
-        "teacher": Row("teacher", teacher, "teacher"),
-        "ordinary": Row("student, ordinary training", ordinary, "ordinary"),
-        "kd": Row("student, KD on real data", kd, "kd"),
-        "noise": Row("student, normal noise", noise, "noise"),
-        "alternative": Row("student, alternative data", alternative, "alternative"),
-        "dafl": Row("student, DAFL", dafl, "dafl"),
-    }
+_LABELS: dict[Kind, str] = {
+    "teacher": "teacher",
+    "ordinary": "student, ordinary training",
+    "kd": "student, KD on real data",
+    "noise": "student, normal noise",
+    "alternative": "student, alternative data",
+    "dafl": "student, DAFL",
+}
+
+
+def _comparison(*paper: float) -> dict[str, Row]:
+    rows = zip(_LABELS.items(), paper, strict=True)
+    return {kind: Row(label, accuracy, kind) for (kind, label), accuracy in rows}
 
 
 def _ablation(**paper: float) -> dict[str, Row]:

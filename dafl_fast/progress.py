@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from .templates import render
+
 
 class Progress:
     """A live line on a terminal; silent elsewhere."""
@@ -43,26 +45,5 @@ class Progress:
 
 def describe(summary: dict[str, Any]) -> str:
     """The summary in a few lines for people."""
-    lines = [
-        f"{summary['steps']:,} steps in {summary['train_seconds']:.1f} s of training "
-        f"({summary['images_per_second']:,.0f} images/s, {summary['precision']} on "
-        f"{summary['device']}), {summary['wall_seconds']:.1f} s in all"
-    ]
-    if summary["student_accuracy"] is not None:
-        lines.append(
-            f"student {summary['student_accuracy']:.2%}, teacher "
-            f"{summary['teacher_accuracy']:.2%} on {summary['eval_count']:,} held-out images "
-            f"({summary['eval_set']})"
-        )
-    lines.append(f"agreement with the teacher on generated images {summary['agreement_fresh']:.2%}")
-    lines.append(
-        f"student of {summary['student_parameters']:,} parameters (teacher "
-        f"{summary['teacher_parameters']:,}): {summary['run']}/student.safetensors"
-    )
     page = Path(summary["run"], "report.html")
-    if page.exists():
-        lines.append(f"the run at a glance: {page}")
-    if summary["interrupted"]:
-        again = f"python -m dafl_fast.train --resume {summary['run']}"
-        lines.append(f"interrupted; go on with: {again}")
-    return "\n".join(lines)
+    return render("summary.txt.j2", {**summary, "page": page}).rstrip()

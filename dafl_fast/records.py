@@ -8,7 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .config import Config
 from .engine.folder import read_config, read_json, read_metrics, read_summary
@@ -57,10 +57,8 @@ class Run:
         # A run that was resumed and then killed still has the summary of its first part.
         if summary.get("steps", -1) < rows[-1]["step"]:
             summary = {}
-        return cls(
-            path, config, make_config(config.preset, config.recipe), rows, summary, environment,
-            path.resolve().name,
-        )  # fmt: skip
+        defaults, name = make_config(config.preset, config.recipe), path.resolve().name
+        return cls(path, config, defaults, rows, summary, environment, name)
 
     def curve(self, key: str, scale: float = 1.0) -> list[tuple[float, float]]:
         """(seconds of training, `scale` times the value) of every row that has `key`."""
@@ -93,8 +91,7 @@ class Run:
         return sorted(path for path in found if path.stem.removeprefix("step-").isdigit())
 
 
-@dataclass
-class Grid:
+class Grid(NamedTuple):
     """A grid of generated images for the page: its caption, its size in pixels, and itself."""
 
     caption: str

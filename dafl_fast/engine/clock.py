@@ -1,12 +1,18 @@
-"""The clock of a run: evaluation and saving are timed apart from training."""
+"""The time of a run: how much of it is training, and whether anything still moves."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 
 import torch
+
+log = logging.getLogger(__name__)
 
 
 class Clock:
@@ -36,3 +42,43 @@ class Clock:
         finally:
             self._since = time.perf_counter()
             self.apart[what] += self._since - start
+
+
+class Watchdog:
+    """A thread that warns, inside `with`, when no `beat` came for `seconds` (0: never); once for
+    each stall."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._watched = threading.get_ident()
+        self._beat = ("the start", time.monotonic())
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="dafl_fast-watchdog")
+
+    def beat(self, where: str) -> None:
+        """The watched thread has come to `where` ("step 12")."""
+        self._beat = (where, time.monotonic())
+
+    def __enter__(self) -> Watchdog:
+        self.beat("the start")
+        if self._seconds > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        warned = None
+        while not self._ended.wait(self._seconds / 4):
+            beat = where, since = self._beat
+            if time.monotonic() - since >= self._seconds and beat != warned:
+                warned = beat
+                stack = traceback.extract_stack(sys._current_frames()[self._watched])
+                log.warning(
+                    "nothing has moved for %.0f s: the run stands at %s, in %s (%s:%d)",
+                    time.monotonic() - since, where, stack[-1].name, stack[-1].filename,
+                    stack[-1].lineno or 0,
+                )  # fmt: skip

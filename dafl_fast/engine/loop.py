@@ -19,13 +19,12 @@ from ..device import peak_memory
 from ..errors import TrainingStopped, UserError
 from ..files import save_weights
 from ..pictures import save_samples
-from .clock import Clock
+from .clock import Clock, Watchdog
 from .distributed import is_lost_contact
 from .evaluation import accuracy_on
 from .folder import RunFolder
 from .graph import compile_and_capture
 from .step import STATISTICS, Step
-from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
