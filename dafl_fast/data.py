@@ -275,10 +275,10 @@ def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     grey_levels = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in images.unbind(1):
-        share = channel.flatten().bincount(minlength=256).double() / channel.numel()
-        mean = (share * grey_levels).sum()
+        frequency = channel.flatten().bincount(minlength=256).double() / channel.numel()
+        mean = (frequency * grey_levels).sum()
         means.append(round(mean.item(), 4))
-        stds.append(round((share * (grey_levels - mean) ** 2).sum().sqrt().item(), 4))
+        stds.append(round((frequency * (grey_levels - mean) ** 2).sum().sqrt().item(), 4))
     return tuple(means), tuple(stds)
 
 

@@ -251,13 +251,13 @@ class Training:
 
     def _done(self) -> float:
         """Share of the training that is behind us, by epochs or by time, whichever is further."""
-        shares = [0.0]
+        done = [0.0]
         if self.config.epochs is not None:
             total = max(1, round(self.config.epochs * self.steps_per_epoch))
-            shares.append(self.steps / total)
+            done.append(self.steps / total)
         if self.config.max_seconds is not None:
-            shares.append(self.seconds / self.config.max_seconds)
-        return max(shares)
+            done.append(self.seconds / self.config.max_seconds)
+        return max(done)
 
     def _order(self, epoch: int) -> Tensor:
         """The order of the images in that epoch, the same in a resumed training."""

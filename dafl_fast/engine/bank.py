@@ -87,7 +87,7 @@ class ReplayBank:
         self,
         count: int,
         generator: torch.Generator | None = None,
-        share: slice | None = None,
+        rows: slice | None = None,
         crop: int = 0,
         flip: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -95,11 +95,11 @@ class ReplayBank:
 
         Args:
             generator: source of randomness, on the ring's device.
-            share: take only these of the drawn entries (the others are other processes').
+            rows: take only these of the drawn entries (the others are other processes').
             crop: move each image by up to so many pixels, repeating those at its edge.
             flip: mirror every other image, left to right.
         """
-        device, part = self._pixels.device, share or slice(count)
+        device, part = self._pixels.device, rows or slice(count)
 
         def random(*more: int) -> Tensor:
             shape, high = (count, *more), torch.iinfo(torch.int64).max
