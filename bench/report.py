@@ -1,11 +1,11 @@
-"""Tables and plots of a results file of `make bench`.
+"""Tables and plots from a results file of `make bench`.
 
     python bench/report.py bench/out/latest.json            table and plots beside it
     python bench/report.py bench/out/latest.json --store    and a copy in bench/results
     python bench/report.py --readme                         README's table from bench/results
 
-A results file is pytest-benchmark's JSON; what counts stands in each benchmark's extra_info, see
-`bench.measure.record`: medians of contenders that took turns.
+A results file is pytest-benchmark's JSON. We read only the extra_info of each benchmark: it holds
+the median time of each contender, and the contenders took turns (see `bench.measure.record`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dafl_fast.files import write_atomically, write_text  # noqa: E402
 README = ROOT / "README.md"
 README_RESULTS = ROOT / "bench" / "results" / "cpu-2x-amd-epyc.json"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-# What README shows, in this order, of what the file has.
+# The rows that README shows, in this order.
 README_ROWS = (
     "test_time_to_accuracy",
     "test_step[mnist]",
@@ -40,7 +40,7 @@ README_ROWS = (
     "test_losses[distill_loss-1024x1000-features0-threads1]",
     "test_bank[cifar10-draw]",
 )
-# Suites call plain PyTorch and torch.compile differently: the published step is more than eager.
+# The name that a suite gives to a contender, and its role: the role decides the column.
 ROLES = {
     "ours": "ours", "eager": "eager", "published": "eager", "tuned": "tuned",
     "compile": "compile", "compiled": "compile", "ours+": "ours+",
@@ -87,7 +87,7 @@ def seconds(row: Row) -> dict[str, float]:
 
 
 def machine(results: dict[str, Any]) -> str:
-    """The machine's name, as results files are called."""
+    """The machine's name, which is also the name of its results file."""
     info = results["machine_info"]
     cpu = info.get("cpu", {})
     gpu = info.get("gpu")
@@ -98,33 +98,37 @@ def machine(results: dict[str, Any]) -> str:
 
 
 def setting(results: dict[str, Any]) -> str:
-    """Machine, torch and day, for people."""
+    """The machine, the version of torch and the day, as a title."""
     version = results["machine_info"].get("torch")
     day = str(results.get("datetime", ""))[:10]
     return ", ".join(filter(None, [machine(results), version and f"torch {version}", day]))
 
 
 def label(row: Row) -> str:
-    """What a benchmark measured, for people."""
+    """What a benchmark measured, as a row of a table names it."""
     kind, _, case = row["name"].removesuffix("]").partition("[")
     facts, settings = row["extra_info"], row.get("params") or {}
     mnist = case.startswith("mnist")
     batch = f", batch {facts['batch']}" if "batch" in facts else ""
     if kind == "test_time_to_accuracy":
-        return "training from the start to 98 % on MNIST"
+        return "MNIST, training until the student reaches 98 %"
     if kind == "test_step":
-        return f"{'MNIST step, LeNet-5' if mnist else 'CIFAR step, ResNet-34 to 18'}{batch}"
+        networks = (
+            "MNIST training step, LeNet-5" if mnist else "CIFAR training step, ResNet-34 to 18"
+        )
+        return f"{networks}{batch}"
     if kind == "test_teacher":
-        return f"{'LeNet-5' if mnist else 'ResNet-34'} teacher + image gradient{batch}"
+        return f"{'LeNet-5' if mnist else 'ResNet-34'} teacher, gradient to its images{batch}"
     if kind == "test_bank":
-        return f"replay bank, {'MNIST' if mnist else 'CIFAR'}, {case.rpartition('-')[2]}"
+        return f"replay bank, {'MNIST' if mnist else 'CIFAR'}: {case.rpartition('-')[2]} a batch"
     if kind == "test_sweep":
         return f"{settings['loss']}, 4 million logits, {settings['classes']} classes"
     if kind == "test_losses":
         features = f", {settings['features']} features" if settings["features"] else ""
         threads = f", {settings['threads']} thread{'s' * (settings['threads'] > 1)}"
         threads *= facts.get("device", "cpu") == "cpu"
-        return f"{settings['loss']} {settings['rows']}×{settings['classes']}{features}{threads}"
+        size = f"{settings['rows']} × {settings['classes']} logits"
+        return f"{settings['loss']}, {size}{features}{threads}"
     return str(row["name"])
 
 
@@ -142,20 +146,20 @@ def duration(value: float | None) -> str:
 
 
 def shown(row: Row, role: str) -> str:
-    """A contender's time; where all have the same time, the accuracy that it has reached in it."""
+    """A contender's time, or the accuracy that it reached in the time that ours took."""
     reached = [row["extra_info"].get(f"{n}_percent") for n, r in ROLES.items() if r == role]
     percent = next((value for value in reached if value is not None), None)
-    return duration(seconds(row).get(role)) if percent is None else f"reaches {percent:.1f} %"
+    return duration(seconds(row).get(role)) if percent is None else f"{percent:.1f} % in that time"
 
 
 def times(row: Row, role: str) -> str:
-    """How many times as fast as that contender ours is."""
+    """How many times as fast as that contender dafl_fast is."""
     found = seconds(row)
     return f"{found[role] / found['ours']:.1f}×" if {role, "ours"} <= found.keys() else ""
 
 
 def table(columns: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
+    """A Markdown table: the first column is aligned left, the others right."""
     alignment = ["---", *["--:"] * (len(columns) - 1)]
     return "\n".join(
         "|" + "".join(f" {cell} |" if cell else " |" for cell in line)
@@ -164,7 +168,7 @@ def table(columns: list[str], lines: list[list[str]]) -> str:
 
 
 def readme_table(results: dict[str, Any]) -> str:
-    """README's rows, those that the file has."""
+    """The table for README, without the rows that the file lacks."""
     known = rows(results)
     lines = []
     for name in README_ROWS:
@@ -174,14 +178,14 @@ def readme_table(results: dict[str, Any]) -> str:
         others = [shown(row, role) for role in ("eager", "tuned", "compile")]
         lines.append([label(row), f"**{duration(found['ours'])}**", *others, times(row, "eager")])
     columns = [
-        "what is timed", "dafl_fast", "plain PyTorch", "tuned by hand",
-        "tuned by hand, torch.compile", "speed-up over plain PyTorch",
+        "what is timed", "dafl_fast", "plain PyTorch", "tuned PyTorch", "torch.compile",
+        "speed-up over plain PyTorch",
     ]  # fmt: skip
     return table(columns, lines)
 
 
 def full_table(results: dict[str, Any]) -> str:
-    """Every benchmark of the file with all that was measured."""
+    """A table of every benchmark in the file, with all its values."""
     lines = []
     for row in results["benchmarks"]:
         facts = row["extra_info"]
@@ -203,9 +207,9 @@ def full_table(results: dict[str, Any]) -> str:
             ]
         )
     columns = [
-        "what is timed", "dafl_fast", "eager", "tuned", "torch.compile", "eager : ours",
-        "compile : ours",
-        "steps/s", "images/s", "GB/s", "% of bandwidth", "FLOP utilisation",
+        "what is timed", "dafl_fast", "plain PyTorch", "tuned PyTorch", "torch.compile",
+        "speed-up over plain PyTorch", "speed-up over torch.compile", "steps/s", "images/s",
+        "GB/s", "% of the measured bandwidth", "% of the measured matrix speed",
     ]  # fmt: skip
     return table(columns, lines)
 
@@ -214,7 +218,7 @@ def update_readme(results: dict[str, Any], path: Path = README) -> None:
     """Puts the table between README's markers.
 
     Raises:
-        UserError: the markers are not there.
+        UserError: README has no such markers.
     """
     text = path.read_text()
     head, begin, rest = text.partition(BEGIN)
@@ -241,7 +245,7 @@ def figure(width: float, height: float, title: str, results: dict[str, Any], pan
 
 
 def plot_speedups(results: dict[str, Any]):
-    """Bars: how many times as fast as eager PyTorch and as torch.compile. None: no such rows."""
+    """Bars: the speed-up over plain PyTorch and over torch.compile. None without such rows."""
     known = [
         (row, found)
         for row in results["benchmarks"]
@@ -250,12 +254,12 @@ def plot_speedups(results: dict[str, Any]):
     ]
     if not known:
         return None
-    drawing, (ax,) = figure(9, 1.4 + 0.45 * len(known), "Times as fast", results)
-    for offset, role, name in ((-0.2, "eager", "eager PyTorch"), (0.2, "compile", "torch.compile")):
+    drawing, (ax,) = figure(9, 1.4 + 0.45 * len(known), "Speed-up of dafl_fast", results)
+    for offset, role, name in ((-0.2, "eager", "plain PyTorch"), (0.2, "compile", "torch.compile")):
         bars = [(i, f[role] / f["ours"]) for i, (_, f) in enumerate(known) if role in f]
         drawn = ax.barh(
             [i + offset for i, _ in bars], [value for _, value in bars], 0.38,
-            color=COLOURS[role], label=f"as {name}",
+            color=COLOURS[role], label=f"over {name}",
         )  # fmt: skip
         ax.bar_label(
             drawn, [f"{value:.1f}" for _, value in bars], padding=3, fontsize=8,
@@ -265,13 +269,13 @@ def plot_speedups(results: dict[str, Any]):
     ax.invert_yaxis()
     ax.axvline(1, color="#444444", linewidth=1, zorder=0)
     ax.margins(x=0.08, y=0.01)
-    ax.set_xlabel("eager PyTorch's or torch.compile's time / ours")
+    ax.set_xlabel("time of plain PyTorch or torch.compile / time of dafl_fast")
     ax.legend(loc="lower right", frameon=False)
     return drawing
 
 
 def plot_bandwidth(results: dict[str, Any]):
-    """Bandwidth against the number of classes, a panel a loss. None: no such rows."""
+    """Bandwidth against the number of classes, one panel per loss. None without such rows."""
     sweep = [row for row in results["benchmarks"] if row["name"].startswith("test_sweep")]
     losses = sorted({row["params"]["loss"] for row in sweep}, reverse=True)
     if not losses:
@@ -283,7 +287,11 @@ def plot_bandwidth(results: dict[str, Any]):
             (row for row in sweep if row["params"]["loss"] == loss),
             key=lambda row: row["params"]["classes"],
         )
-        for role, name in (("ours", "dafl_fast"), ("compile", "torch.compile"), ("eager", "eager")):
+        for role, name in (
+            ("ours", "dafl_fast"),
+            ("compile", "torch.compile"),
+            ("eager", "plain PyTorch"),
+        ):
             line = [
                 (row["params"]["classes"], row["extra_info"]["ideal_bytes"] / found[role] / 1e9)
                 for row in points
@@ -304,7 +312,7 @@ def plot_bandwidth(results: dict[str, Any]):
 
 
 def plot_batches(results: dict[str, Any]):
-    """Images a second of the MNIST step against its batch size. None: fewer than two sizes."""
+    """Images per second of the MNIST step against its batch size. None for fewer than two sizes."""
     steps = [
         row
         for row in results["benchmarks"]
@@ -336,7 +344,7 @@ def plot_batches(results: dict[str, Any]):
 
 
 def plot_roofline(results: dict[str, Any]):
-    """Attained FLOP/s against operations a byte, with the measured limits. None: no such rows."""
+    """FLOP/s against operations per byte, with the measured limits. None without such rows."""
     pieces = [
         row for row in results["benchmarks"] if {"flop", "ideal_bytes"} <= row["extra_info"].keys()
     ]
@@ -347,7 +355,7 @@ def plot_roofline(results: dict[str, Any]):
     ]
     if not pieces or not peaks:
         return None
-    title = "Roofline (whoever needs fewer operations than the plain algorithm may pass the roof)"
+    title = "Roofline (a point may lie above the roof: its algorithm needs fewer operations)"
     drawing, (ax,) = figure(9, 5.6, title, results)
     groups = (
         ("generator_loss", "o", "generator_loss", "#1f5f99"),
@@ -368,7 +376,7 @@ def plot_roofline(results: dict[str, Any]):
             ]
             intensities += [x for x, _ in points]
             if points:
-                whose = "eager" if role == "eager" else "dafl_fast"
+                whose = "plain PyTorch" if role == "eager" else "dafl_fast"
                 ax.scatter(*zip(*points), marker=marker, facecolor=face, edgecolor=colour, s=42,
                            zorder=3, label=f"{name}, {whose}")  # fmt: skip
     left, right = min(intensities) / 3, max(intensities) * 3
@@ -399,7 +407,7 @@ PLOTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 def write(results: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """STEM.md and STEM-PLOT.png for each plot that the results have the rows for."""
+    """Writes STEM.md, and STEM-PLOT.png for each plot whose rows are in the results."""
     folder.mkdir(parents=True, exist_ok=True)
     drawings = {name: plot(results) for name, plot in PLOTS.items()}
     written = [folder / f"{stem}.md"]

@@ -303,7 +303,7 @@ def test_the_table_says_what_the_results_are(tmp_path):
     assert markdown(report).splitlines() == [
         "### MNIST: LeNet5 → LeNet5Half",
         "",
-        "| | paper | ours | seeds | training | images seen |",
+        "| network and training | paper, % | ours, % | seeds | training time | images trained on |",
         "| --- | --- | --- | --- | --- | --- |",
         "| teacher | 98.91 | 99.20 | 1 |  |  |",
         "| student, ordinary training | 98.65 | not run | 0 |  |  |",
