@@ -219,15 +219,12 @@ def show(result: dict[str, Any]) -> None:
     roles = [role for role in ("model", "teacher") if role in result]
     networks = [result[role] for role in roles]
     console = Console()
+    shape = "x".join(map(str, result["image_shape"]))
     console.print(
-        f"{result['count']:,} images of {result['data']} ({result['split']}), "
-        f"{'x'.join(map(str, result['image_shape']))}, {result['device']}, "
-        f"{result['threads']} threads",
-        soft_wrap=True,
-        highlight=False,
-    )
-    table = Table()
-    table.add_column()
+        f"{result['count']:,} images of {result['data']} ({result['split']}), {shape}, "
+        f"{result['device']}, {result['threads']} threads", soft_wrap=True, highlight=False,
+    )  # fmt: skip
+    table = Table("")
     for role, network in zip(roles, networks, strict=True):
         table.add_column(f"{role} {network['network']}", justify="right")
     rows = {

@@ -159,15 +159,10 @@ def make_config(preset: str = "mnist", **overrides: Any) -> TeacherConfig:
 
 
 class Training:
-    """A network in training: all that moves is in `state_dict`, so that it can be resumed exactly.
+    """A fresh network in training on images [N, C, H, W] uint8 and labels [N] int64.
 
-    Args:
-        network: freshly initialised.
-        images: [N, C, H, W] uint8.
-        labels: [N] int64.
-        form: the images' normalisation.
-        config: all settings.
-        objective: cross-entropy with the labels if None.
+    All that moves is in `state_dict`, so that it can be resumed exactly. `form` is the images'
+    normalisation, `objective` cross-entropy with the labels if None.
     """
 
     def __init__(
