@@ -311,11 +311,8 @@ class Normaliser(nn.Module):
 
 
 def normalise(images: Tensor, form: Format) -> Tensor:
-    """uint8 images [N, C, H, W] -> fp32 at the format's size, in normalised units.
-
-    Raises:
-        UserError: the images have another number of channels.
-    """
+    """uint8 images [N, C, H, W] -> fp32 at the format's size, in normalised units; raises
+    UserError if they have another number of channels."""
     check_channels(images, form.channels)
     return Normaliser(form)(resized(images, form.image_size))
 

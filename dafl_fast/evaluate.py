@@ -91,11 +91,8 @@ def _format_of(name: str) -> data.Format | None:
 
 @torch.no_grad()
 def pick_size(network: nn.Module, channels: int, sizes: list[int]) -> int:
-    """The first of `sizes` whose images the network takes, found by asking it.
-
-    Raises:
-        UserError: it takes none of them.
-    """
+    """The first of `sizes` whose images the network takes, found by asking it; raises UserError if
+    it takes none of them."""
     for size in sizes:
         try:
             logits_of(network, torch.zeros(2, channels, size, size), "model")

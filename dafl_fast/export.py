@@ -118,8 +118,10 @@ def export_student(
         check.update(_compare(student, load, temporary, random, held_out))
 
     write_atomically(path, write_and_check)
-    known = {"name": type(student).__name__, "image_shape": image_shape, "check": check}
-    text = model_card(path, format, num_classes, classes, config, summary, **known)
+    text = model_card(
+        path, format, config, summary, name=type(student).__name__, image_shape=image_shape,
+        num_classes=num_classes, classes=classes, check=check,
+    )  # fmt: skip
     write_text(path.with_name(f"{path.name}.md"), text)
     return check
 
@@ -270,15 +272,10 @@ def _compare(
 
 
 def model_card(
-    path: Path,
-    format: FormatName,
-    num_classes: int,
-    classes: tuple[str, ...],
-    config: Config | None,
-    summary: dict[str, Any],
-    **known: Any,
+    path: Path, format: FormatName, config: Config | None, summary: dict[str, Any], **student: Any
 ) -> str:
-    """A model card in the style of the Hugging Face hub; `known` are other values in it."""
+    """A model card in the style of the Hugging Face hub, from the run's settings and summary and
+    what else is known of the student: name, image_shape, num_classes, classes, check."""
     teacher = summary.get("teacher", config and config.teacher)  # it may be a file
     content, here = path.read_bytes(), environment()
     versions = {name: here[name] for name in ("dafl_fast", "torch", "python")}
@@ -291,14 +288,12 @@ def model_card(
         "format": format,
         "library": FORMATS[format].library,
         "use": FORMATS[format].use.format(path.name),
-        "num_classes": num_classes,
-        "classes": classes,
         "config": config,
         "changed": {} if config is None else _changed(config),
         "summary": summary,
         "teacher": Path(str(teacher)).name,
         "versions": versions,
-        **known,
+        **student,
     }
     return render("card.md.j2", card) + "\n"
 

@@ -228,6 +228,7 @@ def page_of_runs(runs: Sequence[Run]) -> dict[str, Any]:
     settings = [settings_of(run) for run in runs]
     rows = [(name, *(values[name] for values in settings)) for name in settings[0]]
     differing = [row for row in rows if len(set(row[1:])) > 1]
+    same = [row[:2] for row in rows if row not in differing]
     odd = {  # cells that differ from the first run's
         (i, j) for i, row in enumerate(differing) for j in range(2, len(row)) if row[j] != row[1]
     }
@@ -249,10 +250,7 @@ def page_of_runs(runs: Sequence[Run]) -> dict[str, Any]:
         "tables": [
             Table("Settings that differ", ("setting", *names), differing, marked=odd),
             Table("Summaries", ("", *names), _figures(runs)),
-            Table(
-                "Settings that are the same", (),
-                [row[:2] for row in rows if row not in differing], folded=True,
-            ),
+            Table("Settings that are the same", (), same, folded=True),
         ],
         "commands": [],
     }  # fmt: skip

@@ -41,11 +41,8 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """The run in the folder `path`, finished or not.
-
-        Raises:
-            UserError: there is none, or it has no metrics yet.
-        """
+        """The run in the folder `path`, finished or not; raises UserError if there is none, or it
+        has no metrics yet."""
         config = Config(**read_config(path))
         rows = read_metrics(path)
         if not rows:

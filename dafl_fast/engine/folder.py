@@ -124,11 +124,7 @@ class RunFolder:
         self._pending.append(self._writer.submit(write_on_side_stream))
 
     def flush(self) -> None:
-        """Waits until everything is written.
-
-        Raises:
-            UserError: something could not be written.
-        """
+        """Waits until everything is written; raises UserError if something could not be."""
         while self._pending:
             self._pending.pop(0).result()
 
