@@ -287,13 +287,10 @@ def resized(images: Tensor, size: int) -> Tensor:
     to whole grey levels, as `torchvision.transforms.Resize`."""
     if images.shape[-2:] == (size, size):
         return images
-    parts = [
-        F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
-        .round_()
-        .clamp_(0, 255)
-        .to(torch.uint8)
-        for part in images.split(1000)
-    ]
+    parts = []
+    for part in images.split(1000):
+        scaled = F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
+        parts.append(scaled.round_().clamp_(0, 255).to(torch.uint8))
     return torch.cat(parts)
 
 
@@ -314,11 +311,8 @@ class Normaliser(nn.Module):
 
 
 def normalise(images: Tensor, form: Format) -> Tensor:
-    """uint8 images [N, C, H, W] -> fp32 at the format's size, in normalised units.
-
-    Raises:
-        UserError: the images have another number of channels.
-    """
+    """uint8 images [N, C, H, W] -> fp32 at the format's size, in normalised units; raises
+    UserError if they have another number of channels."""
     check_channels(images, form.channels)
     return Normaliser(form)(resized(images, form.image_size))
 

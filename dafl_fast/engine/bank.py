@@ -18,12 +18,8 @@ class ReplayBank:
     Memory: ``capacity * (C * H * W * b + 4 * num_classes)`` bytes with b = 1, 2 or 4 for uint8,
     bf16 and fp32, and 8 more an image for uint8.
 
-    Args:
-        capacity: images held.
-        image_shape: (C, H, W).
-        num_classes: length of a logit vector (stored in fp32).
-        dtype: "bf16" or "fp32"; or "uint8", 256 levels between each image's own extremes.
-        device: where the ring lives.
+    Images are kept as `dtype`: "bf16", "fp32", or "uint8", which is 256 levels between each
+    image's own extremes; logits in fp32.
     """
 
     def __init__(
@@ -37,9 +33,8 @@ class ReplayBank:
         self.capacity = capacity
         channels, height, width = image_shape
         # Channels innermost, as the networks like their images.
-        self._pixels = torch.empty(
-            (capacity, height, width, channels), dtype=_DTYPES[dtype], device=device
-        )
+        shape = (capacity, height, width, channels)
+        self._pixels = torch.empty(shape, dtype=_DTYPES[dtype], device=device)
         self.logits = torch.empty((capacity, num_classes), device=device)
         # Per image: its minimum and the size of a grey level (uint8 only).
         self.levels = torch.empty((capacity, 2), device=device) if dtype == "uint8" else None
