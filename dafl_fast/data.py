@@ -275,10 +275,10 @@ def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     grey_levels = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in images.unbind(1):
-        share = channel.flatten().bincount(minlength=256).double() / channel.numel()
-        mean = (share * grey_levels).sum()
+        frequency = channel.flatten().bincount(minlength=256).double() / channel.numel()
+        mean = (frequency * grey_levels).sum()
         means.append(round(mean.item(), 4))
-        stds.append(round((share * (grey_levels - mean) ** 2).sum().sqrt().item(), 4))
+        stds.append(round((frequency * (grey_levels - mean) ** 2).sum().sqrt().item(), 4))
     return tuple(means), tuple(stds)
 
 
@@ -287,13 +287,10 @@ def resized(images: Tensor, size: int) -> Tensor:
     to whole grey levels, as `torchvision.transforms.Resize`."""
     if images.shape[-2:] == (size, size):
         return images
-    parts = [
-        F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
-        .round_()
-        .clamp_(0, 255)
-        .to(torch.uint8)
-        for part in images.split(1000)
-    ]
+    parts = []
+    for part in images.split(1000):
+        scaled = F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
+        parts.append(scaled.round_().clamp_(0, 255).to(torch.uint8))
     return torch.cat(parts)
 
 
@@ -314,11 +311,8 @@ class Normaliser(nn.Module):
 
 
 def normalise(images: Tensor, form: Format) -> Tensor:
-    """uint8 images [N, C, H, W] -> fp32 at the format's size, in normalised units.
-
-    Raises:
-        UserError: the images have another number of channels.
-    """
+    """uint8 images [N, C, H, W] -> fp32 at the format's size, in normalised units; raises
+    UserError if they have another number of channels."""
     check_channels(images, form.channels)
     return Normaliser(form)(resized(images, form.image_size))
 

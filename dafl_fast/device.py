@@ -70,12 +70,9 @@ def keep_freed_memory() -> None:
 def peak_memory(device: torch.device) -> dict[str, int | None]:
     """The most memory this process has held so far, in bytes: on the host and on the device."""
     on_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "peak_host_bytes": on_host * (1 if sys.platform == "darwin" else 1024),
-        "peak_device_bytes": (
-            torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-        ),
-    }
+    on_host *= 1 if sys.platform == "darwin" else 1024
+    on_device = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+    return {"peak_host_bytes": on_host, "peak_device_bytes": on_device}
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -110,12 +111,9 @@ def distill(
 def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Runs (or resumes) the run that `config` describes, and returns its summary.
 
-    As `distill`, with networks and held-out images by name. Under torchrun every process calls it,
-    each trains on its share of the batches, and the first one writes.
-
-    Args:
-        config: all settings.
-        report: called with each row of metrics.jsonl.
+    As `distill`, with networks and held-out images by name; `report` is called with each row of
+    metrics.jsonl. Under torchrun every process calls it, each trains on its share of the batches,
+    and the first one writes.
     """
     teacher, student = load_networks(config)
     held_out = None
@@ -152,9 +150,8 @@ def _run(
         if path is None and world.first:
             path = RunFolder.create(config)
         folder = RunFolder(Path(world.decide_text(str(path))))
-        loop = Loop(
-            config, step, folder, teacher, held_out, callbacks, lambda: _report(folder.path)
-        )
+        report = functools.partial(_report, folder.path)
+        loop = Loop(config, step, folder, teacher, held_out, callbacks, report)
         if config.tensorboard and world.first:
             board = TensorBoard(folder, step)  # whose step counts on from the checkpoint by now
             loop.callbacks = [*callbacks, board]

@@ -91,11 +91,8 @@ def _format_of(name: str) -> data.Format | None:
 
 @torch.no_grad()
 def pick_size(network: nn.Module, channels: int, sizes: list[int]) -> int:
-    """The first of `sizes` whose images the network takes, found by asking it.
-
-    Raises:
-        UserError: it takes none of them.
-    """
+    """The first of `sizes` whose images the network takes, found by asking it; raises UserError if
+    it takes none of them."""
     for size in sizes:
         try:
             logits_of(network, torch.zeros(2, channels, size, size), "model")
@@ -219,15 +216,12 @@ def show(result: dict[str, Any]) -> None:
     roles = [role for role in ("model", "teacher") if role in result]
     networks = [result[role] for role in roles]
     console = Console()
+    shape = "x".join(map(str, result["image_shape"]))
     console.print(
-        f"{result['count']:,} images of {result['data']} ({result['split']}), "
-        f"{'x'.join(map(str, result['image_shape']))}, {result['device']}, "
-        f"{result['threads']} threads",
-        soft_wrap=True,
-        highlight=False,
-    )
-    table = Table()
-    table.add_column()
+        f"{result['count']:,} images of {result['data']} ({result['split']}), {shape}, "
+        f"{result['device']}, {result['threads']} threads", soft_wrap=True, highlight=False,
+    )  # fmt: skip
+    table = Table("")
     for role, network in zip(roles, networks, strict=True):
         table.add_column(f"{role} {network['network']}", justify="right")
     rows = {

@@ -110,15 +110,18 @@ def export_student(
     num_classes = logits_of(student, example, "student").shape[1]
     write, load = FORMATS[format].made(student, example)
     check: dict[str, Any] = {}
-    if run is not None:
-        read_summary(run)  # the card needs it: say so before there is a file without a card
+    # Read now, so that a damaged one is told before there is a file without a card.
+    summary = {} if run is None else read_summary(run)
 
     def write_and_check(temporary: Path) -> None:
         write(temporary)
         check.update(_compare(student, load, temporary, random, held_out))
 
     write_atomically(path, write_and_check)
-    text = model_card(path, format, student, image_shape, num_classes, check, run, classes)
+    text = model_card(
+        path, format, config, summary, name=type(student).__name__, image_shape=image_shape,
+        num_classes=num_classes, classes=classes, check=check,
+    )  # fmt: skip
     write_text(path.with_name(f"{path.name}.md"), text)
     return check
 
@@ -269,32 +272,14 @@ def _compare(
 
 
 def model_card(
-    path: Path,
-    format: FormatName,
-    student: nn.Module,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    check: dict[str, Any],
-    run: Path | None,
-    classes: tuple[str, ...] = (),
+    path: Path, format: FormatName, config: Config | None, summary: dict[str, Any], **student: Any
 ) -> str:
-    """A model card in the style of the Hugging Face hub; see `export_student`."""
-    config = None if run is None else Config(**read_config(run))
-    summary = {} if run is None else read_summary(run)
+    """A model card in the style of the Hugging Face hub, from the run's settings and summary and
+    what else is known of the student: name, image_shape, num_classes, classes, check."""
     teacher = summary.get("teacher", config and config.teacher)  # it may be a file
     content, here = path.read_bytes(), environment()
     versions = {name: here[name] for name in ("dafl_fast", "torch", "python")}
     versions |= {package: version(package) for package in FORMATS[format].packages}
-    normalised = "normalised as the teacher's training data were, which is not recorded here."
-    if config is not None and config.mean is not None and config.std is not None:
-        normalised = (
-            f"(x - mean) / std per channel, mean {list(config.mean)}, std {list(config.std)}."
-        )
-    class_names = f"{', '.join(classes)}, in this order."
-    if len(classes) != num_classes:
-        class_names = (
-            f"0 to {num_classes - 1}, in the teacher's order; their names are not recorded here."
-        )
     card = {
         "file": path.name,
         "bytes": len(content),
@@ -303,17 +288,12 @@ def model_card(
         "format": format,
         "library": FORMATS[format].library,
         "use": FORMATS[format].use.format(path.name),
-        "name": type(student).__name__,
-        "image_shape": image_shape,
-        "num_classes": num_classes,
-        "normalised": normalised,
-        "class_names": class_names,
         "config": config,
         "changed": {} if config is None else _changed(config),
         "summary": summary,
         "teacher": Path(str(teacher)).name,
-        "check": check,
         "versions": versions,
+        **student,
     }
     return render("card.md.j2", card) + "\n"
 

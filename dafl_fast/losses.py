@@ -104,11 +104,7 @@ def adversarial_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     answer: there is something left to learn, and the class is not in doubt (Fang et al. 2019, with
     the mask of Fast-Datafree). In plain PyTorch, since it runs once a step.
 
-    Args:
-        student_logits, teacher_logits: [N, C], both differentiable.
-
-    Returns:
-        The loss, a scalar of at least fp32.
+    Both logits are [N, C] and differentiable; the loss is a scalar of at least fp32.
     """
     s, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in
             (student_logits, teacher_logits))  # fmt: skip
@@ -125,12 +121,8 @@ def batch_norm_loss(
     Images like the teacher's data give the statistics that its BatchNorm layers remember (Yin et
     al. 2020, "Dreaming to Distill", equation 4). In plain PyTorch.
 
-    Args:
-        means, variances: of the input of each layer in `norms`, [C_l], biased.
-        norms: BatchNorm layers with running statistics.
-
-    Returns:
-        The loss, a scalar.
+    Means and biased variances [C_l] are of the input of each layer in `norms`, which have running
+    statistics; the loss is a scalar.
     """
     distances = []
     for mean, variance, norm in zip(means, variances, norms, strict=True):

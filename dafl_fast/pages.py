@@ -151,6 +151,14 @@ def figure_of(key: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and key != "seed" else number(value)
 
 
+def _figures(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    return [
+        (label, *(figure_of(key, run.summary.get(key)) for run in runs))
+        for key, label in SUMMARY.items()
+        if any(run.summary.get(key) is not None for run in runs)
+    ]
+
+
 def commands(run: Run) -> list[tuple[str, str]]:
     """How to go on: what for, and the command."""
     folder, config = shlex.quote(str(run.path)), run.config
@@ -193,14 +201,9 @@ def page_of_run(run: Run) -> dict[str, Any]:
     mine, defaults = settings_of(run), settings_of(dataclasses.replace(run, config=run.defaults))
     differing = [(k, v, defaults[k]) for k, v in mine.items() if v != defaults[k]]
     usual = [(name, value) for name, value in mine.items() if value == defaults[name]]
-    shown = [
-        (label, figure_of(key, run.summary[key]))
-        for key, label in SUMMARY.items()
-        if run.summary.get(key) is not None
-    ]
     head, differing = ("setting", "this run", "recipe"), differing or [("none", EMPTY, EMPTY)]
     tables = [
-        Table("Summary", (), shown),
+        Table("Summary", (), _figures([run])),
         Table("Settings that differ from the recipe's", head, differing),
         Table("All other settings", (), usual, folded=True),
         Table("Environment", (), _flat(run.environment), folded=True),
@@ -222,14 +225,13 @@ def page_of_run(run: Run) -> dict[str, Any]:
 def page_of_runs(runs: Sequence[Run]) -> dict[str, Any]:
     """What the template shows of several runs."""
     names = [run.name for run in runs]
-    figures = [
-        (label, *(figure_of(key, run.summary.get(key)) for run in runs))
-        for key, label in SUMMARY.items()
-        if any(run.summary.get(key) is not None for run in runs)
-    ]
     settings = [settings_of(run) for run in runs]
     rows = [(name, *(values[name] for values in settings)) for name in settings[0]]
     differing = [row for row in rows if len(set(row[1:])) > 1]
+    same = [row[:2] for row in rows if row not in differing]
+    odd = {  # cells that differ from the first run's
+        (i, j) for i, row in enumerate(differing) for j in range(2, len(row)) if row[j] != row[1]
+    }
     best = max(runs, key=lambda run: run.accuracy or 0)
     many = "setting differs" if len(differing) == 1 else "settings differ"
     words = f"{len(runs)} runs, {len(differing)} {many}."
@@ -246,12 +248,9 @@ def page_of_runs(runs: Sequence[Run]) -> dict[str, Any]:
         "charts": curves(runs),
         "grids": [picture for picture in pictures if picture],
         "tables": [
-            Table("Settings that differ", ("setting", *names), differing, marked=_odd(differing)),
-            Table("Summaries", ("", *names), figures),
-            Table(
-                "Settings that are the same", (),
-                [row[:2] for row in rows if row not in differing], folded=True,
-            ),
+            Table("Settings that differ", ("setting", *names), differing, marked=odd),
+            Table("Summaries", ("", *names), _figures(runs)),
+            Table("Settings that are the same", (), same, folded=True),
         ],
         "commands": [],
     }  # fmt: skip
@@ -263,11 +262,6 @@ def _in_short(run: Run) -> tuple[str, str]:
     if run.accuracy is None:
         return percentage(run.agreement), f"agreement, no held-out images; {remark}"
     return percentage(run.accuracy), f"accuracy, agreement {percentage(run.agreement)}; {remark}"
-
-
-def _odd(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
-    """Places of cells that differ from the first run's."""
-    return {(i, j) for i, row in enumerate(rows) for j in range(2, len(row)) if row[j] != row[1]}
 
 
 def write_report(path: Path, out: Path | None = None) -> Path:
@@ -282,11 +276,8 @@ def write_report(path: Path, out: Path | None = None) -> Path:
 
 
 def write_comparison(paths: Sequence[Path], out: Path) -> Path:
-    """Writes the comparison of the runs in the folders `paths` to `out`.
-
-    Raises:
-        UserError: as `write_report`.
-    """
+    """Writes the comparison of the runs in the folders `paths` to `out`; raises as
+    `write_report` does."""
     runs = [Run.read(path) for path in paths]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:

@@ -13,13 +13,9 @@ from .files import write_atomically
 def save_samples(path: Path, images: Tensor, logits: Tensor, count: int = 40) -> None:
     """Writes a PNG grid of images [N, C, H, W] with the teacher's label and confidence.
 
-    The images are spread evenly over the classes that the teacher sees in them, sorted by class;
-    grey values are stretched over each image's own range.
-
-    Args:
-        path: the PNG file, written atomically.
-        logits: the teacher's, [N, num_classes].
-        count: images shown at most.
+    The teacher's logits are [N, num_classes]. `count` images at most are shown, spread evenly over
+    the classes that it sees in them and sorted by class; grey values are stretched over each
+    image's own range.
     """
     from PIL import Image, ImageDraw
 
@@ -44,8 +40,8 @@ def save_samples(path: Path, images: Tensor, logits: Tensor, count: int = 40) ->
         tile = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).resize(
             (size, size), Image.Resampling.NEAREST
         )
-        x = margin + (place % columns) * cell_w
-        y = margin + (place // columns) * cell_h
+        row, column = divmod(place, columns)
+        x, y = margin + column * cell_w, margin + row * cell_h
         sheet.paste(tile, (x, y))
         text = f"{labels[index]}  {100 * confidence[index]:.0f} %"
         draw.text((x + 2, y + size + 1), text, fill="black")

@@ -23,8 +23,7 @@ class Run:
     """What the folder of a run says.
 
     Attributes:
-        config: all settings.
-        defaults: those that its preset and recipe have by themselves.
+        defaults: the settings that its preset and recipe have by themselves.
         rows: of metrics.jsonl.
         summary: empty while the run goes on, or when it was stopped without one.
         name: the folder's.
@@ -40,17 +39,13 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """The run in the folder `path`, finished or not.
-
-        Raises:
-            UserError: there is none, or it has no metrics yet.
-        """
+        """The run in the folder `path`, finished or not; raises UserError if there is none, or it
+        has no metrics yet."""
         config = Config(**read_config(path))
         rows = read_metrics(path)
         if not rows:
             raise UserError(f"the run in {path} has no metrics yet: nothing to report")
-        summary: dict[str, Any] = {}
-        environment: dict[str, Any] = {}
+        environment, summary = dict[str, Any](), dict[str, Any]()
         with contextlib.suppress(UserError):  # a page shows whatever can be read
             environment = read_json(path / "environment.json")
             summary = read_summary(path)

@@ -32,7 +32,7 @@ from .losses import distill_loss
 from .networks import bundled_weights, load_network
 from .paper import LOSSES, TABLES, Row
 from .progress import Progress
-from .recipes import PRESETS
+from .recipes import PRESETS, make_config
 from .settings import POSITIVE, Mark, check, check_unchanged, plain
 
 
@@ -113,9 +113,8 @@ class Reproduction:
         self.teacher_name = config.teacher_network or preset.networks["teacher"]
         self.student_name = config.student_network or preset.networks["student"]
         self.classes = preset.networks["num_classes"]
-        self.image_shape = channels, size, _ = preset.networks["image_shape"]
-        mean, std = (preset.networks[name] for name in ("mean", "std"))
-        self.form = data.Format(size, channels, mean, std)
+        self.image_shape = preset.networks["image_shape"]
+        self.form = make_config(self.table.preset).image_format
         grey = self.table.preset in ("mnist", "hintonnet")
         self.data = config.data or ("mnist" if grey else self.table.preset)
         self.device = pick_device(config.device)
@@ -127,12 +126,7 @@ class Reproduction:
         }
 
     def run(self) -> None:
-        """Runs what is not done yet.
-
-        Raises:
-            UserError: the folder holds results of another setting, or something is not usable.
-            KeyboardInterrupt: a run was interrupted; it can be gone on with.
-        """
+        """Runs what is not done yet; see `reproduce`."""
         config, settings = self.config, self.out / "settings.json"
         if settings.exists():
             check_unchanged(
@@ -295,19 +289,18 @@ class Reproduction:
             return bundled
         path = self.out / "teacher.safetensors"
         if not path.with_suffix(".json").exists():  # which is written last
-            train_teacher.train(
-                train_teacher.make_config(
-                    self.table.preset,
-                    network=self.teacher_name,
-                    data=self.data,
-                    data_dir=config.data_dir,
-                    download=config.download,
-                    eval="none",
-                    out=path,
-                    resume=path.with_suffix(".checkpoint").exists(),
-                    **self.training,
-                )
+            settings = train_teacher.make_config(
+                self.table.preset,
+                network=self.teacher_name,
+                data=self.data,
+                data_dir=config.data_dir,
+                download=config.download,
+                eval="none",
+                out=path,
+                resume=path.with_suffix(".checkpoint").exists(),
+                **self.training,
             )
+            train_teacher.train(settings)
         return path
 
     @cached_property
@@ -372,13 +365,12 @@ class Reproduction:
 
     def report(self) -> dict[str, Any]:
         """All results in the folder, as <table>.json has them."""
-        config = self.config
         what = {
-            "table": config.table,
+            "table": self.config.table,
             "title": f"{self.table.title}: {self.teacher_name} → {self.student_name}",
-            "recipe": config.recipe,
-            "max_seconds_per_run": config.max_seconds_per_run,
-            "eval": Path(config.eval or self.data).name,
+            "recipe": self.config.recipe,
+            "max_seconds_per_run": self.config.max_seconds_per_run,
+            "eval": Path(self.config.eval or self.data).name,
         }
         return compare(self.table, self.out, what)
 

@@ -159,15 +159,10 @@ def make_config(preset: str = "mnist", **overrides: Any) -> TeacherConfig:
 
 
 class Training:
-    """A network in training: all that moves is in `state_dict`, so that it can be resumed exactly.
+    """A fresh network in training on images [N, C, H, W] uint8 and labels [N] int64.
 
-    Args:
-        network: freshly initialised.
-        images: [N, C, H, W] uint8.
-        labels: [N] int64.
-        form: the images' normalisation.
-        config: all settings.
-        objective: cross-entropy with the labels if None.
+    All that moves is in `state_dict`, so that it can be resumed exactly. `form` is the images'
+    normalisation, `objective` cross-entropy with the labels if None.
     """
 
     def __init__(
@@ -208,11 +203,8 @@ class Training:
         self.seconds = 0.0
 
     def run(self, checkpoint: Path) -> None:
-        """Trains to the end, saving to `checkpoint` now and then.
-
-        Raises:
-            TrainingStopped: the loss is not finite.
-        """
+        """Trains to the end, saving to `checkpoint` now and then; raises TrainingStopped when the
+        loss is not finite."""
         config = self.config
         start = time.perf_counter() - self.seconds
         saved = printed = self.seconds
@@ -251,13 +243,13 @@ class Training:
 
     def _done(self) -> float:
         """Share of the training that is behind us, by epochs or by time, whichever is further."""
-        shares = [0.0]
+        done = [0.0]
         if self.config.epochs is not None:
             total = max(1, round(self.config.epochs * self.steps_per_epoch))
-            shares.append(self.steps / total)
+            done.append(self.steps / total)
         if self.config.max_seconds is not None:
-            shares.append(self.seconds / self.config.max_seconds)
-        return max(shares)
+            done.append(self.seconds / self.config.max_seconds)
+        return max(done)
 
     def _order(self, epoch: int) -> Tensor:
         """The order of the images in that epoch, the same in a resumed training."""
@@ -309,11 +301,7 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave.
-
-        Raises:
-            UserError: it belongs to a training with other settings.
-        """
+        """Restores what `state_dict` gave; raises UserError if that had other settings."""
         check_unchanged(state["settings"], self.config, " when resuming: the checkpoint has")
         self.network.load_state_dict(state["network"])
         self.average.module.load_state_dict(state["average"])

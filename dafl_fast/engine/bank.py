@@ -18,12 +18,8 @@ class ReplayBank:
     Memory: ``capacity * (C * H * W * b + 4 * num_classes)`` bytes with b = 1, 2 or 4 for uint8,
     bf16 and fp32, and 8 more an image for uint8.
 
-    Args:
-        capacity: images held.
-        image_shape: (C, H, W).
-        num_classes: length of a logit vector (stored in fp32).
-        dtype: "bf16" or "fp32"; or "uint8", 256 levels between each image's own extremes.
-        device: where the ring lives.
+    Images are kept as `dtype`: "bf16", "fp32", or "uint8", which is 256 levels between each
+    image's own extremes; logits in fp32.
     """
 
     def __init__(
@@ -37,9 +33,8 @@ class ReplayBank:
         self.capacity = capacity
         channels, height, width = image_shape
         # Channels innermost, as the networks like their images.
-        self._pixels = torch.empty(
-            (capacity, height, width, channels), dtype=_DTYPES[dtype], device=device
-        )
+        shape = (capacity, height, width, channels)
+        self._pixels = torch.empty(shape, dtype=_DTYPES[dtype], device=device)
         self.logits = torch.empty((capacity, num_classes), device=device)
         # Per image: its minimum and the size of a grey level (uint8 only).
         self.levels = torch.empty((capacity, 2), device=device) if dtype == "uint8" else None
@@ -87,7 +82,7 @@ class ReplayBank:
         self,
         count: int,
         generator: torch.Generator | None = None,
-        share: slice | None = None,
+        rows: slice | None = None,
         crop: int = 0,
         flip: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -95,11 +90,11 @@ class ReplayBank:
 
         Args:
             generator: source of randomness, on the ring's device.
-            share: take only these of the drawn entries (the others are other processes').
+            rows: take only these of the drawn entries (the others are other processes').
             crop: move each image by up to so many pixels, repeating those at its edge.
             flip: mirror every other image, left to right.
         """
-        device, part = self._pixels.device, share or slice(count)
+        device, part = self._pixels.device, rows or slice(count)
 
         def random(*more: int) -> Tensor:
             shape, high = (count, *more), torch.iinfo(torch.int64).max

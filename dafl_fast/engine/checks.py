@@ -41,11 +41,8 @@ def logits_of(network: Callable[[Tensor], Tensor], images: Tensor, role: str = "
 
 @torch.no_grad()
 def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
-    """Tries the student on a batch, so that a misfit shows before anything is trained.
-
-    Raises:
-        UserError: it does not take the images, or does not return logits [N, num_classes].
-    """
+    """Raises UserError unless the student returns logits [N, num_classes] for the images; tried
+    before anything is trained."""
     with evaluation_mode(student):
         logits = logits_of(student, images, "student")
     if logits.shape[1] != num_classes:
@@ -75,11 +72,7 @@ def run_lazy_layers(network: nn.Module, example: Tensor, role: str) -> None:
 
 @torch.no_grad()
 def check_generator(generator: nn.Module, noise: Tensor, image_shape: tuple[int, ...]) -> None:
-    """Tries a generator on noise [N, latent_dim], before anything is trained.
-
-    Raises:
-        UserError: it does not make images of that shape.
-    """
+    """Raises UserError unless the generator makes such images of noise [N, latent_dim]."""
     with evaluation_mode(generator):
         images = generator(noise)
     if tuple(images.shape) != (len(noise), *image_shape):

@@ -61,7 +61,7 @@ class World:
         """All processes, for collective calls; None when there is only one."""
         return dist.group.WORLD if self.size > 1 else None
 
-    def share(self, name: str, count: int) -> slice:
+    def rows_of_batch(self, name: str, count: int) -> slice:
         """This process's part of a batch of `count`, which the option `name` asks for."""
         if count % self.size or count // self.size < 2:
             raise UserError(

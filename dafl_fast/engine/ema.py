@@ -11,11 +11,7 @@ from ..models.twin import duplicate
 class Average:
     """A copy of a network whose parameters follow it slowly: a <- a + weight (w - a).
 
-    Buffers (BatchNorm statistics) are copied.
-
-    Args:
-        network: to follow.
-        decay: 1 - weight, once the average has begun to matter; see `ramp`.
+    Buffers (BatchNorm statistics) are copied. `decay` is 1 - weight in the end; see `ramp`.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:

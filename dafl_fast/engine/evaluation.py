@@ -28,12 +28,8 @@ def predictions(network: nn.Module, images: Tensor, batch_size: int = 1000) -> T
     """Lowest-index argmax class [N] of `network`'s logits for images [N, C, H, W], in fp32."""
     device = next(network.parameters(), images).device  # a frozen TorchScript has no parameters
     with evaluation_mode(network):
-        return torch.cat(
-            [
-                network(batch.to(device)).argmax(1).to(images.device)
-                for batch in images.split(batch_size)
-            ]
-        )
+        parts = [network(batch.to(device)).argmax(1) for batch in images.split(batch_size)]
+    return torch.cat(parts).to(images.device)
 
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:

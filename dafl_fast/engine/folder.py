@@ -124,11 +124,7 @@ class RunFolder:
         self._pending.append(self._writer.submit(write_on_side_stream))
 
     def flush(self) -> None:
-        """Waits until everything is written.
-
-        Raises:
-            UserError: something could not be written.
-        """
+        """Waits until everything is written; raises UserError if something could not be."""
         while self._pending:
             self._pending.pop(0).result()
 
@@ -144,16 +140,14 @@ class RunFolder:
             UserError: something that was to be written earlier could not be.
         """
         self.flush()
-        shard, entries = None, None
-        if step.bank is not None:
-            shard, entries = self._new_entries(step.bank)
+        entries = {} if step.bank is None else self._new_entries(step.bank)
         state = copied(
             {"step": step.state_dict(), "progress": progress, "bank_shards": self._shards}
         )
 
         def write() -> None:
-            if shard is not None and entries is not None:
-                save_weights(shard, entries)
+            for shard, tensors in entries.items():
+                save_weights(shard, tensors)
             save_checkpoint(self.checkpoint, map_tensors(state, Tensor.cpu))
             self._remove_other_shards(state["bank_shards"])
 
@@ -161,13 +155,14 @@ class RunFolder:
 
     def restore(self, step: Step) -> dict[str, Any] | None:
         """Loads the last checkpoint into `step`; None when the run had not yet written one."""
-        if step.world.first:
+        first = step.world.first
+        if first:
             for folder in (self.path, self.path / "bank", self.path / "samples"):
                 for path in folder.glob(".*"):
                     if _LEFTOVER.fullmatch(path.name) and path.is_file():
                         path.unlink()  # what a killed process was about to write
         if not self.checkpoint.exists():
-            if step.world.first:
+            if first:
                 self.metrics.unlink(missing_ok=True)
             return None
         state = load_checkpoint(self.checkpoint)
@@ -176,29 +171,28 @@ class RunFolder:
         if step.bank is not None:
             for start, stop in self._shards:
                 step.bank.restore(start, load_tensors(self._shard(start, stop), "replay bank"))
-        if step.world.first:
+        if first:
             self._remove_other_shards(self._shards)
-        if step.world.first and self.metrics.exists():
+        if first and self.metrics.exists():
             # Rows after the checkpoint (and a half-written last one) will be written again.
             rows = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
             kept = [row for row in rows if json.loads(row)["step"] <= step.steps]
             write_text(self.metrics, "".join(row + "\n" for row in kept))
-        progress: dict[str, Any] = state["progress"]
-        return progress
+        return state["progress"]
 
     def _shard(self, start: int, stop: int) -> Path:
         return self.path / "bank" / f"{start:09d}-{stop:09d}.safetensors"
 
-    def _new_entries(self, bank: ReplayBank) -> tuple[Path | None, dict[str, Tensor] | None]:
-        """Copies of the entries that are not on disk yet, and the file for them."""
+    def _new_entries(self, bank: ReplayBank) -> dict[Path, dict[str, Tensor]]:
+        """Copies of the entries that are not on disk yet, by the file for them."""
         oldest = bank.added - len(bank)
         saved = self._shards[-1][1] if self._shards else 0
         start = max(saved, oldest)
         self._shards = [shard for shard in self._shards if shard[1] > oldest]
         if bank.added == start:
-            return None, None
+            return {}
         self._shards.append((start, bank.added))
-        return self._shard(start, bank.added), bank.span(start, bank.added)
+        return {self._shard(start, bank.added): bank.span(start, bank.added)}
 
     def _remove_other_shards(self, shards: list[tuple[int, int]]) -> None:
         wanted = {self._shard(*shard) for shard in shards}

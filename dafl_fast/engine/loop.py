@@ -135,12 +135,12 @@ class Loop:
     def _done(self) -> float:
         """Share of the run that is behind us, by steps or by time, whichever is further."""
         config = self.config
-        shares = [0.0]
+        done = [0.0]
         if config.steps is not None:
-            shares.append(self.step.steps / config.steps)
+            done.append(self.step.steps / config.steps)
         if config.max_seconds is not None:
-            shares.append(self.clock.seconds / config.max_seconds)
-        return max(shares)
+            done.append(self.clock.seconds / config.max_seconds)
+        return max(done)
 
     def _schedule(self, done: float) -> float:
         """Factor on the student's learning rate when the share `done` of the run is over."""
@@ -201,8 +201,8 @@ class Loop:
         classes = self.step.num_classes
         if self.config.entropy == 0:
             return
-        share = -entropy * math.log(self.config.log_base) / math.log(classes)
-        self.collapsed_steps = self.collapsed_steps + count if share < COLLAPSED_ENTROPY else 0
+        of_largest = -entropy * math.log(self.config.log_base) / math.log(classes)
+        self.collapsed_steps = self.collapsed_steps + count if of_largest < COLLAPSED_ENTROPY else 0
         if self.collapsed_steps >= COLLAPSED_STEPS:
             raise TrainingStopped(
                 f"the generator has collapsed: for {self.collapsed_steps} steps nearly all images "

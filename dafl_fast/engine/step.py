@@ -82,10 +82,10 @@ class Step:
         self.teacher = teacher
         self.generator, self.student = map(world.share_statistics, (generator, student))
         self.average = Average(student, config.ema_decay) if config.ema_decay else None
-        # Of each batch, noise and draws are the same in all processes; each takes its share.
+        # Of each batch, noise and draws are the same in all processes; each takes its rows.
         self._count = config.student_batch_size or config.batch_size
-        self._share = world.share("batch-size", config.batch_size)
-        self._student_share = world.share("student-batch-size", self._count)
+        self._rows = world.rows_of_batch("batch-size", config.batch_size)
+        self._student_rows = world.rows_of_batch("student-batch-size", self._count)
         self._generator = world.average_gradients(self.generator)
         self._student = world.average_gradients(self.student)
         self.bank: ReplayBank | None = None
@@ -180,12 +180,12 @@ class Step:
         for _ in range(config.student_updates):
             if self.bank is not None:
                 images, logits = self.bank.draw(
-                    self._count, self.random, self._student_share, config.bank_crop,
+                    self._count, self.random, self._student_rows, config.bank_crop,
                     config.bank_flip,
                 )  # fmt: skip
             elif config.student_source == "fresh":
                 with torch.no_grad(), self._autocast():
-                    images = self.generator(self.noise(self._count)[self._student_share])
+                    images = self.generator(self.noise(self._count)[self._student_rows])
                     logits, _ = self.teacher(images)
             loss, agreement = self._update_student(images, logits)
             learned += torch.stack([loss, agreement])
@@ -216,7 +216,7 @@ class Step:
         """A newly generated batch and the teacher's logits for it. Draws noise, so it belongs at
         the end of a run, after the last checkpoint; and in all processes."""
         with self._autocast():
-            images = self.generator(self.noise(self.config.batch_size)[self._share])
+            images = self.generator(self.noise(self.config.batch_size)[self._rows])
             logits = self.teacher(images)[0]
         return self.world.gather(images), self.world.gather(logits)
 
@@ -230,7 +230,7 @@ class Step:
     def _update_generator(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         config = self.config
         with self._autocast():
-            images = self._generator(self.noise(config.batch_size)[self._share])
+            images = self._generator(self.noise(config.batch_size)[self._rows])
             logits, features = self.teacher(images)
             loss = generator_loss(
                 logits,

@@ -16,9 +16,7 @@ log = logging.getLogger(__name__)
 class TensorBoard:
     """A callback that writes each row's numbers, and each grid of images, to RUN/tensorboard.
 
-    Args:
-        folder: of the run.
-        step: as restored; events of later steps, from before the run was resumed, are purged.
+    Events of steps after `step`, from before the run was resumed, are purged.
     """
 
     def __init__(self, folder: RunFolder, step: Step) -> None:

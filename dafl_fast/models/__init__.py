@@ -37,12 +37,9 @@ GREY_SIZES = {"LeNet5": 32, "LeNet5Half": 32, "HintonNet1200": 28, "HintonNet800
 
 
 def build(name: str, num_classes: int = 10, channels: int | None = None) -> nn.Module:
-    """A network by its name (one of `NETWORKS`), freshly initialised.
+    """A network by its name (one of `NETWORKS`), freshly initialised, with `num_classes` logits.
 
-    Args:
-        name: LeNet5, ResNet34, WRN-40-2, ...
-        num_classes: logits.
-        channels: image channels; the network's own (1 for LeNets and HintonNets, else 3) when None.
+    Image channels are the network's own (1 for LeNets and HintonNets, else 3) when None.
 
     Raises:
         UserError: an unknown name, or a network that does not take that many channels.
@@ -57,12 +54,8 @@ def build(name: str, num_classes: int = 10, channels: int | None = None) -> nn.M
 
 
 def identify(state: Mapping[str, Tensor]) -> tuple[str, int, int] | None:
-    """The named network whose weights `state` holds, told by their names and shapes.
-
-    Returns:
-        name, number of classes and image channels, as `build` takes them; None when `state`
-        belongs to no named network.
-    """
+    """The named network whose weights `state` holds, told by their names and shapes: name, number
+    of classes and image channels, as `build` takes them; None when it is no named network."""
     for name in NETWORKS:
         with torch.device("meta"):
             own = build(name).state_dict()

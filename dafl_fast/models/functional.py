@@ -37,13 +37,12 @@ def upsample_stage(
     """Nearest x2 upsampling, `conv`, `norm`, LeakyReLU with `slope`, then `to_image` if given.
 
     Convolutions are 3x3 with padding 1. x is [N, in_channels, H, W]; the result has twice its
-    height and width. What this saves:
+    height and width. This saves:
 
-    * the upsampled image, since each output pixel sees only 2x2 distinct pixels of x: on a CPU
-      6.25 multiply-adds per pixel of x and channel pair (csrc/layers/upsample_conv.cpp), elsewhere
-      one stride-2 transposed convolution with 16, instead of 36;
-    * `conv`'s bias while training: `norm` subtracts it again, so its gradient is zero and all that
-      it does is shift the running mean;
+    * the upsampled image: each output pixel sees only 2x2 distinct pixels of x. On a CPU that takes
+      6.25 multiply-adds per pixel of x and channel pair (csrc/layers/upsample_conv.cpp), elsewhere,
+      as a stride-2 transposed convolution, 16; otherwise 36;
+    * `conv`'s bias while training: `norm` subtracts it again, it only shifts the running mean;
     * on a CPU, most passes over memory: norm_activation.cpp, norm_image_conv.cpp in csrc/layers.
     """
     if operators_run(x):

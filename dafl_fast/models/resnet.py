@@ -45,12 +45,10 @@ class ResNet(nn.Module):
     """A stem and stages of basic blocks; every stage but the first halves the image.
 
     Args:
-        blocks: blocks per stage: (3, 4, 6, 3) is ResNet-34, (2, 2, 2, 2) ResNet-18, (3, 3, 3)
-            ResNet-20, (1, 1, 1) ResNet-8.
+        blocks: per stage: (3, 4, 6, 3) is ResNet-34, (2, 2, 2, 2) ResNet-18, (3, 3, 3) ResNet-20.
         width: channels of the stem and the first stage, doubled by each later stage: 64 for the
             four-stage networks, 16 for the three-stage ones.
-        num_classes: logits.
-        channels: image channels.
+        num_classes, channels: logits, and image channels.
 
     The three-stage networks have 1x1 convolutions as shortcuts (option B of the paper) like the
     others: ResNet-20 has 272,474 parameters, where parameter-free shortcuts would leave 269,722.
@@ -107,24 +105,16 @@ class WideStage(nn.Module):
     def __init__(self, count: int, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         first = WideBlock(inputs, outputs, stride)
-        self.layer = nn.Sequential(
-            first, *(WideBlock(outputs, outputs, 1) for _ in range(count - 1))
-        )
+        others = (WideBlock(outputs, outputs, 1) for _ in range(count - 1))
+        self.layer = nn.Sequential(first, *others)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
 
 
 class WideResNet(nn.Module):
-    """WRN-`depth`-`widen`: three stages of (depth - 4) / 6 blocks, 16, 32 and 64 channels times
-    `widen`.
-
-    Args:
-        depth: 6 n + 4 layers with weights.
-        widen: factor on the channels.
-        num_classes: logits.
-        channels: image channels.
-    """
+    """WRN-`depth`-`widen`: three stages of n blocks with 16, 32 and 64 channels times `widen`;
+    `depth` is 6 n + 4 layers with weights, `channels` are the images'."""
 
     def __init__(self, depth: int, widen: int, num_classes: int = 10, channels: int = 3) -> None:
         super().__init__()

@@ -58,12 +58,8 @@ class WinogradConv2d(nn.Conv2d):
 def accelerated(network: nn.Module, constant: bool = False) -> nn.Module:
     """A twin of `network` whose convolutions that can gain are of the class `WinogradConv2d`.
 
-    Names, parameters, hooks and state_dict are the same.
-
-    Args:
-        network: left as it is.
-        constant: its weights never change from now on, so that what is computed from them alone
-            is computed once.
+    Names, parameters, hooks and state_dict are the same, and `network` is left as it is. If its
+    weights are `constant` from now on, what depends on them alone is computed once.
     """
     fast = twin(
         network, lambda layer: WinogradConv2d if type(layer) is nn.Conv2d and _fits(layer) else None

@@ -33,11 +33,8 @@ class NeedsCode(Exception):
 
 
 def read_exported(path: Path, role: str) -> nn.Module:
-    """The network that torch.export.save wrote to `path`; see `from_export`.
-
-    Raises:
-        NeedsCode: objects in the file would have to be unpickled, or compiled code run.
-    """
+    """The network that torch.export.save wrote to `path`; see `from_export`. Raises NeedsCode when
+    objects in the file would have to be unpickled, or compiled code run."""
     with zipfile.ZipFile(path) as archive:
         if any(re.search("/opaque_obj|/aotinductor/", name) for name in archive.namelist()):
             raise NeedsCode

@@ -54,8 +54,7 @@ def recognise(path: Path, role: str) -> FileFormat:
     """The format of a file, by its content: endings mean little (.pt is used for three of them).
 
     Raises:
-        UserError: no such file, or it has none of the formats; `role` ("teacher") names it in
-            messages.
+        UserError: no such file, or none of the formats; `role` names it in messages.
     """
     if not path.is_file():
         raise UserError(f"the {role} file {path} does not exist")
@@ -114,17 +113,11 @@ def _read(read: Callable[[Path, str], Any], path: Path, role: str) -> Any:
 
 
 def load_weights(network: nn.Module, path: str | Path, role: str) -> nn.Module:
-    """Fills `network` from a file; `role` ("teacher") names it in messages.
+    """Fills `network` in place and returns it; `role` ("teacher") names it in messages.
 
-    The state dict may lie under a usual key of a checkpoint ("state_dict", "model", ...), and all
-    its names may have a prefix, as DataParallel's "module." and torch.compile's "_orig_mod.".
-
-    Args:
-        network: filled in place.
-        path: safetensors, or a checkpoint that `torch.load(weights_only=True)` reads.
-
-    Returns:
-        `network`.
+    The file is safetensors, or a checkpoint that `torch.load(weights_only=True)` reads. The state
+    dict may lie under a usual key of it ("state_dict", "model", ...), and all its names may have a
+    prefix, as DataParallel's "module." and torch.compile's "_orig_mod.".
 
     Raises:
         UserError: the file cannot be read without running code that is in it, or holds the

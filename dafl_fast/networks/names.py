@@ -32,8 +32,7 @@ def build_named(name: str, role: str, sizes: Sizes) -> nn.Module:
     """
     source, colon, rest = name.partition(":")
     if name in NETWORKS:
-        num_classes = 10 if sizes.num_classes is None else sizes.num_classes
-        return build(name, num_classes, sizes.channels)
+        return build(name, 10 if sizes.num_classes is None else sizes.num_classes, sizes.channels)
     if colon and source in _PACKAGES:
         return _PACKAGES[source](rest, role, sizes)
     if colon:
@@ -55,9 +54,8 @@ def _timm(name: str, role: str, sizes: Sizes) -> nn.Module:
 
     if not timm.is_model(name):  # neither are names that timm would look up on a server
         raise UserError(_unknown(role, "timm", name, timm.list_models()))
-    settings = _given(
-        num_classes=sizes.num_classes, in_chans=sizes.channels, img_size=sizes.image_size
-    )
+    classes, channels, size = sizes
+    settings = _given(num_classes=classes, in_chans=channels, img_size=size)
     try:
         return timm.create_model(name, pretrained=False, **settings)
     except TypeError as error:
@@ -101,10 +99,9 @@ def _own(name: str, role: str, sizes: Sizes) -> nn.Module:
         )
     try:
         accepted = inspect.signature(found).parameters
-        settings = _given(
-            num_classes=sizes.num_classes, channels=sizes.channels, in_chans=sizes.channels,
-            image_size=sizes.image_size, img_size=sizes.image_size,
-        )  # fmt: skip
+        classes, channels, size = sizes
+        settings = _given(num_classes=classes, channels=channels, in_chans=channels)
+        settings |= _given(image_size=size, img_size=size)
         network = found(**{key: value for key, value in settings.items() if key in accepted})
     except Exception as error:  # whatever the user's code raises
         raise _not_built(role, name, error) from error
@@ -124,9 +121,8 @@ def _unknown(role: str, package: str, name: str, known: list[str]) -> str:
 
 
 def _not_built(role: str, name: str, error: Exception) -> UserError:
-    return UserError(
-        f"the {role} {name} cannot be built: {type(error).__name__}: {first_line(error)}"
-    )
+    what = f"{type(error).__name__}: {first_line(error)}"
+    return UserError(f"the {role} {name} cannot be built: {what}")
 
 
 _PACKAGES = {"timm": _timm, "torchvision": _torchvision}

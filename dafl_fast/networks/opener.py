@@ -31,10 +31,10 @@ class Opened:
     Attributes:
         name: of the network, or what kind of program it is.
         role: "teacher", "student" or "model", for messages.
-        file: that holds its weights; None without one.
+        file: with its weights, if there is one.
         network: itself; None while it must be built for the images, as named ones must.
         classes, channels, image_size: that it takes; None if asking it will tell.
-        mean, std: of the images that it was trained on, per channel; None if not known.
+        mean, std: of the images that it was trained on, per channel, if known.
     """
 
     name: str
@@ -131,8 +131,7 @@ def open_run(path: Path) -> Opened:
             f"python -m dafl_fast.train --resume {path}"
         )
     channels, size, _ = config.image_shape
-    classes = read_summary(path).get("num_classes", config.num_classes)
-    sizes = (classes, channels, size)
+    sizes = (read_summary(path).get("num_classes", config.num_classes), channels, size)
     student = open_network(config.student, weights, "student").built(*sizes).eval()
     known = (*sizes, config.mean, config.std)
     return Opened(config.student, "student", weights, student, *known)
@@ -204,19 +203,18 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
     Raises:
         UserError: one is not named, not to be had, or does not fit its weights.
     """
-    for role in ("teacher", "student"):
-        if getattr(config, role) is None:
-            raise UserError(
-                f"--{role} must name a network for the preset {config.preset}: see docs/networks.md"
-            )
-    assert config.teacher is not None and config.student is not None
+    name, weights = config.teacher, config.teacher_weights
+    if name is None or config.student is None:
+        role = "teacher" if name is None else "student"
+        raise UserError(
+            f"--{role} must name a network for the preset {config.preset}: see docs/networks.md"
+        )
     if Path(config.student).is_dir():  # the run would not say which network its student is
         raise UserError(
             f"--student must name a network, got the folder {config.student}; to go on with the "
             "student in it, name its network, and its student.safetensors with --student-weights"
         )
     usual = PRESETS[config.preset].networks.get("teacher")
-    name, weights = config.teacher, config.teacher_weights
     if weights is None and name == usual:
         weights = bundled_weights(config.preset)
         if weights is None:
