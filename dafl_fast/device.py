@@ -1,4 +1,4 @@
-"""What a run computes on: the device, the precision, the memory, the machine's description."""
+"""The device, the precision and the memory of a run, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ._C import build_info
 from ._version import __version__
 from .errors import UserError
 
-# What each precision but fp32 computes in.
+# The dtype that each precision except fp32 uses under autocast.
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,7 +29,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        # torchrun numbers the processes of a machine; each has a GPU of its own.
+        # torchrun numbers the processes of a machine. Each process uses the GPU with its number.
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
@@ -37,7 +37,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """The precision for `--precision`: auto is bf16 where the processor computes in it."""
+    """The precision for `--precision`: "auto" is bf16 if the device computes in it, else fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -47,17 +47,17 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Where the networks of a run compute in `precision`; for "fp32" nothing is changed."""
+    """A context in which networks compute in `precision`; with "fp32" it does nothing."""
     if precision not in AUTOCAST:
         return contextlib.nullcontext()
     return torch.autocast(device.type, AUTOCAST[precision])
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep freed memory: a step frees and takes the same hundreds of megabytes.
+    """Makes glibc keep freed memory, because each step frees and allocates hundreds of megabytes.
 
-    By default every large tensor is mapped anew, and the kernel clears its pages each time, about
-    a sixth of the MNIST step on two cores.
+    By default every large tensor gets new pages, and the kernel clears them each time. On two cores
+    that takes about a sixth of the MNIST step.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Distillation as a user calls it: `distill` with modules, `train` with names in a Config."""
+"""The functions that users call: `distill` takes modules, `train` takes a Config with names."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Result:
-    """What a run leaves.
+    """The result of a run.
 
     Attributes:
-        student: the trained student in evaluation mode; its weights are their moving average if
-            the recipe keeps one. It shares them with the module that was given, which keeps its
-            own mode.
+        student: the trained student in evaluation mode. If the recipe keeps a moving average of the
+            weights, it has that. It shares its weights with the module that was given, but not its
+            mode.
         history: the rows of metrics.jsonl that this call added.
-        summary: what summary.json holds.
-        folder: of the run.
+        summary: the content of summary.json.
+        folder: the folder of the run.
     """
 
     student: nn.Module
@@ -67,33 +67,35 @@ def distill(
 ) -> Result:
     """Distils `teacher` into `student` without data.
 
-    SIGINT and SIGTERM end it after the current step with everything saved; `resume` goes on.
+    After SIGINT or SIGTERM it finishes the current step and saves everything; `resume` continues.
 
     Args:
         teacher: any classifier, images [N, C, H, W] in the units it was trained with -> logits
-            [N, num_classes]. It is copied and not changed, but for the device it is on.
+            [N, num_classes]. A copy is used; the teacher itself may be moved to another device, but
+            is not changed otherwise.
         student: any network from such images to as many logits. Its weights are trained in place;
-            its layers keep their classes, hooks and modes. In a student in training mode, layers
-            in evaluation mode stay so (frozen BatchNorm); one in evaluation mode is trained whole.
+            its layers keep their classes, hooks and modes. If it is in training mode, its layers in
+            evaluation mode (frozen BatchNorm) stay in that mode. If it is in evaluation mode, all
+            its layers are trained.
         image_shape: C, H and W; H = W, a multiple of 4.
-        num_classes: checked against the teacher's outputs when given.
-        generator: from noise [N, latent_dim] to images; the published one, with as many stages as
-            the image size asks for, when not given. One with a method `reset`, which draws its
-            parameters anew, is restarted as the recipe says; others are kept for the whole run.
+        num_classes: if given, it must be the number of the teacher's logits.
+        generator: from noise [N, latent_dim] to images. By default the published one, with as many
+            stages as the image size needs. If it has a method `reset`, which initialises its
+            parameters anew, it is restarted as the recipe says; otherwise it is never restarted.
         feature_layer: name of the teacher's layer whose input is the feature vector of the
-            activation loss; its last linear layer when not given.
+            activation loss. By default its last linear layer.
         recipe: "fast", "published" or "paper"; see docs/recipes.md.
-        steps, max_seconds: when to stop; the recipe's own length when neither is given.
+        steps, max_seconds: when to stop. By default after the recipe's own length.
         eval_loader: batches of held-out images [N, C, H, W], in the teacher's units, and labels
-            [N]. Only for reporting accuracy.
+            [N]. They serve only to report the accuracy.
         callbacks: each is called with every row of metrics.
-        preset: whose settings the recipe's are: "custom", "mnist", "cifar10", ...
+        preset: which preset's settings to use: "custom", "mnist", "cifar10", ...
         settings: any other field of `Config`: out_dir, seed, batch_size, device, resume, ...
 
     Raises:
-        UserError: a setting, a network or the folder is not usable.
-        TrainingStopped: the generator collapsed, a loss is not finite, or another process is gone;
-            the run's last good checkpoint is kept.
+        UserError: a setting, a network or the folder cannot be used.
+        TrainingStopped: the generator collapsed, a loss is not finite, or another process ended
+            unexpectedly. The run's last good checkpoint is kept.
     """
     if generator is not None and not hasattr(generator, "reset"):
         settings.setdefault("generator_restart_every", 0)
@@ -109,11 +111,11 @@ def distill(
 
 
 def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """Runs (or resumes) the run that `config` describes, and returns its summary.
+    """Starts or resumes the run that `config` describes, and returns its summary.
 
-    As `distill`, with networks and held-out images by name; `report` is called with each row of
-    metrics.jsonl. Under torchrun every process calls it, each trains on its share of the batches,
-    and the first one writes.
+    It works like `distill`, but takes networks and held-out images by name. `report` is called with
+    each row of metrics.jsonl. Under torchrun every process calls this function. Each trains on its
+    share of the batches, and the first one writes the files.
     """
     teacher, student = load_networks(config)
     held_out = None
@@ -165,7 +167,7 @@ def _run(
 
 
 def _report(folder: Path) -> None:
-    """Writes report.html, of runs that were stopped too; a run never fails for its report."""
+    """Writes report.html, also for a stopped run. If that fails, the run does not fail with it."""
     try:
         write_report(folder)
     except Exception as error:

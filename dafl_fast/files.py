@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writes, weights, checkpoints."""
+"""Reading and writing weights and checkpoints. Writes are atomic: no file is ever half written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then puts it in place in one move.
+    """Lets `write` write a temporary file beside `path`, then renames that to `path` at once.
 
     A crash at any moment leaves the old file or the new one.
 
@@ -62,7 +62,7 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
-        # Tied weights: safetensors refuses to store one memory under two names.
+        # Tied weights: safetensors refuses to store the same memory under two names.
         shared = any(tensor.data_ptr() == other.data_ptr() for other in tensors.values())
         tensors[name] = tensor.clone() if shared and tensor.numel() else tensor
     write_atomically(path, lambda temporary: save_file(tensors, temporary))
@@ -93,7 +93,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads what `save_checkpoint` wrote, onto the CPU.
+    """Reads what `save_checkpoint` wrote; all tensors are on the CPU.
 
     Raises:
         UserError: no such file, or it is not a checkpoint.

@@ -1,9 +1,9 @@
 """The losses of data-free learning, each as one fused operator (Chen et al., ICCV 2019).
 
-Logits and features may be float32, bfloat16, float16 or float64, of any strides, and may differ in
-dtype from each other. Accumulation and losses are float32 (float64 for float64 logits), gradients
-have their input's dtype. Results are bit for bit the same at any number of threads. There is no
-second derivative: asking for one raises.
+Logits and features may be float32, bfloat16, float16 or float64, with any strides, and need not
+have the same dtype. Losses are accumulated and returned in float32 (float64 for float64 logits).
+Gradients have the dtype of their input. Results are bit for bit the same with any number of
+threads. There is no second derivative: computing one raises an error.
 
 Notation: t, s teacher and student logits, f features, N rows, C classes.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class GeneratorLoss(NamedTuple):
-    """Scalars. `total` is differentiable; the parts are detached and not weighted."""
+    """Scalars. `total` is differentiable; its parts are detached, and not multiplied by weights."""
 
     total: Tensor
     one_hot: Tensor
@@ -68,17 +68,18 @@ def generator_loss(
     - ``L_oh``: mean cross-entropy of t against its own argmax, the lowest index at ties
       (equation 2), in nats.
     - ``L_ie``: ``sum_c p_c log p_c`` with p the batch mean of softmax(t) and 0 log 0 = 0
-      (equation 4), in units of ``log_base``: nats for e, bits for 2; the published code has 10.
+      (equation 4), with the logarithm to ``log_base``, which is 10 in the published code.
     - ``L_a``: ``-mean |f|`` over batch and features, as in the published code (equation 3 has the
       sum over features).
 
     Args:
         teacher_logits: [N, C], C >= 1. Logits, not probabilities.
-        features: [N, F], what enters the teacher's last layer; without them ``L_a`` is 0.
+        features: [N, F], the input of the teacher's last layer; without them ``L_a`` is 0.
         one_hot, entropy, activation: weights of the three parts.
         log_base: base of the logarithm in ``L_ie``, greater than 1.
-        group: processes with shares of equal size of one batch: p is the mean over all of it, and
-            the mean of their losses and of their gradients is that of the whole batch.
+        group: processes that each have an equal share of one batch. p is then the mean over the
+            whole batch. The mean of the processes' losses, and that of their gradients, is the loss
+            and the gradient for the whole batch.
 
     Returns:
         ``GeneratorLoss(total, one_hot, entropy, activation)``: the differentiable total and the
@@ -100,9 +101,9 @@ def generator_loss(
 def adversarial_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """``-mean_i [argmax s_i = argmax t_i] KL(softmax(t_i) || softmax(s_i))``, for the generator.
 
-    Rewards images on which the student chooses the teacher's class and is still far from its
-    answer: there is something left to learn, and the class is not in doubt (Fang et al. 2019, with
-    the mask of Fast-Datafree). In plain PyTorch, since it runs once a step.
+    It rewards images for which the student chooses the teacher's class, but with very different
+    probabilities: there the student can still learn something (Fang et al. 2019, with the mask of
+    Fast-Datafree). It is written in plain PyTorch, because it runs only once a step.
 
     Both logits are [N, C] and differentiable; the loss is a scalar of at least fp32.
     """
@@ -118,11 +119,11 @@ def batch_norm_loss(
 ) -> Tensor:
     """``sum_l ||mean_l - running_mean_l||_2 + ||var_l - running_var_l||_2``, for the generator.
 
-    Images like the teacher's data give the statistics that its BatchNorm layers remember (Yin et
-    al. 2020, "Dreaming to Distill", equation 4). In plain PyTorch.
+    Images like the teacher's training data give the statistics that its BatchNorm layers stored
+    (Yin et al. 2020, "Dreaming to Distill", equation 4). It is written in plain PyTorch.
 
-    Means and biased variances [C_l] are of the input of each layer in `norms`, which have running
-    statistics; the loss is a scalar.
+    `means` and biased `variances` [C_l] are those of the input of each layer in `norms`. These
+    layers must have running statistics. The loss is a scalar.
     """
     distances = []
     for mean, variance, norm in zip(means, variances, norms, strict=True):
@@ -133,7 +134,7 @@ def batch_norm_loss(
 
 
 class GeneratedBatch(NamedTuple):
-    """What a generator loss in plain PyTorch may look at.
+    """What a generator loss in plain PyTorch may use.
 
     Attributes:
         images: [N, C, H, W], differentiable like all the others.
@@ -149,8 +150,8 @@ class GeneratedBatch(NamedTuple):
     batch_norm_loss: Callable[[], Tensor]
 
 
-# The generator losses in plain PyTorch, which come after the fused ones, by the setting that is
-# their weight. They are not computed where it is 0.
+# The generator losses in plain PyTorch, by the setting that is their weight. They are added to the
+# fused ones, and not computed if the weight is 0.
 PLAIN_GENERATOR_LOSSES: dict[str, Callable[[GeneratedBatch], Tensor]] = {
     "bn_statistics": lambda batch: batch.batch_norm_loss(),
     "adversarial": lambda batch: adversarial_loss(batch.student(batch.images), batch.logits),
@@ -158,7 +159,7 @@ PLAIN_GENERATOR_LOSSES: dict[str, Callable[[GeneratedBatch], Tensor]] = {
 
 
 class _SharedGeneratorLoss(torch.autograd.Function):
-    """The fused operators with the mean prediction of all processes put between them."""
+    """The fused forward and backward operators; in between, p is averaged over all processes."""
 
     @staticmethod
     def forward(
@@ -202,9 +203,9 @@ def distill_loss(
 ) -> DistillLoss:
     """The student's loss, mean over rows of ``KL(softmax(t / T) || softmax(s / T))``.
 
-    The paper's knowledge distillation term (equation 1) at temperature T; the factor T^2 keeps the
-    gradient's size as T grows (Hinton et al., 2015). Never negative, and exactly 0 for equal
-    logits. A class that the teacher rules out (t = -inf) contributes as q_t = 0.
+    This is the paper's knowledge distillation term (equation 1) at temperature T. Without the
+    factor T^2 its gradient would shrink as T grows (Hinton et al., 2015). The loss is never
+    negative, and exactly 0 for equal logits. If t = -inf, the class has q_t = 0.
 
     Args:
         student_logits: [N, C], the only argument with a gradient.
@@ -238,17 +239,17 @@ def dafl_losses(
     temperature: float = 1.0,
     scale_by_t2: bool = True,
 ) -> DaflLosses:
-    """Both losses and all their gradients at once, for a step that differentiates by hand.
+    """Both losses and all their gradients at once, for a training loop that applies them by hand.
 
-    The values are those of :func:`generator_loss` and :func:`distill_loss`, the gradients those of
-    their totals for an upstream gradient of 1. On a GPU with up to 32 classes the logits are read
-    once and everything takes one launch (small batches, compute capability 9.0 on) or two;
-    otherwise the separate operators run one after the other.
+    The values are those of :func:`generator_loss` and :func:`distill_loss`; the gradients are those
+    of their totals for an upstream gradient of 1. On a GPU with up to 32 classes, teacher's and
+    student's logits are read together and everything takes two launches, or only one for small
+    batches from compute capability 9.0 on. Otherwise the separate operators run in turn.
 
-    Hand the gradients to autograd with
+    Pass the gradients to autograd with
     ``torch.autograd.backward([teacher_logits, features], [grad_teacher_logits, grad_features])``.
-    With float16 inputs and a loss scale use the separate losses: these gradients are rounded to
-    float16 before anything could scale them.
+    With float16 inputs and a loss scale, use the separate losses: the gradients returned here are
+    rounded to float16 before you could scale them.
 
     Args:
         teacher_logits: [N, C], C >= 1.
@@ -275,5 +276,5 @@ def dafl_losses(
 
 
 def _operators() -> Any:
-    """The extension's functions; under torch.compile the operators, which it can trace."""
+    """The extension's functions, or under torch.compile the operators, which it can trace."""
     return torch.ops.dafl_fast if torch.compiler.is_compiling() else _C

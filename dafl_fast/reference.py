@@ -1,7 +1,7 @@
-"""The losses of :mod:`dafl_fast.losses` in plain PyTorch: the formulas, readable.
+"""The losses of :mod:`dafl_fast.losses` in plain PyTorch, to be read as formulas.
 
-In float64 they are the oracle of the tests; in float32 the baseline of the benchmarks. They take
-any device that PyTorch knows, and batches of at least one row.
+The tests compare the values of the fused losses with these in float64. The benchmarks compare the
+times in float32. They run on any device that PyTorch knows, with batches of at least one row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def generator_loss(
     """What :func:`dafl_fast.generator_loss` computes, with ordinary differentiable operations."""
     t = _at_least_float32(teacher_logits)
 
-    # L_oh: cross-entropy against the teacher's own decision.
+    # L_oh: cross-entropy against the class that the teacher chooses.
     loss_one_hot = F.cross_entropy(t, t.argmax(dim=1))
 
     # L_ie: negative entropy of the batch's mean prediction, with 0 log 0 = 0.
@@ -39,7 +39,7 @@ def generator_loss(
     log_mean = torch.where(mean > 0, mean, 1).log()
     loss_entropy = (mean * log_mean).sum() / math.log(log_base)
 
-    # L_a: strong features are what real images give.
+    # L_a: real images give strong features.
     loss_activation = torch.zeros_like(loss_one_hot)
     if features is not None:
         loss_activation = -_at_least_float32(features).abs().mean().to(t.dtype)

@@ -1,1 +1,1 @@
-"""The training engine: frozen teacher, replay bank, one step, the loop around it, checkpoints."""
+"""The training engine: frozen teacher, replay bank, training step, loop and checkpoints."""

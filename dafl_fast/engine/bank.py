@@ -9,17 +9,17 @@ _DTYPES = {"uint8": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class ReplayBank:
-    """A ring of images [C, H, W] with their teacher logits [num_classes].
+    """A ring buffer of images [C, H, W] with the teacher's logits [num_classes] for them.
 
-    `add` overwrites the oldest entries once the ring is full; `draw` returns uniformly chosen
-    entries, with replacement. The storage is allocated once, positions and counts are on the
-    device, and neither call waits for it, so both may be part of a CUDA graph.
+    When the ring is full, `add` overwrites the oldest entries. `draw` returns uniformly chosen
+    entries, with replacement. The memory is allocated once, positions and counts are on the device,
+    and neither call waits for the device. So both may be part of a CUDA graph.
 
     Memory: ``capacity * (C * H * W * b + 4 * num_classes)`` bytes with b = 1, 2 or 4 for uint8,
-    bf16 and fp32, and 8 more an image for uint8.
+    bf16 and fp32, and 8 more bytes per image for uint8.
 
-    Images are kept as `dtype`: "bf16", "fp32", or "uint8", which is 256 levels between each
-    image's own extremes; logits in fp32.
+    Images are stored as `dtype`: "bf16", "fp32", or "uint8", which has 256 levels between the
+    smallest and the largest value of each image. Logits are stored in fp32.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class ReplayBank:
     ) -> None:
         self.capacity = capacity
         channels, height, width = image_shape
-        # Channels innermost, as the networks like their images.
+        # Channels innermost (channels_last), the layout in which the networks are fastest.
         shape = (capacity, height, width, channels)
         self._pixels = torch.empty(shape, dtype=_DTYPES[dtype], device=device)
         self.logits = torch.empty((capacity, num_classes), device=device)
         # Per image: its minimum and the size of a grey level (uint8 only).
         self.levels = torch.empty((capacity, 2), device=device) if dtype == "uint8" else None
-        # Images ever added; the next one goes to count % capacity.
+        # How many images were ever added; the next one goes to count % capacity.
         self.count = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
@@ -48,7 +48,7 @@ class ReplayBank:
 
     @property
     def added(self) -> int:
-        """Images ever added. Waits for the device."""
+        """How many images were ever added. Waits for the device."""
         return int(self.count)
 
     def __len__(self) -> int:
@@ -90,8 +90,8 @@ class ReplayBank:
 
         Args:
             generator: source of randomness, on the ring's device.
-            rows: take only these of the drawn entries (the others are other processes').
-            crop: move each image by up to so many pixels, repeating those at its edge.
+            rows: return only these of the drawn entries; other processes use the others.
+            crop: shift each image by up to this many pixels; pixels at its edge are repeated.
             flip: mirror every other image, left to right.
         """
         device, part = self._pixels.device, rows or slice(count)
@@ -100,8 +100,8 @@ class ReplayBank:
             shape, high = (count, *more), torch.iinfo(torch.int64).max
             return torch.randint(high, shape, device=device, generator=generator)[part]
 
-        # The number of entries is on the device, so randint cannot have it as its bound; the bias
-        # of the remainder is below 1e-12.
+        # The number of entries is on the device, so it cannot be randint's bound. Taking the
+        # remainder instead is not exactly uniform, by less than 1e-12.
         which = random() % self.count.clamp(max=self.capacity)
         logits = self.logits.index_select(0, which)
         if crop or flip:
@@ -128,7 +128,7 @@ class ReplayBank:
         return flat.view(len(which), height, width, channels)
 
     def span(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Copies of the entries that were added as number `start` to `stop` - 1, on the device.
+        """Copies, on the device, of the entries that were added as numbers `start` to `stop` - 1.
 
         Images are [stop - start, H, W, C].
         """
@@ -136,7 +136,7 @@ class ReplayBank:
         return {name: tensor[where] for name, tensor in self._stored().items()}
 
     def restore(self, start: int, entries: dict[str, Tensor]) -> None:
-        """Puts back what `span` gave."""
+        """Writes back the entries that `span` returned."""
         where = self._slots(start, start + len(entries["images"]))
         for name, tensor in self._stored().items():
             tensor[where] = entries[name].to(tensor.device)

@@ -1,4 +1,4 @@
-"""Whether a network fits: tried on a batch before anything is trained, one sentence when not."""
+"""Tries networks on a batch before training, and says in one sentence what does not fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def logits_of(network: Callable[[Tensor], Tensor], images: Tensor, role: str = "
         logits = network(images)
     except UserError:
         raise
-    except Exception as error:  # whatever the network says of images that do not fit
+    except Exception as error:  # a network may raise anything
         raise UserError(
             f"the {role} does not take images of shape {shape}: {first_line(error)}"
         ) from error
@@ -41,8 +41,8 @@ def logits_of(network: Callable[[Tensor], Tensor], images: Tensor, role: str = "
 
 @torch.no_grad()
 def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
-    """Raises UserError unless the student returns logits [N, num_classes] for the images; tried
-    before anything is trained."""
+    """Raises UserError unless the student returns logits [N, num_classes] for the images. Called
+    before training."""
     with evaluation_mode(student):
         logits = logits_of(student, images, "student")
     if logits.shape[1] != num_classes:
@@ -57,13 +57,13 @@ def run_lazy_layers(network: nn.Module, example: Tensor, role: str) -> None:
     """Runs a network that has lazy layers once, so that they get their parameters.
 
     Raises:
-        UserError: it does not run on `example`, a batch of what it takes.
+        UserError: the network does not run on `example`, a batch of its inputs.
     """
     if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
         try:
             with evaluation_mode(network):
                 network(example)
-        except Exception as error:  # whatever the network says of a batch that does not fit
+        except Exception as error:  # a network may raise anything
             raise UserError(
                 f"the {role} has lazy layers, which get their parameters from a first batch, and "
                 f"does not run on one of shape {list(example.shape)}: {first_line(error)}"
@@ -72,7 +72,7 @@ def run_lazy_layers(network: nn.Module, example: Tensor, role: str) -> None:
 
 @torch.no_grad()
 def check_generator(generator: nn.Module, noise: Tensor, image_shape: tuple[int, ...]) -> None:
-    """Raises UserError unless the generator makes such images of noise [N, latent_dim]."""
+    """Raises UserError unless the generator makes images of `image_shape` from `noise`."""
     with evaluation_mode(generator):
         images = generator(noise)
     if tuple(images.shape) != (len(noise), *image_shape):
@@ -84,7 +84,7 @@ def check_generator(generator: nn.Module, noise: Tensor, image_shape: tuple[int,
 
 def refuse_probabilities(outputs: Tensor) -> None:
     rows = outputs.float()
-    # The sum of C rounded probabilities is off by half an epsilon of their dtype at most.
+    # Rounding changes the sum of C probabilities by at most half an epsilon of their dtype.
     tolerance = max(1e-3, 4 * torch.finfo(outputs.dtype).eps)
     positive = bool((rows >= 0).all())
     kind = None

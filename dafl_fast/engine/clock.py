@@ -1,4 +1,4 @@
-"""The time of a run: how much of it is training, and whether anything still moves."""
+"""Measures how long a run trains, and warns when it hangs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Clock:
-    """Seconds of training: runs except inside `paused(what)`, whose seconds are kept apart."""
+    """Counts the seconds of training. Those inside `paused(what)` are counted separately."""
 
     def __init__(
         self, seconds: float, device: torch.device, apart: dict[str, float] | None = None
@@ -45,8 +45,8 @@ class Clock:
 
 
 class Watchdog:
-    """A thread that warns, inside `with`, when no `beat` came for `seconds` (0: never); once for
-    each stall."""
+    """A thread that runs inside `with`. If there is no `beat` for `seconds`, it logs one warning,
+    and another one for each later stall. With 0 seconds it never does."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -56,7 +56,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="dafl_fast-watchdog")
 
     def beat(self, where: str) -> None:
-        """The watched thread has come to `where` ("step 12")."""
+        """Tells the watchdog that the run has reached `where` ("step 12")."""
         self._beat = (where, time.monotonic())
 
     def __enter__(self) -> Watchdog:

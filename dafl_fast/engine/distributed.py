@@ -1,9 +1,9 @@
-"""Several processes as one: shares of a batch, means over all of them, one decision for all.
+"""Training in several processes that together do what one process would do.
 
-Started by torchrun, every process trains on its share of each batch. Whatever is a mean over the
-batch is a mean over all processes: gradients (DistributedDataParallel), BatchNorm's statistics
-(here) and the generator loss's mean prediction (`dafl_fast.losses`). So a run does not depend on
-how many processes it is split into, except by rounding.
+With torchrun, each process trains on its share of each batch. Every mean over the batch is taken
+over all processes: gradients (by DistributedDataParallel), BatchNorm's statistics (here) and the
+generator loss's mean prediction (in `dafl_fast.losses`). So the result does not depend on the
+number of processes, except for rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import UserError
 from ..models.twin import twin
 
-# The option's name before and after PyTorch 2.14.
+# PyTorch 2.14 renamed this option.
 _SYNC_BUFFERS = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -29,16 +29,16 @@ _SYNC_BUFFERS = next(
 
 
 class World:
-    """The processes of this job. Without torchrun there is one, and every method is trivial."""
+    """The processes of this job. Without torchrun there is only one, and each method is trivial."""
 
     def __init__(self, rank: int = 0, size: int = 1, own: bool = False) -> None:
         self.rank, self.size = rank, size
-        self._own = own  # whether it is ours to end
+        self._own = own  # whether we made the process group, and must end it
 
     @classmethod
     def join(cls, device: torch.device) -> World:
-        """Meets the other processes that torchrun started, if it did, or is one of those that the
-        caller has already brought together."""
+        """Joins the processes that torchrun started, or those of a process group that the caller
+        has made already. Without either, there is one process."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -47,7 +47,7 @@ class World:
         return cls(dist.get_rank(), dist.get_world_size(), own=True)
 
     def leave(self) -> None:
-        """Parts from the other processes, at the end of a run."""
+        """Ends the process group at the end of a run, if `join` made it."""
         if self._own:
             dist.destroy_process_group()
 
@@ -62,7 +62,7 @@ class World:
         return dist.group.WORLD if self.size > 1 else None
 
     def rows_of_batch(self, name: str, count: int) -> slice:
-        """This process's part of a batch of `count`, which the option `name` asks for."""
+        """This process's rows of a batch of `count`; `name` is the option that sets this size."""
         if count % self.size or count // self.size < 2:
             raise UserError(
                 f"--{name} must be a multiple of the number of processes, {self.size}, with at "
@@ -78,18 +78,18 @@ class World:
         return _MeanOverProcesses.apply(tensor, self.group)  # type: ignore[no-any-return]
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The whole batch from every process's share [n, ...] of it."""
+        """The whole batch, put together from the share [n, ...] of each process."""
         if self.size == 1:
             return tensor
-        # As bytes, because gloo does not know all dtypes.
+        # As bytes, because gloo does not support all dtypes.
         raw = tensor.contiguous().view(-1).view(torch.uint8)
         parts = [torch.empty_like(raw) for _ in range(self.size)]
         dist.all_gather(parts, raw)
         return torch.cat(parts).view(tensor.dtype).view(-1, *tensor.shape[1:])
 
     def all_reduce_max(self, *values: float) -> list[float]:
-        """The largest of each over the processes, whose clocks and signals differ: what they do
-        must not."""
+        """The largest of each value over all processes. Their clocks and signals differ, but they
+        must decide alike."""
         if self.size == 1:
             return list(values)
         agreed = torch.tensor(values, dtype=torch.float64)
@@ -98,7 +98,7 @@ class World:
         return said
 
     def decide_text(self, text: str) -> str:
-        """The first process's text."""
+        """The text of the first process, in every process."""
         if self.size == 1:
             return text
         said = [text]
@@ -106,8 +106,8 @@ class World:
         return said[0]
 
     def share_statistics(self, network: nn.Module) -> nn.Module:
-        """`network` with the BatchNorm statistics of all processes' batches: in several processes
-        a twin that shares its parameters and buffers."""
+        """`network`, if there is one process. Otherwise a twin with the same parameters and
+        buffers, whose BatchNorm takes its statistics over the batches of all processes."""
         if self.size == 1:
             return network
         for layer in network.modules():
@@ -119,22 +119,22 @@ class World:
         return twin(network, lambda layer: _SHARED.get(type(layer)))
 
     def average_gradients(self, network: nn.Module) -> nn.Module:
-        """`network`, its gradients averaged over the processes."""
+        """`network`, with its gradients averaged over the processes."""
         if self.size == 1:
             return network
-        # Buffers are equal anyway. Static: a parameter that takes no part (a bias before
-        # BatchNorm) never will.
+        # Buffers are equal anyway. The graph is static: a parameter that gets no gradient, such as
+        # a bias before BatchNorm, never gets one.
         options: dict[str, Any] = {"static_graph": True, _SYNC_BUFFERS: False}
         return DistributedDataParallel(network, **options)
 
 
 def is_lost_contact(error: RuntimeError) -> bool:
-    """Whether a collective call failed because another process is gone."""
+    """Whether a collective call failed because another process has ended."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 class _MeanOverProcesses(torch.autograd.Function):
-    """The mean over all processes; so is its gradient, since each one's input is in all means."""
+    """The mean over all processes; its gradient is the mean of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -9,21 +9,21 @@ from ..models.twin import duplicate
 
 
 class Average:
-    """A copy of a network whose parameters follow it slowly: a <- a + weight (w - a).
+    """A copy of a network with the moving average of its parameters: a <- a + weight (w - a).
 
-    Buffers (BatchNorm statistics) are copied. `decay` is 1 - weight in the end; see `ramp`.
+    Buffers (BatchNorm statistics) are copied. The weight falls to 1 - `decay`; see `ramp`.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.module = duplicate(network).requires_grad_(False).eval()
         self.decay = decay
-        # On the device, so that a captured update sees the value that is written in between.
+        # On the device, so that a captured update reads the value that the host has written there.
         self.weight: Tensor = torch.zeros((), device=next(network.parameters()).device)
 
     def ramp(self, updates: int) -> None:
-        """Sets the weight for the updates after `updates` of them.
+        """Sets the weight for the next updates, when there have been `updates` so far.
 
-        The first ones weigh the network more, decay = min(decay, (1 + k) / (10 + k)), so that the
+        After k updates it is 1 - min(decay, (1 + k) / (10 + k)). It is larger at first, so that the
         average forgets the random initialisation.
         """
         self.weight.fill_(1 - min(self.decay, (1 + updates) / (10 + updates)))

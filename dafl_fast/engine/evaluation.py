@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """`network` in evaluation mode; afterwards every layer is in the mode that it was in."""
+    """Puts `network` into evaluation mode, and afterwards every layer back into its old mode."""
     training = network.training
     modes = [(layer, layer.training) for layer in network.modules()]
     network.eval()
     try:
         yield
     finally:
-        network.train(training)  # some networks do more here than to set the flags
+        network.train(training)  # some networks do more here than set the flags
         for layer, mode in modes:
             layer.training = mode
 
 
 @torch.no_grad()
 def predictions(network: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
-    """Lowest-index argmax class [N] of `network`'s logits for images [N, C, H, W], in fp32."""
+    """The classes [N] that `network` chooses for images [N, C, H, W]; at ties the lowest index."""
     device = next(network.parameters(), images).device  # a frozen TorchScript has no parameters
     with evaluation_mode(network):
         parts = [network(batch.to(device)).argmax(1) for batch in images.split(batch_size)]

@@ -1,4 +1,4 @@
-"""BatchNorm computed as part of the layer before it: for networks whose weights never change."""
+"""Folds BatchNorm into the layer before it, in networks whose weights never change."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """`network` (frozen, in evaluation mode) without the BatchNorm that its layers can absorb.
+    """Folds BatchNorm into the layers of `network`, which is frozen and in evaluation mode.
 
     For y = W x + b followed by gamma (y - mean) / sqrt(var + eps) + beta, with s = gamma /
     sqrt(var + eps) per output channel: W' = s W, b' = s (b - mean) + beta. Computed in float64 and
     rounded to the layer's own dtype.
 
-    Folded is BatchNorm with running statistics, also as `F.batch_norm` inside a module of the
-    user's own, directly after a convolution, transposed convolution or linear layer that runs once
-    and whose output goes nowhere else. Layers with hooks, parametrizations or a class of their own
-    are left as they are, and so is a network that torch.fx cannot trace, which is logged.
+    BatchNorm is folded if it has running statistics and directly follows a convolution, transposed
+    convolution or linear layer that runs once and whose output is used nowhere else. It may also be
+    an `F.batch_norm` in a user's module. Layers with hooks or parametrizations, and subclasses of
+    these layers, are not changed. If torch.fx cannot trace the network, nothing is folded, and a
+    warning is logged.
 
     Returns:
-        A torch.fx module made of the same layers, or `network` itself if nothing was folded. It
-        takes the images only: further arguments of `network` have their default values.
+        A torch.fx module with the same layers, or `network` itself if nothing was folded. It takes
+        the images only; other arguments of `network` have their default values.
     """
     norms = sum(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
     if norms == 0:
         return network
-    # Inside a container the network is traced as it is called: with its own hooks, and with the
-    # defaults of all its arguments but the images.
+    # Inside a container the network is traced like any call of it: with its own hooks, and with
+    # the default values of all arguments except the images.
     root = nn.Sequential(network)
     try:
         graph = _Tracer().trace(root)
-    except Exception as error:  # whatever the network's code makes of symbolic values
+    except Exception as error:  # the network's code may raise anything
         log.warning(
             "the teacher's BatchNorm is not folded, torch.fx cannot trace it: %s",
             first_line(error),
@@ -84,7 +85,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # Hooks, that of the feature layer among them, must see tensors, not symbols.
+        # Hooks, such as that of the feature layer, must get tensors, not symbols.
         return _has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -138,12 +139,12 @@ def _absorb(layer: Any, norm: _BatchNorm) -> None:
         shift = shift + norm.bias.double()
     weight = layer.weight.double()
     ones = [1] * (weight.dim() - 2)
-    if isinstance(layer, _TRANSPOSED):  # [in, out / groups, ...]: the groups lie in the inputs
+    if isinstance(layer, _TRANSPOSED):  # [in, out / groups, ...]: the groups divide the inputs
         by_group = weight.unflatten(0, (layer.groups, -1))
         weight = (by_group * scale.view(layer.groups, 1, -1, *ones)).flatten(0, 1)
     else:
         weight = weight * scale.view(-1, 1, *ones)
-    # New parameters: the old ones may be another layer's as well.
+    # New parameters, because another layer may also use the old ones.
     dtype = layer.weight.dtype
     layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     layer.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
@@ -152,8 +153,8 @@ def _absorb(layer: Any, norm: _BatchNorm) -> None:
 
 
 def _demand_channels_second(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-    # [N, L, F] out of a linear layer would be normalised over L; with L = F nothing else tells.
-    # The ranks of input and weight agree where the second dimension is the channels.
+    # BatchNorm normalises a linear layer's output [N, L, F] over L. If L = F, only the ranks show
+    # this: those of input and weight are equal if the second dimension is the channels.
     if inputs[0].dim() != layer.weight.dim():
         raise UserError(
             "the teacher normalises another dimension than its layer's output; use fold=False"
@@ -169,7 +170,7 @@ def _output_channels(layer: Any) -> int:
 
 
 def _reads_shape(node: fx.Node) -> bool:
-    """Whether a node looks at nothing of its input that folding changes."""
+    """Whether a node only reads the shape of its input, which folding does not change."""
     if node.op == "call_method":
         return node.target in ("dim", "size")
     return node.target is getattr and node.args[1] in ("ndim", "shape")

@@ -1,4 +1,4 @@
-"""The folder of one run: what lies where, and how it is written and read again.
+"""The folder of a run: its files, and how they are written and read.
 
 config.yaml  metrics.jsonl  summary.json  environment.json  checkpoint.pt  bank/*.safetensors
 student.safetensors  samples/*.png  report.html  tensorboard/
@@ -34,9 +34,9 @@ from .bank import ReplayBank
 from .live import copied, map_tensors
 from .step import Step
 
-# Names of our own, the only ones that are ever removed: of temporaries (see `write_atomically`),
+# Only files with these names are ever removed: temporary files (see `write_atomically`),
 _LEFTOVER = re.compile(r"\.[\w-]+\.(pt2?|yaml|jsonl?|safetensors|png|onnx|html)(\.md)?\.\w{8}")
-# and of files with entries of the replay bank.
+# and files with entries of the replay bank.
 _SHARD = re.compile(r"\d{9,}-\d{9,}\.safetensors")
 
 
@@ -44,15 +44,15 @@ class RunFolder:
     """Paths and files of a run.
 
     Every file is replaced atomically, metrics.jsonl is only appended to, and the checkpoint names
-    the bank files that belong to it: whenever a run is killed, the last checkpoint is complete.
-    Large files are written by a thread of their own while training goes on.
+    the bank files that belong to it. So the last checkpoint is complete, whenever a run is killed.
+    A separate thread writes large files while training continues.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoint = path / "checkpoint.pt"
         self.metrics = path / "metrics.jsonl"
-        # Bank entries that are on disk, as (first, last + 1) numbers of addition.
+        # The bank entries that are on disk: (start, stop) counts of added images, for each file.
         self._shards: list[tuple[int, int]] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="dafl_fast-writer")
         self._pending: list[Future[None]] = []
@@ -62,7 +62,7 @@ class RunFolder:
         """Makes the folder for a new run.
 
         Raises:
-            UserError: there is a run in it already, or it cannot be made.
+            UserError: the folder is not empty, or cannot be made.
         """
         path = config.out_dir
         try:
@@ -107,9 +107,9 @@ class RunFolder:
             raise UserError(f"could not write {self.metrics}: {error.strerror}") from error
 
     def later(self, write: Callable[[], None], device: torch.device) -> None:
-        """Has `write` run by the writing thread, after what is queued on `device` by now.
+        """Lets the writing thread call `write`, when `device` has done everything queued so far.
 
-        It may read only tensors that nobody changes any more.
+        `write` may read only tensors that are never changed again.
         """
         if device.type != "cuda":
             self._pending.append(self._writer.submit(write))
@@ -124,20 +124,20 @@ class RunFolder:
         self._pending.append(self._writer.submit(write_on_side_stream))
 
     def flush(self) -> None:
-        """Waits until everything is written; raises UserError if something could not be."""
+        """Waits until everything is written; raises UserError if writing failed."""
         while self._pending:
             self._pending.pop(0).result()
 
     def close(self) -> None:
-        """Waits until everything is written, or has failed to be."""
+        """Waits until everything is written or has failed."""
         self._writer.shutdown()
 
     def save(self, step: Step, progress: dict[str, Any]) -> None:
-        """Takes copies of the step's state and of those bank entries that are new, on the device;
-        they are written while training goes on, after what was saved before.
+        """Copies the step's state and the new bank entries, on the device. The writing thread
+        writes the copies while training continues.
 
         Raises:
-            UserError: something that was to be written earlier could not be.
+            UserError: an earlier file could not be written.
         """
         self.flush()
         entries = {} if step.bank is None else self._new_entries(step.bank)
@@ -154,13 +154,13 @@ class RunFolder:
         self.later(write, step.device)
 
     def restore(self, step: Step) -> dict[str, Any] | None:
-        """Loads the last checkpoint into `step`; None when the run had not yet written one."""
+        """Loads the last checkpoint into `step`, and returns its progress; None without one."""
         first = step.world.first
         if first:
             for folder in (self.path, self.path / "bank", self.path / "samples"):
                 for path in folder.glob(".*"):
                     if _LEFTOVER.fullmatch(path.name) and path.is_file():
-                        path.unlink()  # what a killed process was about to write
+                        path.unlink()  # left by a killed process
         if not self.checkpoint.exists():
             if first:
                 self.metrics.unlink(missing_ok=True)
@@ -174,7 +174,7 @@ class RunFolder:
         if first:
             self._remove_other_shards(self._shards)
         if first and self.metrics.exists():
-            # Rows after the checkpoint (and a half-written last one) will be written again.
+            # Rows after the checkpoint, and a half-written last row, will be written again.
             rows = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
             kept = [row for row in rows if json.loads(row)["step"] <= step.steps]
             write_text(self.metrics, "".join(row + "\n" for row in kept))
@@ -184,7 +184,7 @@ class RunFolder:
         return self.path / "bank" / f"{start:09d}-{stop:09d}.safetensors"
 
     def _new_entries(self, bank: ReplayBank) -> dict[Path, dict[str, Tensor]]:
-        """Copies of the entries that are not on disk yet, by the file for them."""
+        """The file for the entries that are not on disk yet, and copies of them."""
         oldest = bank.added - len(bank)
         saved = self._shards[-1][1] if self._shards else 0
         start = max(saved, oldest)
@@ -223,7 +223,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What a JSON file of a run holds; empty while there is none.
+    """The content of a run's JSON file; an empty dict if there is no such file.
 
     Raises:
         UserError: it is damaged.
@@ -238,12 +238,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What summary.json of the run in `path` holds; see `read_json`."""
+    """The content of summary.json of the run in `path`; see `read_json`."""
     return _renamed(read_json(path / "summary.json"), "agreement_fresh")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of metrics.jsonl in the folder `path`; the last may be half written."""
+    """The rows of metrics.jsonl in the folder `path`, without a last one that is half written."""
     rows, file = [], path / "metrics.jsonl"
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError):
@@ -254,15 +254,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _renamed(values: dict[str, Any], agreement: str) -> dict[str, Any]:
-    """Values of a run; "agreement", as both kinds were called once, is under its name of today."""
+    """Values of a run, with "agreement", its name in old runs, renamed to `agreement`."""
     return {agreement if key == "agreement" else key: value for key, value in values.items()}
 
 
 def check_resumed(config: Config) -> None:
-    """Sees that `config` goes on with the run in `config.resume` as that was begun.
+    """Checks that `config` can resume the run in `config.resume`.
 
     Raises:
-        UserError: there is no such run, or a setting differs that makes another run of it.
+        UserError: there is no such run, or a setting differs that must not change.
     """
     assert config.resume is not None
     before = Config(**read_config(config.resume))

@@ -1,9 +1,9 @@
-"""A training step as one CUDA graph: the GPU runs it without waiting for Python in between.
+"""A training step as one CUDA graph, which the GPU runs without waiting for Python.
 
-Capturing records the kernels of one run of `Step.body` with their addresses. It must come after
-some ordinary runs (libraries choose their algorithms, allocate, compile), and those must leave no
-trace: what they change is kept and put back, in place, so that a captured run and an ordinary one
-start from the same state and draw the same random numbers.
+Capturing records the kernels of one run of `Step.body`, with the addresses that they use. Before
+that, a few ordinary runs must let libraries choose algorithms, allocate memory and compile. What
+these runs change is saved first and restored afterwards, in place. So a run with a graph and one
+without start from the same state and draw the same random numbers.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ WARM_UP = 3
 
 
 def compile_and_capture(step: Step) -> str | None:
-    """Compiles `step` and lets it run as a CUDA graph from now on, as its config and the machine
-    allow; nothing that training reads is changed.
+    """Compiles `step` and turns it into a CUDA graph, if its config and the machine allow it. The
+    state of training is not changed.
 
     Returns:
-        Why it is no graph, or None if it is. With `cuda_graph` "auto" the step then runs as before.
+        None, or the reason why there is no graph. In that case the step runs as before.
 
     Raises:
         UserError: `cuda_graph` is "on" and the step cannot be captured.
@@ -43,7 +43,7 @@ def compile_and_capture(step: Step) -> str | None:
         try:
             step.run = capture(step)
         except RuntimeError as error:
-            # A network that waits for the device or copies from the host cannot be captured.
+            # For example, a network waits for the device or copies from the host.
             cause = error.__context__ or error
             reason = str(cause).splitlines()[0]
             if wanted == "on":
@@ -53,16 +53,16 @@ def compile_and_capture(step: Step) -> str | None:
     if wanted == "auto" and reason is not None and step.device.type == "cuda":
         log.warning("no CUDA graph: %s", reason)
     if step.config.compile and reason is not None:
-        with unchanged(step, 1):  # compiles now, before the clock runs
+        with unchanged(step, 1):  # compiles now, before training time is counted
             step.body()
     return reason
 
 
 def reason_not_captured(config: Config, device: torch.device, world: World) -> str | None:
-    """Why a step with these settings will not even be tried to capture; None if it will be.
+    """Why capturing is not even tried with these settings; None if it is tried.
 
     Raises:
-        UserError: `cuda_graph` is "on".
+        UserError: `cuda_graph` is "on", but capturing is impossible.
     """
     if config.cuda_graph == "off":
         return "--cuda-graph off"
@@ -77,10 +77,10 @@ def reason_not_captured(config: Config, device: torch.device, world: World) -> s
 
 
 def capture(step: Step) -> Callable[[], None]:
-    """Warms `step.body` up on a side stream, captures it, and leaves `step` as it was.
+    """Runs `step.body` on a side stream to warm up, captures it, and restores `step`.
 
     Raises:
-        RuntimeError: something in the body cannot be captured; the step is as it was.
+        RuntimeError: something in the body cannot be captured. The step is restored.
     """
     side = torch.cuda.Stream(step.device)
     graph = torch.cuda.CUDAGraph()
@@ -93,15 +93,15 @@ def capture(step: Step) -> Callable[[], None]:
                     step.body()
         finally:
             here.wait_stream(side)
-        # Gradients are to be made anew inside the graph's memory, and never outside it.
+        # So that new gradients are allocated in the graph's memory, and only there.
         for optimizer in (step.generator_optimizer, step.student_optimizer):
             optimizer.zero_grad(set_to_none=True)
     graph.register_generator_state(step.random)
-    # A capture that fails half-way may leave the generators, and the choice of stream, as they
-    # were inside it.
+    # A capture that fails may leave the random generators and the current stream in the state of
+    # the capture.
     generators = (step.random, torch.cuda.default_generators[here.device_index])
     spares = [generator.clone_state() for generator in generators]
-    # The graph's memory is a pool of its own, which goes when the graph goes.
+    # The graph has its own memory pool, which is freed together with the graph.
     pool = torch.cuda.graph_pool_handle()
     try:
         with (
@@ -119,7 +119,7 @@ def capture(step: Step) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Collects garbage before and not inside, where it could free memory of the device."""
+    """Collects garbage now and not inside, where that could free memory of the device."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -132,7 +132,7 @@ def uncollected() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged(step: Step, runs: int) -> Iterator[None]:
-    """Puts everything back in place, afterwards, that `runs` runs of `step.body` inside change."""
+    """Restores afterwards, in place, everything that `runs` runs of `step.body` inside change."""
     kept, newest, bank = copied(step.state_dict()), step.newest, step.bank
     if bank is not None:
         first = bank.added

@@ -1,7 +1,7 @@
-"""What a training step changes, whatever kind of thing it is: its state, and putting that back.
+"""Saves and restores everything that a training step changes: tensors, modules, optimizers, ...
 
-`Step.live` is the one inventory of such things. The checkpoint, resuming from it, and the snapshot
-before a CUDA graph is captured are all made from it, by the two functions here.
+`Step.live` is the complete list of these objects. Checkpoints, resuming, and the snapshot before a
+CUDA graph is captured all use this list and the two functions here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Live = (
 
 
 def state_of(live: Live) -> Any:
-    """The state of `live`, in tensors that it goes on changing; take a copy to keep it."""
+    """The state of `live`. Later steps change its tensors, so copy them if you keep the state."""
     if isinstance(live, Tensor):
         return live
     if isinstance(live, list):
@@ -35,7 +35,7 @@ def state_of(live: Live) -> Any:
 
 
 def restore(live: Live, state: Any) -> None:
-    """Puts back what `state_of` gave, in place: a CUDA graph finds every tensor where it was."""
+    """Restores the state in place, so that a CUDA graph finds every tensor at its address."""
     if isinstance(live, Tensor):
         live.copy_(torch.as_tensor(state))
     elif isinstance(live, list):
@@ -53,7 +53,7 @@ def restore(live: Live, state: Any) -> None:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Nested dicts and lists with `change` of each tensor in them."""
+    """Nested dicts and lists in which `change` was applied to each tensor."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The training loop: schedule, looking at losses, evaluation, checkpoints, a clean end."""
+"""The training loop: learning rate schedule, logging, evaluation, checkpoints, orderly end."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from .step import STATISTICS, Step
 
 log = logging.getLogger(__name__)
 
-# A batch whose classes carry less than this share of the largest possible entropy has collapsed
-# to one class; training stops after so many steps of it (a young generator may pass through).
+# Below this share of the largest possible entropy, a batch counts as images of one class only.
+# After this many such steps in a row training stops; a new generator may go through a few.
 COLLAPSED_ENTROPY, COLLAPSED_STEPS = 0.02, 300
 
 
 class Loop:
-    """One run of the training loop, in `folder`, from its last checkpoint if it has one.
+    """One run of the training loop in `folder`, from its last checkpoint if there is one.
 
     Args:
         config: all settings.
-        step: to run again and again.
-        folder: where the run's files go.
-        teacher: the network as it was given, for its accuracy at the end.
-        held_out: batches of images [N, C, H, W] and labels [N]; only for reporting.
+        step: the training step.
+        folder: the folder for the run's files.
+        teacher: the user's network, to report its accuracy at the end.
+        held_out: batches of images [N, C, H, W] and labels [N], to report the accuracy.
         callbacks: each is called with every row of metrics.
-        at_end: called once everything is written, however the run ends.
+        at_end: called when everything is written, even if the run failed.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Loop:
                 "processes need the run's folder to resume"
             )
         if config.resume is not None and self.world.first:
-            folder.write_config(config)  # its length may be another now
+            folder.write_config(config)  # the length of the run may have changed
         if progress.get("teacher", self.teacher_hash) != self.teacher_hash:
             raise UserError(f"the run in {folder.path} was begun with another teacher")
         self.wall_before: float = progress.get("wall_seconds", 0.0)
         self.collapsed_steps: int = progress.get("collapsed_steps", 0)
-        self.logged = progress.get("logged", step.steps)  # steps up to the last look at the losses
+        self.logged = progress.get("logged", step.steps)  # the step at which losses were last read
         self.signalled = threading.Event()
         self.lost_contact = False
         self.watchdog = Watchdog(config.stall_seconds)
@@ -85,7 +85,7 @@ class Loop:
         self.logged_at = self.saved_at = self.evaluated_at = self.clock.seconds
 
     def run(self) -> dict[str, Any]:
-        # Until the very end: torchrun sends its signal while the report of a lost run is written.
+        # Also at the end: torchrun may send its signal while the report of a failed run is written.
         with self._stop_on_signals():
             try:
                 with self.watchdog:
@@ -110,10 +110,10 @@ class Loop:
                     self.at_end()
 
     def _train(self) -> bool:
-        """Steps until the run is over; whether it was a signal that ended it."""
+        """Trains until the run is over. Returns whether a signal ended it."""
         config, step, world = self.config, self.step, self.world
         while True:
-            # The first process's clock counts, and any process's signal.
+            # The first process's clock decides, and a signal to any process.
             done, signalled = world.all_reduce_max(
                 self._done() if world.first else 0.0, self.signalled.is_set()
             )
@@ -122,7 +122,7 @@ class Loop:
             self.watchdog.beat(f"step {step.steps + 1}")
             step.set_student_lr(config.student_lr * self._schedule(done))
             step()
-            # A stop shows the losses early and must not change when later rows are written.
+            # After a stop, the resumed run must write its rows at the same steps.
             if step.steps % config.log_every == 0:
                 self._log(done)
                 if world.first and self.clock.seconds - self.saved_at >= config.save_every:
@@ -133,7 +133,7 @@ class Loop:
                     self.evaluated_at = self.clock.seconds
 
     def _done(self) -> float:
-        """Share of the run that is behind us, by steps or by time, whichever is further."""
+        """The share of the run that is done, by steps or by time, whichever is larger."""
         config = self.config
         done = [0.0]
         if config.steps is not None:
@@ -165,7 +165,7 @@ class Loop:
         return self.wall_before + time.perf_counter() - self.wall_start
 
     def _log(self, done: float) -> None:
-        """Reads the statistics off the device, judges them, and writes a row of metrics."""
+        """Reads the statistics from the device, checks them, and writes a row of metrics."""
         step = self.step
         count = step.steps - self.logged
         if count == 0:
@@ -242,8 +242,9 @@ class Loop:
         self.saved_at = self.clock.seconds
 
     def _evaluate(self) -> float | None:
-        """Accuracy of the student that would be saved now, if there are images to measure it on;
-        what the newest generated images are like, with a grid of them."""
+        """Writes a row with the student's accuracy (if there are held-out images), its agreement on
+        the newest generated batch and the classes of that batch, and saves a grid of the images.
+        Returns the accuracy."""
         step = self.step
         self.watchdog.beat(f"evaluating after step {step.steps}")
         with self.clock.paused("evaluation"):
@@ -270,8 +271,8 @@ class Loop:
         if not interrupted:
             self._log(1.0)
         self._check_weights()
-        # An interrupted run is saved as it stands, statistics included: the resumed run looks at
-        # them when the uninterrupted one would have.
+        # An interrupted run is saved with its statistics: the resumed run writes them at the same
+        # step as an uninterrupted one.
         if self.world.first:
             self._save()
         train_seconds = self.clock.seconds
@@ -328,7 +329,7 @@ class Loop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        # A second signal gets the default behaviour, so that nobody is locked in.
+        # A second signal has its default effect, so that the process can always be ended.
         previous: dict[signal.Signals, Any] = {}
 
         def on_signal(number: int, frame: object) -> None:
@@ -341,8 +342,8 @@ class Loop:
         try:
             yield
         finally:
-            # After lost contact torchrun's signal may still be on its way, and what this process
-            # has to say is not printed yet: the first signal stays without effect.
+            # After lost contact torchrun's signal may still come before this process has printed
+            # its message. So the first signal keeps having no effect.
             if not self.lost_contact:
                 for number, handler in previous.items():
                     signal.signal(number, handler)

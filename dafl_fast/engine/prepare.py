@@ -1,4 +1,4 @@
-"""Networks made ready to train with: checked against each other, frozen, moved and accelerated."""
+"""Makes networks ready for training: checks, freezes, moves and accelerates them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def prepare(
     generator: nn.Module | None = None,
     world: World | None = None,
 ) -> Step:
-    """Networks and generator, checked against each other, as a Step on `device`.
+    """Checks that networks and generator fit together, and makes a Step of them on `device`.
 
     Args:
         config: all settings.
         teacher: the classifier; a frozen copy of it is used.
-        student: to train; moved to `device`. A twin of it is trained, which shares its
-            parameters and buffers: its layers keep their classes and modes.
+        student: it is moved to `device`. A twin of it is trained, with the same parameters and
+            buffers, so the layers of the student keep their classes and modes.
         device, precision: see `pick_device` and `pick_precision`.
-        generator: the published one if None.
+        generator: by default the published one.
         world: the processes of this job.
 
     Raises:
@@ -56,7 +56,7 @@ def prepare(
     run_lazy_layers(generator, torch.zeros(2, config.latent_dim, device=device), "generator")
     run_lazy_layers(student, torch.zeros(2, *shape, device=device), "student")
     for module in (generator, student, frozen):
-        # Convolutions are faster with the channels innermost, on CPUs and on GPUs.
+        # Convolutions are faster with channels innermost, on CPUs and on GPUs.
         module.to(memory_format=torch.channels_last)
     num_classes = frozen.check(torch.randn(16, *shape, device=device))
     if config.num_classes not in (None, num_classes):
@@ -77,7 +77,7 @@ def prepare(
         student = accelerated(student)
     else:
         student = twin(student)
-    # Shapes never change, so it pays to look for the fastest convolutions once.
+    # Shapes never change, so cuDNN needs to search for the fastest convolutions only once.
     torch.backends.cudnn.benchmark = True
     if config.compile:
         for module in (generator, student, frozen):
@@ -87,16 +87,17 @@ def prepare(
 
 @torch.no_grad()
 def freeze(teacher: nn.Module, config: Config, images: Tensor) -> FrozenTeacher:
-    """A FrozenTeacher, its BatchNorm folded unless it would then answer differently.
+    """A FrozenTeacher whose BatchNorm is folded, unless its outputs would then differ.
 
-    torch.fx can misread a network whose code asks what kind of tensor it is given.
+    They can differ if the network's code checks the type of its input: torch.fx then traces the
+    wrong branch.
     """
     frozen = FrozenTeacher(teacher, config.feature_layer, watch=config.bn_statistics != 0)
     if not frozen.folded:
         return frozen
     unfolded = copy.deepcopy(teacher).eval()
     images = images.to(next(teacher.parameters(), images).device)
-    with contextlib.suppress(RuntimeError):  # the check will say more of images that do not fit
+    with contextlib.suppress(RuntimeError):  # `FrozenTeacher.check` has a better message
         expected, got = unfolded(images), frozen.network(images)
         if not torch.allclose(got, expected, 1e-3, 1e-3 * expected.abs().max().item(), True):
             log.warning("the teacher's BatchNorm is not folded: it would answer differently")

@@ -5,8 +5,8 @@
         (+ bn_statistics L_bn(x) + adversarial L_adv(S(x), t), which the paper does not have)
     S:  L_KD(S(x'), t') on images x' with teacher logits t', K times
 
-What x' is decides the method, and nothing else does: this step's own images (the published code),
-freshly drawn ones (the paper's text), or draws from the replay bank (`fast`).
+Recipes differ in x': the images of this step's generator update (`published`), freshly generated
+images (`paper`), or images drawn from the replay bank (`fast`). All else is numbers.
 """
 
 from __future__ import annotations
@@ -37,27 +37,26 @@ from .teacher import FrozenTeacher
 
 # The fused terms of the generator loss, each named like its weight in Config.
 _FUSED = GeneratorLoss._fields[1:]
-# What `Step.statistics` sums up, in this order.
+# The values that `Step.statistics` adds up, in this order.
 STATISTICS = (
     "generator_loss", *_FUSED, *PLAIN_GENERATOR_LOSSES, "distill_loss", "agreement_training",
 )  # fmt: skip
 
 
 class Step:
-    """Everything that a training step reads and writes; calling it runs one step.
+    """Has everything that a training step reads and writes. Calling it runs one step.
 
-    Shapes are static and nothing returns to the host. `statistics` accumulates the values
-    named in `STATISTICS` (those of the student averaged over its updates) until the caller
-    clears it.
+    Shapes are static, and a step returns nothing to the host. `statistics` adds up the values named
+    in `STATISTICS` until the caller clears it. The student's values are means over its updates.
 
-    What the host decides from step to step (learning rate, weight of the moving average, a new
-    generator) it writes into tensors on the device before the step, so `body`, which is the step
-    itself, can be captured as a CUDA graph: see `graph`.
+    What the host decides for a step (learning rate, weight of the moving average, a new generator)
+    is written into tensors on the device before the step. So `body`, the step itself, can be
+    captured as a CUDA graph: see `graph`.
 
     Args:
-        config: sizes, weights and rates; the only thing in which recipes differ.
+        config: sizes, weights and rates. Recipes differ in nothing else.
         generator, teacher, student: on `device`, in the dtype to train in.
-        device: of all tensors.
+        device: the device of all tensors.
         precision: "fp32" (no autocast; also right for fp64 networks), "bf16" or "fp16".
         world: the processes that share each batch; all hold the same networks and the same bank.
     """
@@ -77,12 +76,12 @@ class Step:
         self.num_classes = num_classes
         self.world = world = world or World()
         for network in (generator, student):
-            if not network.training:  # else layers in evaluation mode were put there on purpose
+            if not network.training:  # else its layers in evaluation mode are meant to stay so
                 network.train()
         self.teacher = teacher
         self.generator, self.student = map(world.share_statistics, (generator, student))
         self.average = Average(student, config.ema_decay) if config.ema_decay else None
-        # Of each batch, noise and draws are the same in all processes; each takes its rows.
+        # All processes draw the same noise and entries for the whole batch; each uses its rows.
         self._count = config.student_batch_size or config.batch_size
         self._rows = world.rows_of_batch("batch-size", config.batch_size)
         self._student_rows = world.rows_of_batch("student-batch-size", self._count)
@@ -93,8 +92,8 @@ class Step:
             self.bank = ReplayBank(
                 config.bank_images, config.image_shape, num_classes, config.bank_dtype, device
             )
-        # Learning rates are tensors, which a captured step reads anew. Those of CUDA's fused
-        # optimizers must be fp32.
+        # Learning rates are tensors, which a captured step reads each time. CUDA's fused
+        # optimizers need them in fp32.
         rates = torch.float32 if device.type == "cuda" else torch.float64
         self._generator_lr = torch.tensor(config.generator_lr, dtype=rates, device=device)
         self._student_lr = torch.tensor(config.student_lr, dtype=rates, device=device)
@@ -132,8 +131,8 @@ class Step:
         self.random = torch.Generator(device).manual_seed(config.seed)
         self.dtype = next(generator.parameters()).dtype
         self.statistics = torch.zeros(len(STATISTICS), device=device)
-        # Everything that `body` changes but the bank's entries. What is not in this inventory is
-        # neither saved, nor restored, nor put back after a warm-up: test_live.py looks for it.
+        # Everything that `body` changes, except the bank's entries. What is missing here is not
+        # saved, not resumed and not restored after a warm-up; test_live.py checks the list.
         self.live: dict[str, Live] = {
             "generator": self.generator,
             "student": self.student,
@@ -141,7 +140,7 @@ class Step:
             "student_optimizer": self.student_optimizer,
             "scalers": self.scalers,
             "random": self.random,
-            # Dropout in a student of the user's own draws from the global generators.
+            # Dropout in a user's student draws from the global random generators.
             "global_random": torch.default_generator,
             "statistics": self.statistics,
         }
@@ -155,7 +154,7 @@ class Step:
         # The last generated batch and the teacher's logits for it.
         self.newest = (torch.empty(0), torch.empty(0))
         self.steps = 0
-        # What runs a step: `body`, or the replay of its CUDA graph.
+        # The function that runs a step: `body`, or the replay of its CUDA graph.
         self.run: Callable[[], None] = self.body
 
     def __call__(self) -> None:
@@ -170,7 +169,7 @@ class Step:
         self.steps += 1
 
     def body(self) -> None:
-        """The step proper: work for the device only, the same every time."""
+        """The step itself: work for the device only, and the same operations every time."""
         config = self.config
         images, logits, parts = self._update_generator()
         self.newest = (images, logits)
@@ -204,24 +203,24 @@ class Step:
 
     @property
     def averaged_student(self) -> nn.Module:
-        """The student to evaluate and save: its average if there is one."""
+        """The student to evaluate and save: its moving average, if there is one."""
         return self.average.module if self.average else self.student
 
     def agreement(self, images: Tensor, logits: Tensor) -> float:
-        """Share of images [N, C, H, W] for which it chooses the class of logits [N, C]."""
+        """The share of images [N, C, H, W] for which the student chooses the class of `logits`."""
         return accuracy(self.averaged_student, images.to(self.dtype), logits.argmax(1))
 
     @torch.no_grad()
     def fresh(self) -> tuple[Tensor, Tensor]:
-        """A newly generated batch and the teacher's logits for it. Draws noise, so it belongs at
-        the end of a run, after the last checkpoint; and in all processes."""
+        """A freshly generated batch and the teacher's logits for it. It draws noise, so call it
+        only after the last checkpoint of a run, and in all processes."""
         with self._autocast():
             images = self.generator(self.noise(self.config.batch_size)[self._rows])
             logits = self.teacher(images)[0]
         return self.world.gather(images), self.world.gather(logits)
 
     def fresh_agreement(self, batches: int = 8) -> float:
-        """`agreement` on newly generated images: the signal that needs no data."""
+        """The agreement on freshly generated images, which needs no data: `agreement_fresh`."""
         return sum(self.agreement(*self.fresh()) for _ in range(batches)) / batches
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -247,7 +246,7 @@ class Step:
                 weight = getattr(config, name)
                 parts.append(loss_of(batch) if weight else torch.zeros_like(total))
                 if weight:
-                    # This one's weight is written by the host, step by step.
+                    # The host writes this weight before each step.
                     weight = self._adversarial if name == "adversarial" else weight
                     total = total + weight * parts[-1]
         self._descend(total, self.generator_optimizer, self.scalers[0])
@@ -260,7 +259,7 @@ class Step:
         return self.teacher.batch_norm_loss(self.world)
 
     def _student_for_images(self, images: Tensor) -> Tensor:
-        """The student's logits with a gradient to the images and none to its weights."""
+        """The student's logits, with a gradient to the images but not to the student's weights."""
         trained = [p for p in self.student.parameters() if p.requires_grad]
         try:
             for parameter in trained:
@@ -275,7 +274,7 @@ class Step:
     def _update_student(self, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         if self.precision not in AUTOCAST:
-            images = images.to(self.dtype)  # the bank may store fewer bits
+            images = images.to(self.dtype)  # the bank may store a narrower dtype
         with self._autocast():
             loss = distill_loss(
                 self._student(images),
@@ -298,7 +297,7 @@ class Step:
         scaler.update()
 
     def _restart_generator(self) -> None:
-        """A fresh generator in the same memory, with its optimizer's memory wiped."""
+        """Initialises the generator anew, in place, and clears the state of its optimizer."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self._seed_at_this_step())
             self.generator.reset()  # type: ignore[operator]
@@ -311,28 +310,28 @@ class Step:
         return bool(torch.stack([p.isfinite().all() for p in weights]).all())
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs but the bank's contents, which are saved incrementally."""
+        """All that a resumed run needs, except the bank's entries, which are saved separately."""
         state = {name: state_of(live) for name, live in self.live.items()}
         return {**state, "steps": self.steps, "bank_added": self.bank.added if self.bank else 0}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave, in place."""
+        """Restores, in place, what `state_dict` returned."""
         self.steps = state["steps"]
         for name, live in self.live.items():
             if name == "random" and state[name].shape != self.random.get_state().shape:
-                # Begun on another kind of device, whose random numbers differ anyway.
+                # The run began on another kind of device, whose random numbers differ anyway.
                 self.random.manual_seed(self._seed_at_this_step())
             elif name in state or name != "cuda_random":
                 restore(live, state[name])
 
     def _seed_at_this_step(self) -> int:
-        """A seed that depends on run and step alone, so that a resumed run draws the same. The
-        factor keeps the steps of one seed apart from those of the next, and is prime."""
+        """A seed that depends only on the run's seed and the step, so that a resumed run draws the
+        same. With the large prime factor, runs with different seeds get different ones."""
         return self.config.seed * 1_000_003 + self.steps
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Lets the optimizer make its state, so that from here on it is written in place only."""
+    """Lets the optimizer create its state now, so that later steps only write it in place."""
     (group,) = optimizer.param_groups
     for parameter in group["params"]:
         if parameter.requires_grad:
@@ -340,7 +339,7 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
     rate = group["lr"].clone()
     group["lr"].zero_()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a capturable optimizer steps outside of a capture
+        warnings.simplefilter("ignore")  # about a capturable optimizer outside a capture
         optimizer.step()
     group["lr"].copy_(rate)
     optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""The fixed teacher: frozen, its BatchNorm folded, with its feature vector brought along."""
+"""The fixed teacher: frozen, with its BatchNorm folded, and returning its features."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ log = logging.getLogger(__name__)
 
 
 class FrozenTeacher(nn.Module):
-    """Any classifier as the judge of generated images: images [N, C, H, W] -> (logits, features).
+    """Any classifier as a teacher: images [N, C, H, W] -> (logits, features).
 
-    A copy of the network is frozen, so the backward pass computes the gradient to the images and
-    no weight gradients; the network that was given is not changed. The features [N, F] are the
-    input of a layer, taken by a hook. They are None, and a warning is logged, when no layer is
-    named and the network shows no linear layer: the loss then goes without its activation term.
+    It uses a frozen copy of the network, so the backward pass computes the gradient to the images,
+    but not to the weights. The features [N, F] are the input of a layer, which a hook records. If
+    no layer is named and no linear layer can be found, the features are None, a warning is logged,
+    and the loss has no activation term.
 
-    `network` is the copy: images -> logits.
+    The attribute `network` is the copy: images -> logits.
 
     Args:
         network: the classifier; used in evaluation mode. It must return logits [N, C].
-        feature_layer: dotted name of the layer whose input is the feature vector; when None, that
-            in the network's attribute `feature_layer`, or else its last linear layer.
-        fold: compute each BatchNorm that follows a convolution or linear layer as part of that
-            layer, see `fold_batch_norm`.
-        watch: keep the statistics of what enters each BatchNorm, for `batch_norm_loss`; nothing is
-            folded then. A warning is logged if there is none.
+        feature_layer: dotted name of the layer whose input is the feature vector. By default the
+            name in the network's attribute `feature_layer`, or else its last linear layer.
+        fold: fold each BatchNorm that follows a convolution or linear layer into that layer; see
+            `fold_batch_norm`.
+        watch: record the statistics of the input of each BatchNorm, for `batch_norm_loss`. Then
+            nothing is folded. Without any BatchNorm a warning is logged.
 
     Raises:
         UserError: there is no such layer, or the network cannot be copied.
@@ -62,7 +62,7 @@ class FrozenTeacher(nn.Module):
             ) from error
         network.eval()
         for parameter in network.parameters():
-            parameter.detach_()  # requires_grad_(False) refuses those of a copied TorchScript
+            parameter.detach_()  # requires_grad_(False) fails for a copied TorchScript
         self._features: Tensor | None = None
         own = getattr(network, "feature_layer", None)
         own = own if isinstance(own, str) else _last_linear(network)
@@ -97,7 +97,7 @@ class FrozenTeacher(nn.Module):
 
     @property
     def watched(self) -> list[Any]:
-        """The BatchNorm layers whose statistics are kept."""
+        """The BatchNorm layers whose input statistics are recorded."""
         return _with_statistics(self.network) if self.watching else []
 
     def _keep_features(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -109,12 +109,12 @@ class FrozenTeacher(nn.Module):
 
     def _keep_statistics(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, mean, variance = with_moments(inputs[0])
-        # Mean and mean square, because those of several processes' batches can be averaged.
+        # Mean and mean square, because these can be averaged over several processes.
         self._statistics[layer] = torch.stack([mean, variance + mean.square()])
         return (x, *inputs[1:])
 
     def batch_norm_loss(self, world: World) -> Tensor:
-        """`losses.batch_norm_loss` of the last batch, which the processes of `world` share."""
+        """`losses.batch_norm_loss` of the last batch, over all processes of `world`."""
         watched = self.watched
         moments = [world.mean(self._statistics.pop(layer)) for layer in watched]
         means = [mean for mean, _ in moments]
@@ -122,11 +122,11 @@ class FrozenTeacher(nn.Module):
         return batch_norm_loss(means, variances, watched)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
-        """Stays in evaluation mode: the BatchNorm statistics are part of what the teacher knows."""
+        """Does nothing: the teacher stays in evaluation mode, with its BatchNorm statistics."""
         return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        self._take_features()  # what a call of `network` by itself may have left
+        self._take_features()  # left by a direct call of `network`, if any
         logits = self.network(images)
         features = self._take_features()
         if features is not None:
@@ -139,29 +139,30 @@ class FrozenTeacher(nn.Module):
         return logits, features
 
     def cast(self, dtype: torch.dtype) -> FrozenTeacher:
-        """Computes in bfloat16 or float16 from now on, inside autocast or outside; returns self.
+        """Makes it compute in bfloat16 or float16, with or without autocast; returns self.
 
-        The values are those of `torch.autocast`, bit for bit. Autocast alone converts the weights
-        of a frozen network anew at every call, since it remembers only those of trained ones;
-        here convolutions and linear layers hold theirs converted. All other layers, among them
+        The values are those of `torch.autocast`, bit for bit. Autocast would convert the weights of
+        a frozen network at every call, because it caches only weights that are trained. Here the
+        weights of convolutions and linear layers are converted once. All other layers, such as
         BatchNorm that was not folded, keep their precision.
         """
         for layer in self.network.modules():
-            # A weight that is no parameter is computed by a hook, in full precision.
+            # A weight that is not a parameter is computed by a hook, in full precision.
             if type(layer) in PRODUCTS and "weight" in layer._parameters:
                 layer.to(dtype)
         self.network = _Autocast(self.network, dtype)
         return self
 
     def fingerprint(self) -> str:
-        """SHA-256 over all weights of the given network and their names, as they were before
-        folding and casting: a resumed run must meet the same teacher."""
+        """SHA-256 of the names and weights of the user's network, before folding and casting. A
+        resumed run must have the same teacher."""
         return self._fingerprint
 
     def check(self, images: Tensor) -> int:
-        """Looks at the outputs for a batch of images before any training.
+        """Checks the outputs for a batch of images, before training.
 
-        Outputs between 0 and 1, as of a sigmoid, are only warned of: logits may be so too.
+        Outputs between 0 and 1, like those of a sigmoid, only cause a warning: logits may lie there
+        too.
 
         Returns:
             The number of classes.
@@ -201,7 +202,7 @@ class FrozenTeacher(nn.Module):
 
 
 class _Autocast(nn.Module):
-    """A network that brings its own autocast along."""
+    """A network that runs under its own autocast."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -224,7 +225,7 @@ def _last_linear(network: nn.Module) -> str | None:
     names = [
         name
         for name, layer in network.named_modules()
-        # The latter is attention's output projection, which is never called as a module.
+        # Attention's output projection is of the latter class, and never called as a module.
         if isinstance(layer, nn.Linear) and not isinstance(layer, NonDynamicallyQuantizableLinear)
     ]
     return names[-1] if names else None
@@ -234,6 +235,6 @@ def _fingerprint(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
-        flat = tensor.detach().cpu().contiguous().flatten()  # bytes of a scalar cannot be viewed
+        flat = tensor.detach().cpu().contiguous().flatten()  # a scalar cannot be viewed as bytes
         digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 class TensorBoard:
     """A callback that writes each row's numbers, and each grid of images, to RUN/tensorboard.
 
-    Events of steps after `step`, from before the run was resumed, are purged.
+    When a run is resumed, old events of steps after `step` are removed.
     """
 
     def __init__(self, folder: RunFolder, step: Step) -> None:
@@ -31,7 +31,7 @@ class TensorBoard:
         step = row["step"]
         self._write(lambda: self._add_scalars(row))
         if "class_counts" in row:
-            # The writing thread has the grid in its queue already.
+            # The grid is already in the writing thread's queue.
             self._folder.later(lambda: self._write(lambda: self._add_grid(step)), self._device)
 
     def _add_scalars(self, row: dict[str, Any]) -> None:
@@ -48,15 +48,15 @@ class TensorBoard:
         self._writer.add_image("generated", pixels, step, dataformats="HWC")
 
     def _write(self, write: Callable[[], object]) -> None:
-        """A run never fails for its curves."""
+        """Calls `write`. If that fails, the run does not fail with it."""
         if self._broken:
             return
         try:
             write()
-        except Exception as error:  # a full disk, a picture that is gone
+        except Exception as error:  # such as a full disk or a missing picture
             self._broken = True
             log.warning("no more TensorBoard events are written: %s", first_line(error))
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes what has not been written yet."""
         self._write(self._writer.close)

@@ -1,4 +1,4 @@
-"""Networks: the published generator, and the teachers and students that have a name."""
+"""The published generator, and the teachers and students that can be named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .hintonnet import HintonNet
 from .lenet import LeNet5, LeNet5Half
 from .resnet import ResNet, WideResNet
 
-# By name, from the number of classes and the image channels.
+# By name: functions of the number of classes and of image channels.
 _COLOUR: dict[str, Callable[[int, int], nn.Module]] = {
     "ResNet34": lambda classes, channels: ResNet((3, 4, 6, 3), 64, classes, channels),
     "ResNet18": lambda classes, channels: ResNet((2, 2, 2, 2), 64, classes, channels),
@@ -32,14 +32,15 @@ _GREY: dict[str, Callable[[int], nn.Module]] = {
     "HintonNet800": lambda classes: HintonNet(800, classes),
 }
 NETWORKS = (*_GREY, *_COLOUR)
-# Height and width of the images of those networks that take one size only (and one channel).
+# Networks that take images of one size only, and that size. They also take one channel only.
 GREY_SIZES = {"LeNet5": 32, "LeNet5Half": 32, "HintonNet1200": 28, "HintonNet800": 28}
 
 
 def build(name: str, num_classes: int = 10, channels: int | None = None) -> nn.Module:
     """A network by its name (one of `NETWORKS`), freshly initialised, with `num_classes` logits.
 
-    Image channels are the network's own (1 for LeNets and HintonNets, else 3) when None.
+    Without `channels`, the network takes its usual image channels: 1 for LeNets and HintonNets,
+    else 3.
 
     Raises:
         UserError: an unknown name, or a network that does not take that many channels.
@@ -54,8 +55,8 @@ def build(name: str, num_classes: int = 10, channels: int | None = None) -> nn.M
 
 
 def identify(state: Mapping[str, Tensor]) -> tuple[str, int, int] | None:
-    """The named network whose weights `state` holds, told by their names and shapes: name, number
-    of classes and image channels, as `build` takes them; None when it is no named network."""
+    """Recognises, by names and shapes, to which named network the weights in `state` belong.
+    Returns the arguments of `build` (name, classes, image channels), or None if to none."""
     for name in NETWORKS:
         with torch.device("meta"):
             own = build(name).state_dict()

@@ -1,9 +1,9 @@
-"""Layers of the networks, computed faster: the same values and gradients up to rounding.
+"""Faster versions of the networks' layers, with the same values and gradients up to rounding.
 
-Each function stands for a few published layers in a row and takes their modules. On a CPU it runs
-one operator of `dafl_fast._C`; elsewhere, and wherever a module is not exactly the one that the
-operator replaces, the layers themselves. Under autocast, activations are cast to its dtype;
-parameters stay what they are and are rounded inside.
+Each function takes the modules of a few successive layers and computes what they do. On a CPU it
+runs one operator of `dafl_fast._C`. On other devices, and if a module is not of exactly the kind
+that the operator replaces, it runs the modules. Under autocast, activations are cast to its dtype;
+parameters keep theirs and are rounded inside the operator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OPS = torch.ops.dafl_fast
 
 
 def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """`norm` of x [N, C, H, W]."""
+    """Applies `norm` to x [N, C, H, W]."""
     if not _takes_batch_statistics(norm, x):
         return norm(x)
     x = as_autocast(x)
@@ -39,11 +39,11 @@ def upsample_stage(
     Convolutions are 3x3 with padding 1. x is [N, in_channels, H, W]; the result has twice its
     height and width. This saves:
 
-    * the upsampled image: each output pixel sees only 2x2 distinct pixels of x. On a CPU that takes
-      6.25 multiply-adds per pixel of x and channel pair (csrc/layers/upsample_conv.cpp), elsewhere,
-      as a stride-2 transposed convolution, 16; otherwise 36;
-    * `conv`'s bias while training: `norm` subtracts it again, it only shifts the running mean;
-    * on a CPU, most passes over memory: norm_activation.cpp, norm_image_conv.cpp in csrc/layers.
+    * the upsampled image, because each output pixel depends on only 2x2 distinct pixels of x.
+      Instead of 36 multiply-adds per pixel of x and pair of channels, this takes 6.25 on a CPU
+      (csrc/layers/upsample_conv.cpp), and 16 elsewhere (a stride-2 transposed convolution);
+    * `conv`'s bias in training, because `norm` subtracts it again. It only shifts the running mean;
+    * most passes over memory on a CPU (norm_activation.cpp, norm_image_conv.cpp in csrc/layers).
     """
     if operators_run(x):
         y, mean, variance = _OPS.upsample_conv(as_autocast(x), conv.weight)
@@ -58,7 +58,7 @@ def upsample_stage(
     bias, running = conv.bias, norm.running_mean
     assert bias is not None
     if norm.training and running is not None and norm.momentum is not None:
-        # Added before BatchNorm decays the running mean by (1 - m), so that m * bias remains.
+        # BatchNorm then multiplies the running mean by (1 - m), so that m * bias remains.
         with torch.no_grad():
             running.add_(bias, alpha=norm.momentum / (1 - norm.momentum))
     else:
@@ -74,19 +74,19 @@ def conv_pool(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """
     if operators_run(x):
         return _OPS.conv_pool(as_autocast(x), conv.weight, conv.bias)[0]
-    # Pooling first gives the same values as ReLU first, with a quarter of the ReLU's work.
+    # ReLU after pooling gives the same values as before it, with a quarter of the work.
     return F.relu(F.max_pool2d(conv(x), 2))
 
 
 def whole_image_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """`conv` where its kernel is as large as the image, a linear layer: [N, out_channels]."""
+    """`conv` with a kernel as large as the image, computed as a linear layer: [N, out_channels]."""
     return F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)
 
 
 def with_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x [N, C, H, W] itself, and the mean and biased variance [C] of its channels.
 
-    Use the x that is returned from there on: the gradients of all three then come back together.
+    Continue with the x that is returned: then the gradients of all three are computed in one go.
     """
     if operators_run(x) and x.dim() == 4:
         passed, mean, variance = _Moments.apply(x)
@@ -117,14 +117,14 @@ class _Moments(torch.autograd.Function):
 
 
 def operators_run(x: Tensor) -> bool:
-    """Whether our operators take x: on a CPU, but not into a program that is being exported, which
-    should run where there is no dafl_fast."""
+    """Whether our operators are used for x: on a CPU, but not during an export, because an exported
+    program should run without dafl_fast."""
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
     return x.device.type == "cpu" and not exporting
 
 
 def _upsample_by_transposed_conv(x: Tensor, weight: Tensor) -> Tensor:
-    # Along one axis: kernel4[j] = w[2 - j] + w[3 - j], taking taps outside 0..2 as zero.
+    # Along one axis: kernel4[j] = w[2 - j] + w[3 - j], where w is zero outside 0..2.
     w = F.pad(weight, (1, 1, 1, 1))
     w = w[..., 1:, :] + w[..., :-1, :]
     w = w[..., 1:] + w[..., :-1]
@@ -133,8 +133,8 @@ def _upsample_by_transposed_conv(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _takes_batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> bool:
-    """Whether the operators compute what `norm` would. A subclass may want other statistics (of
-    several processes), and torch refuses a batch with one value per channel."""
+    """Whether the operators compute what `norm` would. A subclass may use other statistics, such as
+    those of several processes; torch raises an error for a batch with one value per channel."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
@@ -150,7 +150,7 @@ def _takes_batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> bool:
 def _update_running(
     norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: Tensor, bias: Tensor | None = None
 ) -> None:
-    """What `norm` does to its buffers when it sees x + bias, mean and biased variance being x's."""
+    """Updates `norm`'s buffers as it does for x + bias; mean and biased variance are those of x."""
     running_mean, running_var = norm.running_mean, norm.running_var
     assert running_mean is not None and running_var is not None and norm.momentum is not None
     assert norm.num_batches_tracked is not None
@@ -163,7 +163,7 @@ def _update_running(
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype, as torch's own convolutions would take it."""
+    """x in autocast's dtype, to which torch's own convolutions would cast it."""
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype("cpu"))
     return x

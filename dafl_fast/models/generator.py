@@ -1,4 +1,4 @@
-"""The published DAFL generator, with its upsample-then-convolve stages done in one go.
+"""The published DAFL generator; upsampling and the convolution after it are one operation.
 
 Chen et al., "Data-Free Learning of Student Networks", ICCV 2019, and its released code:
 Linear -> BN -> [x2 nearest, Conv3x3, BN(eps 0.8), LeakyReLU 0.2] twice -> Conv3x3 -> Tanh -> BN.
@@ -14,26 +14,25 @@ from torch import Tensor, nn
 from .functional import batch_norm, upsample_stage
 
 # The released code writes `BatchNorm2d(128, 0.8)`, whose second argument is eps, not momentum.
-# It was an accident, but the published results were obtained with it, so it is kept and named.
+# That was probably a mistake, but the published results were obtained with it, so we keep it.
 PUBLISHED_BN_EPS = 0.8
 
 
 class Generator(nn.Module):
     """Maps noise z [N, latent_dim] to images [N, channels, image_size, image_size].
 
-    The last BatchNorm has no affine part, so every channel of a training batch leaves with zero
-    mean and unit variance: images are in the units of *normalised* data, whatever the teacher's
-    data were.
+    The last BatchNorm has no affine part, so every channel of a training batch has zero mean and
+    unit variance, like *normalised* data.
 
-    Two stages double the image's size, as published. Larger images get more of the first kind in
-    front, so that the linear layer makes 8x8 pixels or fewer where the size can be halved that
+    Two stages double the image's size, as published. For larger images there are more stages like
+    the first, so that the linear layer makes 8x8 pixels or fewer, if the size can be halved that
     often: three stages for 64, four for 96, five for 224.
 
     Args:
         latent_dim: length of z.
         image_size: height and width, a multiple of 4.
         channels: image channels, 1 to 4.
-        width: channels of all stages but the last (published: 128), which has half.
+        width: channels of all stages (published: 128), except the last, which has half as many.
         bn_eps: eps of the stages' BatchNorms; see `PUBLISHED_BN_EPS`.
 
     Raises:
@@ -62,7 +61,7 @@ class Generator(nn.Module):
         self._width, self._start, more = width, image_size // 4, 0
         while self._start > 8 and self._start % 2 == 0:
             self._start, more = self._start // 2, more + 1
-        # Layers, numbering and names are those of the published code, so its checkpoints load.
+        # Layers and their names are those of the published code, so that its checkpoints load.
         self.l1 = nn.Sequential(nn.Linear(latent_dim, width * self._start**2))
         self.conv_blocks0 = nn.Sequential(nn.BatchNorm2d(width))
         stages = [
@@ -86,7 +85,7 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.l1(z).view(-1, self._width, self._start, self._start)
-        # Sequential's elements are plain modules to a type checker.
+        # A type checker knows Sequential's elements only as modules.
         first: list[list[Any]] = [list(block) for block in (*self.more_blocks, self.conv_blocks1)]
         (norm0,), (conv2, norm2, act2, to_image, *last) = (
             list[Any](block) for block in (self.conv_blocks0, self.conv_blocks2)
@@ -103,7 +102,7 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Draws fresh parameters in place, as if newly built (see `generator_restart_every`)."""
+        """Initialises all parameters anew, in place (see `generator_restart_every`)."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.BatchNorm2d)):
                 module.reset_parameters()

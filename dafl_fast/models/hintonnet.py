@@ -1,4 +1,5 @@
-"""HintonNet, the two-hidden-layer perceptron pair of Hinton et al. 2015 that DAFL reports on."""
+"""HintonNet, the perceptron with two hidden layers of Hinton et al. 2015, for which DAFL reports
+results as a teacher and as a student."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 class HintonNet(nn.Module):
     """[N, 1, 28, 28] -> logits [N, num_classes] through two hidden layers.
 
-    1,200 hidden units are the published teacher, 800 the published student.
+    The published teacher has 1,200 hidden units per layer, the published student 800.
     """
 
     def __init__(self, hidden: int = 1200, num_classes: int = 10, pixels: int = 784) -> None:

@@ -8,9 +8,9 @@ from .functional import conv_pool, whole_image_conv
 
 
 class LeNet5(nn.Module):
-    """[N, 1, 32, 32] -> logits [N, num_classes]; the features are the 120-vector before `fc1`.
+    """[N, 1, 32, 32] -> logits [N, num_classes]; the features are the 120 inputs of `fc1`.
 
-    61,706 parameters with the default widths.
+    It has 61,706 parameters with the default widths.
     """
 
     feature_layer = "fc1"  # where FrozenTeacher takes the features

@@ -1,12 +1,13 @@
 """Residual networks for small images: a 3x3 stem and no max-pooling in front of the stages.
 
 ResNet-34 and ResNet-18 are the networks of the published DAFL code (He et al. 2016, as commonly
-adapted to CIFAR), whose layer names they keep, so that its weights load. ResNet-20 and ResNet-8
-are the three-stage family of the same paper's CIFAR section. Wide ResNets follow Zagoruyko and
-Komodakis 2016, with the layer names of the PyTorch code in common use.
+adapted to CIFAR). They have the same layer names, so that its weights load. ResNet-20 and ResNet-8
+are the networks with three stages in the CIFAR section of He et al. Wide ResNets follow Zagoruyko
+and Komodakis 2016, with the layer names of the usual PyTorch code.
 
-All of them take images [N, channels, H, W] of any size from 8 on (they end in an average over the
-positions) and return logits [N, num_classes]; the features are the vector before the last layer.
+All of them take images [N, channels, H, W] of 8x8 pixels or more, because they end in an average
+over the positions, and return logits [N, num_classes]. The features are the input of the last
+layer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """relu(x + bn(conv(relu(bn(conv(x)))))), the shortcut a 1x1 convolution where shapes differ."""
+    """relu(x + bn(conv(relu(bn(conv(x)))))); if shapes differ, x passes a 1x1 convolution."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -50,8 +51,8 @@ class ResNet(nn.Module):
             four-stage networks, 16 for the three-stage ones.
         num_classes, channels: logits, and image channels.
 
-    The three-stage networks have 1x1 convolutions as shortcuts (option B of the paper) like the
-    others: ResNet-20 has 272,474 parameters, where parameter-free shortcuts would leave 269,722.
+    The three-stage networks, too, have 1x1 convolutions as shortcuts (option B of the paper). So
+    ResNet-20 has 272,474 parameters; without parameters in the shortcuts it would have 269,722.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class ResNet(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """x + conv(relu(bn(conv(relu(bn(x)))))); where shapes differ the shortcut is a 1x1 convolution
-    of the activated input."""
+    """x + conv(relu(bn(conv(relu(bn(x)))))); if shapes differ, the shortcut is a 1x1 convolution of
+    relu(bn(x))."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -113,8 +114,8 @@ class WideStage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-`depth`-`widen`: three stages of n blocks with 16, 32 and 64 channels times `widen`;
-    `depth` is 6 n + 4 layers with weights, `channels` are the images'."""
+    """WRN-`depth`-`widen`: three stages of n blocks with 16, 32 and 64 channels times `widen`.
+    `depth` = 6 n + 4 is the number of layers with weights; `channels` are those of the images."""
 
     def __init__(self, depth: int, widen: int, num_classes: int = 10, channels: int = 3) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Copies of a network: what trains may have faster layers, what was given stays as it is.
+"""Copies of a network, so that training can use faster layers and the user's network is unchanged.
 
-A user's student is theirs: its layers keep their classes, modes and hooks. What trains is a twin,
-which has layers of its own and the very same parameters and buffers.
+The layers of a user's student keep their classes, modes and hooks. We train a twin of it, which has
+its own layers, but the same parameters and buffers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def twin(
 
     Args:
         network: left as it is.
-        substitute: for a layer, the class that takes its place in the twin; None keeps its own. An
-            instance of that class must be told by the attributes of the layer that it replaces.
+        substitute: for a layer, the class that replaces its own in the twin; None keeps its own.
+            That class must need no attributes other than those of the layer it replaces.
 
     Raises:
         UserError: the network cannot be copied.
@@ -38,7 +38,7 @@ def twin(
     replaced = [
         (layer, kind.__new__(kind)) for layer in network.modules() if (kind := substitute(layer))
     ]
-    # Whoever refers to a layer, by whatever path, finds its substitute.
+    # Every reference to a layer in the copy becomes a reference to its substitute.
     memo.update({id(layer): new for layer, new in replaced})
     for layer, new in replaced:
         new.__dict__.update(copy.deepcopy(layer.__dict__, memo))
@@ -55,8 +55,8 @@ def duplicate(network: nn.Module) -> nn.Module:
 
 
 def _memo(network: nn.Module) -> dict[int, Any]:
-    """What a deep copy must not copy: tensors that hooks compute anew at every call, which cannot
-    be copied, and owners of hooks that are no part of the network, whom the hooks report to."""
+    """What a deep copy must not copy: tensors that hooks compute anew at every call, because they
+    cannot be copied, and objects outside the network whose methods are hooks in it."""
     layers = set(network.modules())
     memo: dict[int, Any] = {}
     for layer in layers:
@@ -73,7 +73,7 @@ def _memo(network: nn.Module) -> dict[int, Any]:
 def _deepcopy(network: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         return copy.deepcopy(network, memo)
-    except Exception as error:  # whatever an attribute that cannot be copied says
+    except Exception as error:  # any kind: it comes from an attribute
         raise UserError(
             f"the network {type(network).__name__} cannot be copied ({first_line(error)}); keep "
             "what cannot be copied, such as locks and open files, out of its attributes"

@@ -1,8 +1,9 @@
 """3x3 convolutions with fewer multiplications, for networks with many channels on a CPU.
 
-Four outputs of a 3x3 convolution take 36 multiplications, or 16 of sums of inputs with sums of
-weights (csrc/layers/winograd.cpp). Activations and factors are rounded once more than in a direct
-convolution: in bfloat16 the outputs' error is about twice, in float32 it is the same.
+Computed directly, four outputs of a 3x3 convolution take 36 multiplications. Winograd's algorithm
+multiplies sums of inputs by sums of weights ("factors"), and takes 16 (csrc/layers/winograd.cpp).
+Both sums are rounded, so in bfloat16 the error of the outputs is about twice that of a direct
+convolution. In float32 it is the same.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from .twin import twin
 
 _OPS = torch.ops.dafl_fast
 
-# What there are kernels for that gain on this processor.
+# The dtypes for which the kernels are faster on this processor.
 _DTYPES = frozenset(t for t in (torch.float32, torch.bfloat16) if _C.conv3x3_pays(t))
-# The kernels pad channels to a multiple of this; with fewer, the additions cost more than the
-# multiplications that they save.
+# The kernels pad channels to a multiple of this. With fewer channels, the additions take longer
+# than the multiplications that they save.
 _CHANNELS = 64
-# Tiles of 2x2 outputs in a batch, below which the factors of the weights cost more than they save.
+# With fewer tiles of 2x2 outputs in a batch, the factors of the weights cost more than they save.
 _MIN_TILES = 32
 
 
@@ -29,14 +30,14 @@ class WinogradConv2d(nn.Conv2d):
     """nn.Conv2d with a 3x3 kernel, stride 1 and padding 1, computed with fewer multiplications.
 
     Its arguments, parameters and state_dict are those of nn.Conv2d, and so are its results up to
-    rounding. It computes as nn.Conv2d does where that is faster: other shapes, few channels, small
-    batches, devices other than the CPU, processors for which there are no kernels.
+    rounding. It computes like nn.Conv2d if that is faster: for other shapes, few channels or small
+    batches, on devices other than the CPU, and on processors without kernels.
     """
 
     _factors: tuple[Tensor, Tensor] | None = None
 
     def keep_factors(self) -> None:
-        """Computes the factors of the weight now and for good: for weights that never change."""
+        """Computes the factors of the weight once. Use it only if the weight never changes."""
         dtype = self.weight.dtype
         if _pays(self, dtype):
             self._factors = _OPS.conv3x3_factors(self.weight.detach(), dtype, True)
@@ -56,10 +57,10 @@ class WinogradConv2d(nn.Conv2d):
 
 
 def accelerated(network: nn.Module, constant: bool = False) -> nn.Module:
-    """A twin of `network` whose convolutions that can gain are of the class `WinogradConv2d`.
+    """A twin of `network` in which convolutions that become faster are of class `WinogradConv2d`.
 
-    Names, parameters, hooks and state_dict are the same, and `network` is left as it is. If its
-    weights are `constant` from now on, what depends on them alone is computed once.
+    Names, parameters, hooks and state_dict are the same, and `network` is not changed. If its
+    weights are `constant` from now on, the factors of the weights are computed only once.
     """
     fast = twin(
         network, lambda layer: WinogradConv2d if type(layer) is nn.Conv2d and _fits(layer) else None

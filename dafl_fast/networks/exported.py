@@ -1,7 +1,7 @@
-"""Programs of torch.export as networks of layers, and the reading of their files (.pt2).
+"""Reads programs of torch.export (.pt2 files) and turns them into networks of layers.
 
-Such a file holds weights and what is computed with them, and none of the source, so that a private
-classifier can be handed on. Gradients with respect to its images work as in the original.
+Such a file has a network's weights and operators, but not its Python code. So the owner of a
+private classifier can pass it on. Gradients with respect to its images work as in the original.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from ..errors import UserError
 
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
-# By the number of dimensions of their input.
+# By the number of dimensions of the input.
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _EXPORT_IT = (
     "torch.export.export(network.eval(), (images,), "
@@ -29,12 +29,12 @@ _EXPORT_IT = (
 
 
 class NeedsCode(Exception):
-    """A file that only unrestricted unpickling could read, which can run any code."""
+    """The file can be read only by unrestricted unpickling, which can run any code."""
 
 
 def read_exported(path: Path, role: str) -> nn.Module:
-    """The network that torch.export.save wrote to `path`; see `from_export`. Raises NeedsCode when
-    objects in the file would have to be unpickled, or compiled code run."""
+    """The network that torch.export.save wrote to `path`; see `from_export`. Raises NeedsCode if
+    reading it would mean unpickling objects or running compiled code."""
     with zipfile.ZipFile(path) as archive:
         if any(re.search("/opaque_obj|/aotinductor/", name) for name in archive.namelist()):
             raise NeedsCode
@@ -47,14 +47,14 @@ def read_exported(path: Path, role: str) -> nn.Module:
 def from_export(program: ExportedProgram, role: str = "teacher") -> nn.Module:
     """An exported program, images [N, C, H, W] -> logits, as a network of layers.
 
-    Convolutions, linear layers and BatchNorm become modules again, under the names that they had,
-    so that features can be taken, BatchNorm folded and weights cast as in any network. All else
-    stays the operators that were exported. Mode and weights of the program are fixed: it can be a
-    teacher, not a student.
+    Convolutions, linear layers and BatchNorm become modules again, under their old names, so that
+    features can be taken, BatchNorm folded and weights cast as in any network. Everything else
+    remains exported operators. The program's mode and weights are fixed: it can be a teacher, but
+    not a student.
 
     Raises:
-        UserError: the program takes anything but images, a batch of one size only, or was exported
-            in training mode.
+        UserError: the program takes other inputs than images or batches of one size only, or it
+            was exported in training mode.
     """
     module = program.module()
     assert isinstance(module, fx.GraphModule)
@@ -81,14 +81,14 @@ def _with_layers(program: fx.GraphModule) -> fx.GraphModule:
     layers: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.erase_node(node)  # would insist on fp32 under autocast
+            graph.erase_node(node)  # under autocast it would demand fp32
             continue
         made = _layer(node, program)
         if made is None:
             continue
         name, layer = made
         if repr(layers.setdefault(name, layer)) != repr(layer):
-            continue  # the same weights, used in another way
+            continue  # the same weights, with other settings
         with graph.inserting_before(node):
             called = graph.call_module(name, (node.args[0],))
         called.meta = node.meta
@@ -100,7 +100,7 @@ def _with_layers(program: fx.GraphModule) -> fx.GraphModule:
                 graph.erase_node(weight)
     for name, layer in layers.items():
         program.set_submodule(name, layer)
-    # Not `program` itself, whose train() and eval() are made to raise.
+    # Not `program` itself: torch.export makes its train() and eval() raise an error.
     return fx.GraphModule(program, graph).eval()
 
 
@@ -138,7 +138,7 @@ def _layer(node: fx.Node, program: fx.GraphModule) -> tuple[str, nn.Module] | No
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """An operator's arguments by name, defaults included; empty if `node` calls no operator."""
+    """An operator's arguments by name, with defaults; empty if `node` does not call an operator."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {}
     schema = node.target._schema.arguments
