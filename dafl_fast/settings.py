@@ -140,9 +140,9 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
         raise mistake(name, "one of " + ", ".join(options), value)
     if get_origin(kind) is tuple:
         count = None if Ellipsis in options else len(options)
-        if isinstance(value, (list, tuple)) and len(value) == (count or max(1, len(value))):
+        if isinstance(value, (list, tuple)) and count in (None, len(value)):
             return tuple(_converted(name, item, options[0]) for item in value)
-        raise mistake(name, f"{count or 'one or more'} values", value)
+        raise mistake(name, f"{'any number of' if count is None else count} values", value)
     accepted, words = _KINDS[kind]
     if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
         with suppress(OverflowError):  # a whole number beyond all floats

@@ -10,17 +10,33 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Puts `network` into evaluation mode, and afterwards every layer back into its old mode."""
+def modes_kept(network: nn.Module) -> Iterator[None]:
+    """Afterwards every layer of `network` is in the mode that it is in now."""
     training = network.training
     modes = [(layer, layer.training) for layer in network.modules()]
-    network.eval()
     try:
         yield
     finally:
-        network.train(training)  # some networks do more here than set the flags
+        network.train(training)  # some networks do more here than to set the flags
         for layer, mode in modes:
             layer.training = mode
+
+
+@contextlib.contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """`network` in evaluation mode; afterwards every layer is in the mode that it was in."""
+    with modes_kept(network):
+        network.eval()
+        yield
+
+
+def training_mode(network: nn.Module) -> None:
+    """Puts `network` into training mode. Layers in evaluation mode inside a network in training
+    mode were put there on purpose, and stay so."""
+    frozen = [layer for layer in network.modules() if network.training and not layer.training]
+    network.train()
+    for layer in frozen:
+        layer.training = False
 
 
 @torch.no_grad()

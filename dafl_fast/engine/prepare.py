@@ -13,10 +13,11 @@ from ..config import Config
 from ..device import AUTOCAST
 from ..errors import UserError
 from ..models import Generator
-from ..models.twin import twin
+from ..models.twin import answers_alike
 from ..models.winograd import accelerated
 from .checks import check_generator, check_student, run_lazy_layers
 from .distributed import World
+from .evaluation import evaluation_mode
 from .step import Step
 from .teacher import FrozenTeacher
 
@@ -37,8 +38,8 @@ def prepare(
     Args:
         config: all settings.
         teacher: the classifier; a frozen copy of it is used.
-        student: it is moved to `device`. A twin of it is trained, with the same parameters and
-            buffers, so the layers of the student keep their classes and modes.
+        student: it is moved to `device`. If some of its layers can be made faster, the Step has a
+            twin of it, with the same parameters and buffers, and its layers keep their classes.
         device, precision: see `pick_device` and `pick_precision`.
         generator: by default the published one.
         world: the processes of this job.
@@ -73,16 +74,26 @@ def prepare(
     if precision in AUTOCAST:
         frozen.cast(AUTOCAST[precision])
     if device.type == "cpu":
-        frozen.network = accelerated(frozen.network, constant=True)
-        student = accelerated(student)
-    else:
-        student = twin(student)
+        some, draw = [], torch.Generator().manual_seed(0)
+        for count in (2, 3):  # of two sizes, by which what was kept from the first would show
+            some.append(torch.randn(count, *shape, generator=draw))
+        frozen.network = _accelerated(frozen.network, some, constant=True)
+        student = _accelerated(student, some)
     # Shapes never change, so cuDNN needs to search for the fastest convolutions only once.
     torch.backends.cudnn.benchmark = True
     if config.compile:
         for module in (generator, student, frozen):
             module.compile()
     return Step(config, generator, frozen, student, num_classes, device, precision, world)
+
+
+def _accelerated(network: nn.Module, images: list[Tensor], constant: bool = False) -> nn.Module:
+    """`network` with faster layers, if it then still answers as it does."""
+    fast = accelerated(network, constant)
+    if fast is network:
+        return network
+    with evaluation_mode(network), evaluation_mode(fast):
+        return fast if answers_alike(network, fast, images) else network
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from ..losses import (
 from .bank import ReplayBank
 from .distributed import World
 from .ema import Average
-from .evaluation import accuracy, evaluation_mode
+from .evaluation import accuracy, evaluation_mode, training_mode
 from .live import Live, restore, state_of
 from .teacher import FrozenTeacher
 
@@ -75,9 +75,8 @@ class Step:
         self.config, self.device, self.precision = config, device, precision
         self.num_classes = num_classes
         self.world = world = world or World()
-        for network in (generator, student):
-            if not network.training:  # else its layers in evaluation mode are meant to stay so
-                network.train()
+        training_mode(generator)
+        training_mode(student)
         self.teacher = teacher
         self.generator, self.student = map(world.share_statistics, (generator, student))
         self.average = Average(student, config.ema_decay) if config.ema_decay else None

@@ -127,6 +127,7 @@ class FrozenTeacher(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         self._take_features()  # left by a direct call of `network`, if any
+        self._statistics.clear()
         logits = self.network(images)
         features = self._take_features()
         if features is not None:

@@ -59,8 +59,9 @@ class WinogradConv2d(nn.Conv2d):
 def accelerated(network: nn.Module, constant: bool = False) -> nn.Module:
     """A twin of `network` in which convolutions that become faster are of class `WinogradConv2d`.
 
-    Names, parameters, hooks and state_dict are the same, and `network` is not changed. If its
-    weights are `constant` from now on, the factors of the weights are computed only once.
+    Names, parameters, hooks and state_dict are the same, and `network` is not changed. If no
+    convolution becomes faster, it is `network` itself. If its weights are `constant` from now on,
+    the factors of the weights are computed only once.
     """
     fast = twin(
         network, lambda layer: WinogradConv2d if type(layer) is nn.Conv2d and _fits(layer) else None
