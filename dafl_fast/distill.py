@@ -171,8 +171,9 @@ def _run(
                 give_back(student, step.student)
             if config.compile:
                 vars(student).pop("_compiled_call_impl", None)
-    shape, kind = config.image_shape, {"device": device, "dtype": step.dtype}
-    images = [torch.randn(count, *shape, **kind) for count in (2, 3)]
+    images = [
+        torch.randn(count, *config.image_shape, device=device, dtype=step.dtype) for count in (2, 3)
+    ]
     return Result(_in_evaluation_mode(student, images), loop.history, summary, folder.path)
 
 
