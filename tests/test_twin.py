@@ -169,6 +169,16 @@ def test_what_holds_on_to_the_network_is_noticed(how):
     assert alike == (how == "none")
 
 
+def test_an_answer_that_is_no_number_is_another():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * float("nan")
+
+    network = nn.Sequential(nn.Linear(4, 2))
+    other = twin(network, lambda layer: Broken if type(layer) is nn.Linear else None)
+    assert not answers_alike(network, other, [torch.randn(2, 4)])
+
+
 def test_attributes_are_given_back():
     network = Listed()
     network.count, network.plain_list = 0, [1]
