@@ -1,0 +1,51 @@
+"""What a network takes and returns, as those who use it know it.
+
+Inside, everything is one way: images [N, C, H, W] in floating point in, logits [N, C] out. A
+teacher as it is found may have another convention. It is written into the run's summary, so that
+the student can be exported as a drop-in replacement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+OutputKind = Literal[
+    "logits", "probabilities", "log-probabilities", "sigmoids", "binary-logit", "binary-probability"
+]
+
+
+@dataclass(frozen=True)
+class Convention:
+    """The convention of a network.
+
+    Attributes:
+        input_name, output_name: what a program calls its images and its answers.
+        layout: the order of the input's dimensions; N is the batch, H the height.
+        dtype: of the input, as torch names it: "float32", "uint8", ...
+        outputs: what the answers are. "sigmoids": a probability for each class by itself.
+            "binary-...": one number, which is about the second of two classes.
+        image_shape: channels, height and width, whatever the layout; None if they are not fixed.
+        classes: their names, in the order of the outputs; empty if not known.
+    """
+
+    input_name: str = "images"
+    output_name: str = "logits"
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    dtype: str = "float32"
+    outputs: OutputKind = "logits"
+    image_shape: tuple[int, int, int] | None = None
+    classes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Convention:
+        """What `as_json` returned, also after a way through a JSON file."""
+        known = {field.name for field in fields(cls)} & content.keys()
+        values = {name: content[name] for name in known}
+        for name in ("image_shape", "classes"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
+        return cls(**values)
