@@ -21,6 +21,7 @@ from .engine.distributed import World
 from .engine.evaluation import evaluation_mode, modes_kept
 from .engine.folder import RunFolder, check_resumed
 from .engine.graph import reason_not_captured
+from .engine.layout import layout_kept
 from .engine.loop import Loop
 from .engine.prepare import prepare
 from .engine.tensorboard import TensorBoard
@@ -149,7 +150,7 @@ def _run(
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
     board = step = None
-    with modes_kept(student):
+    with modes_kept(student), layout_kept(student), layout_kept(generator or nn.Identity()):
         try:
             step = prepare(config, teacher, student, device, precision, generator, world)
             path = config.resume
