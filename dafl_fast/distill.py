@@ -22,6 +22,7 @@ from .engine.evaluation import evaluation_mode, modes_kept
 from .engine.folder import RunFolder, check_resumed
 from .engine.graph import reason_not_captured
 from .engine.loop import Loop
+from .engine.precision import computed_in
 from .engine.prepare import prepare
 from .engine.tensorboard import TensorBoard
 from .errors import UserError, require
@@ -148,6 +149,8 @@ def _run(
     world = World.join(device)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
+    example = torch.zeros(2, *config.image_shape)
+    teacher = computed_in(example.dtype, teacher, "teacher", example)
     board = step = None
     with modes_kept(student):
         try:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 @contextlib.contextmanager
 def modes_kept(network: nn.Module) -> Iterator[None]:
     """Afterwards every layer of `network` is in the mode that it is in now."""
-    training = network.training
-    modes = [(layer, layer.training) for layer in network.modules()]
+    # A frozen TorchScript has no mode.
+    training = getattr(network, "training", False)
+    modes = [(layer, layer.training) for layer in network.modules() if hasattr(layer, "training")]
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from ..models.winograd import accelerated
 from .checks import check_generator, check_student, run_lazy_layers
 from .distributed import World
 from .evaluation import evaluation_mode
+from .precision import refuse_low_precision
 from .step import Step
 from .teacher import FrozenTeacher
 
@@ -64,6 +65,7 @@ def prepare(
         raise UserError(
             f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
         )
+    refuse_low_precision(student, "student")
     check_student(student, torch.randn(2, *shape, device=device), num_classes)
     check_generator(generator, torch.randn(2, config.latent_dim, device=device), shape)
     if config.generator_restart_every and not hasattr(generator, "reset"):

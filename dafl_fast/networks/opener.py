@@ -17,6 +17,7 @@ from torch import nn
 from ..config import Config
 from ..engine.checks import logits_of
 from ..engine.folder import read_config, read_summary
+from ..engine.precision import computed_in
 from ..errors import UserError
 from ..models import GREY_SIZES, NETWORKS, build, identify
 from ..recipes import PRESETS
@@ -227,6 +228,8 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
     channels, size, _ = config.image_shape
     opened = open_network(name, weights, "teacher", usual)
     teacher = opened.built(config.num_classes, channels, size)
+    example = torch.zeros(2, *config.image_shape)
+    teacher = computed_in(example.dtype, teacher, "teacher", example)
     classes = outputs_of(teacher, config.image_shape)
     torch.manual_seed(config.seed)
     student = open_network(config.student, config.student_weights, "student")
