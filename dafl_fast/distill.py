@@ -18,7 +18,7 @@ from .config import Config
 from .data import eval_set
 from .device import keep_freed_memory, pick_device, pick_precision
 from .engine.distributed import World
-from .engine.evaluation import evaluation_mode, modes_kept
+from .engine.evaluation import buffers_kept, evaluation_mode, modes_kept
 from .engine.folder import RunFolder, check_resumed
 from .engine.graph import reason_not_captured
 from .engine.loop import Loop
@@ -184,7 +184,7 @@ def _in_evaluation_mode(student: nn.Module, images: list[Tensor]) -> nn.Module:
     """A copy of `student` in evaluation mode, or `student` itself if a copy answers otherwise."""
     with contextlib.suppress(UserError):
         copied = duplicate(student).eval()
-        with evaluation_mode(student):
+        with evaluation_mode(student), buffers_kept(student), buffers_kept(copied):
             if answers_alike(student, copied, images):
                 return copied
     return student

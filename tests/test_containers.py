@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dafl_fast import FrozenTeacher
+from dafl_fast import FrozenTeacher, distill
 from dafl_fast.convention import Convention
 from dafl_fast.engine.precision import computed_in
 from dafl_fast.errors import UserError
@@ -481,3 +481,40 @@ def test_a_precision_that_code_insists_on():
     wrong = Small().half()  # images of the wrong shape are another matter, which is told elsewhere
     with pytest.raises(UserError, match="does not take images of shape .*expected input.*channels"):
         FrozenTeacher(computed_in(torch.float32, wrong, "teacher", x[:, :1])).check(x[:, :1])
+
+
+def run(teacher, student, tmp_path, **others):
+    settings = {
+        "image_shape": (3, 32, 32), "steps": 4, "batch_size": 4, "latent_dim": 4,
+        "generator_width": 4, "bank_images": 16, "device": "cpu", "out_dir": tmp_path / "run",
+    }  # fmt: skip
+    return distill(teacher, student, **(settings | others))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("form", [as_module, as_script])
+def test_a_teacher_in_fp16_is_distilled_and_evaluated(form, tmp_path):
+    teacher = form(randomised(Small()).eval().half(), torch.randn(2, 3, 32, 32).half())
+    images = torch.randn(50, 3, 32, 32)
+    labels = teacher(images.half()).argmax(1)
+    result = run(teacher, Small(), tmp_path, eval_loader=[(images, labels)])
+    assert result.summary["teacher_accuracy"] > 0.95
+    assert next(teacher.parameters()).dtype == torch.float16
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_frozen_script_is_evaluated(tmp_path):
+    # Freezing leaves no parameters and no mode.
+    teacher = torch.jit.freeze(torch.jit.trace(Small().eval(), torch.randn(2, 3, 32, 32)))
+    images = torch.randn(10, 3, 32, 32)
+    labels = teacher(images).argmax(1)
+    result = run(teacher, Small(), tmp_path, eval_loader=[(images, labels)])
+    assert result.summary["teacher_accuracy"] == 1
+
+
+def test_a_student_in_low_precision_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"must be float32 to be trained, got bfloat16 for conv.wei"
+    ):
+        run(Small(), Small().bfloat16(), tmp_path)
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..device import AUTOCAST
 from ..errors import UserError
 from ..models.twin import duplicate
 from .evaluation import evaluation_mode
@@ -64,6 +65,26 @@ def refuse_low_precision(network: nn.Module, role: str) -> None:
                 f"the {role}'s weights must be float32 to be trained, got {_name(parameter.dtype)} "
                 f"for {name}; give {role}.float(), and set precision to compute in less"
             )
+
+
+def precision_of(student: nn.Module, wanted: str, picked: str) -> str:
+    """The precision to train in: `picked` for the setting `wanted`, but fp32 for a student that is
+    prepared for quantisation. PyTorch simulates quantisation in fp32 only.
+
+    Raises:
+        UserError: another precision was set.
+    """
+    if picked not in AUTOCAST or not any(
+        hasattr(layer, "fake_quant_enabled") for layer in student.modules()
+    ):
+        return picked
+    if wanted != "auto":
+        raise UserError(
+            "precision must be fp32 for a student that is prepared for quantisation, which PyTorch "
+            f"simulates in float32 only, got {wanted}"
+        )
+    log.warning("the student is prepared for quantisation: all is computed in float32")
+    return "fp32"
 
 
 def _convert(network: nn.Module, kinds: set[torch.dtype], dtype: torch.dtype) -> None:

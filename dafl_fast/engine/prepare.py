@@ -17,8 +17,8 @@ from ..models.twin import answers_alike
 from ..models.winograd import accelerated
 from .checks import check_generator, check_student, run_lazy_layers
 from .distributed import World
-from .evaluation import evaluation_mode
-from .precision import refuse_low_precision
+from .evaluation import buffers_kept, evaluation_mode
+from .precision import precision_of, refuse_low_precision
 from .step import Step
 from .teacher import FrozenTeacher
 
@@ -66,6 +66,7 @@ def prepare(
             f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
         )
     refuse_low_precision(student, "student")
+    precision = precision_of(student, config.precision, precision)
     check_student(student, torch.randn(2, *shape, device=device), num_classes)
     check_generator(generator, torch.randn(2, config.latent_dim, device=device), shape)
     if config.generator_restart_every and not hasattr(generator, "reset"):
@@ -94,7 +95,7 @@ def _accelerated(network: nn.Module, images: list[Tensor], constant: bool = Fals
     fast = accelerated(network, constant)
     if fast is network:
         return network
-    with evaluation_mode(network), evaluation_mode(fast):
+    with evaluation_mode(network), evaluation_mode(fast), buffers_kept(network):
         return fast if answers_alike(network, fast, images) else network
 
 
