@@ -185,15 +185,13 @@ def _without_prefix(state: State, own: State, role: str) -> State:
 
 def _choose(prefixes: list[str], state: State, own: State, role: str) -> str:
     """The prefix of the network for `role`, of several that could be its."""
-    first = prefixes[0]
+    first, *others = prefixes
     for wanted in (role, "model"):
         named = [prefix for prefix in prefixes if wanted in prefix.split(".")]
         if len(named) == 1:
             return named[0]
-    if all(torch.equal(state[p + name], state[first + name]) for p in prefixes for name in own):
-        return first
-    if first == "":
-        return first
+    if first == "" or all(state[p + n].equal(state[first + n]) for p in others for n in own):
+        return first  # beside its own names, or the same under each
     raise UserError(
         f"the {role}'s weights are there several times, under {', '.join(map(repr, prefixes))}; "
         f"save the one that is meant by itself, or under {role + '.'!r}"
