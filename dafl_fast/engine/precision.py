@@ -91,6 +91,8 @@ def _convert(network: nn.Module, kinds: set[torch.dtype], dtype: torch.dtype) ->
     def changed(value: Any) -> Any:
         return dtype if isinstance(value, torch.dtype) and value in kinds else value
 
+    for parameter in network.parameters():
+        parameter.detach_()  # those of a copied TorchScript hang on what they were copied from
     network.to(dtype)
     for part in network.modules():
         if isinstance(part, fx.GraphModule):

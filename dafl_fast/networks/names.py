@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,15 +48,15 @@ def knows_nothing(name: str) -> bool:
     return name in NETWORKS or name.partition(":")[0] in _PACKAGES
 
 
-def draws_its_weights(name: str, network: nn.Module, sizes: Sizes) -> bool:
+def draws_its_weights(network: nn.Module, again: Callable[[], nn.Module]) -> bool:
     """Whether a user's own code, which has returned `network`, gives another one new weights.
 
-    It is called once more, with another seed. Code that loads weights returns the same again, or
-    the network itself.
+    `again` calls it once more, here with another seed. Code that loads weights returns the same
+    again, or the network itself.
     """
     with torch.random.fork_rng([]):
         torch.random.default_generator.manual_seed(torch.initial_seed() + 1)
-        another = build_named(name, "teacher", sizes)
+        another = again()
     weights, others = dict(network.named_parameters()), dict(another.named_parameters())
     if any(map(is_lazy, weights.values())):
         return True

@@ -5,6 +5,7 @@ What is built by name stands in `names`, what is read from files in `formats`.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from importlib.resources import files
@@ -256,9 +257,9 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
     channels, size, _ = config.image_shape
     opened = open_network(name, weights, "teacher", usual)
     teacher = opened.built(config.num_classes, channels, size)
-    if opened.network is None and opened.file is None:
-        sizes = Sizes(config.num_classes, channels, size)
-        if draws_its_weights(name, teacher, sizes):
+    if opened.network is None and opened.file is None:  # the user's own code
+        again = functools.partial(opened.built, config.num_classes, channels, size)
+        if draws_its_weights(teacher, again):
             raise UserError(
                 f"--teacher-weights is needed: {name} draws its weights anew each time it is "
                 "called, so it has learned nothing"
