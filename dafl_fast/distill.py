@@ -18,11 +18,12 @@ from .config import Config
 from .data import eval_set
 from .device import keep_freed_memory, pick_device, pick_precision
 from .engine.distributed import World
-from .engine.evaluation import evaluation_mode, modes_kept
+from .engine.evaluation import buffers_kept, evaluation_mode, modes_kept
 from .engine.folder import RunFolder, check_resumed
 from .engine.graph import reason_not_captured
 from .engine.layout import layout_kept
 from .engine.loop import Loop
+from .engine.precision import computed_in
 from .engine.prepare import prepare
 from .engine.tensorboard import TensorBoard
 from .errors import UserError, require
@@ -149,6 +150,8 @@ def _run(
     world = World.join(device)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
+    example = torch.zeros(2, *config.image_shape)
+    teacher = computed_in(example.dtype, teacher, "teacher", example)
     board = step = None
     with modes_kept(student), layout_kept(student), layout_kept(generator or nn.Identity()):
         try:
@@ -182,7 +185,7 @@ def _in_evaluation_mode(student: nn.Module, images: list[Tensor]) -> nn.Module:
     """A copy of `student` in evaluation mode, or `student` itself if a copy answers otherwise."""
     with contextlib.suppress(UserError):
         copied = duplicate(student).eval()
-        with evaluation_mode(student):
+        with evaluation_mode(student), buffers_kept(student), buffers_kept(copied):
             if answers_alike(student, copied, images):
                 return copied
     return student

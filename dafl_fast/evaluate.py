@@ -23,6 +23,7 @@ from .device import keep_freed_memory, pick_device
 from .engine.checks import logits_of
 from .engine.evaluation import predictions
 from .engine.layout import use_channels_last
+from .engine.precision import computed_in
 from .errors import UserError, command
 from .models import GREY_SIZES, NETWORKS
 from .networks import open_file
@@ -143,10 +144,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     )
     data.check_channels(images, channels)
     network = model.built(len(names), channels, size or images.shape[-1]).eval()
+    # Its own size, or that to which these data are usually brought.
+    usual = _format_of(config.data)
+    sizes = [size] if size else [images.shape[-1], *([usual.image_size] if usual else [])]
+    examples = [torch.zeros(2, channels, size, size) for size in sizes]
+    network = computed_in(torch.float32, network, "model", *examples)
     if size is None:
-        # Its own size, or that to which these data are usually brought.
-        usual = _format_of(config.data)
-        sizes = [images.shape[-1], *([usual.image_size] if usual else [])]
         size = pick_size(network, channels, sizes)
     classes = logits_of(network, torch.zeros(2, channels, size, size), "model").shape[1]
     data.check_labels(labels, classes)
@@ -198,6 +201,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ]
         if there == here:
             network = teacher.built(*here).eval()
+            network = computed_in(torch.float32, network, "teacher", batch[:2].cpu())
             there[0] = logits_of(network, batch[:2].cpu(), "teacher").shape[1]
         if there != here:
             raise UserError(

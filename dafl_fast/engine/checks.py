@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import UserError, first_line
-from .evaluation import evaluation_mode
+from .evaluation import buffers_kept, evaluation_mode
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def logits_of(network: Callable[[Tensor], Tensor], images: Tensor, role: str = "
 def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
     """Raises UserError unless the student returns logits [N, num_classes] for the images. Called
     before training."""
-    with evaluation_mode(student):
+    with evaluation_mode(student), buffers_kept(student):
         logits = logits_of(student, images, "student")
     if logits.shape[1] != num_classes:
         raise UserError(

@@ -17,8 +17,9 @@ from ..models.twin import answers_alike
 from ..models.winograd import accelerated, becomes_faster
 from .checks import check_generator, check_student, run_lazy_layers
 from .distributed import World
-from .evaluation import evaluation_mode
+from .evaluation import buffers_kept, evaluation_mode
 from .layout import try_out, use_channels_last
+from .precision import precision_of, refuse_low_precision
 from .step import Step
 from .teacher import Autocast, FrozenTeacher
 
@@ -63,6 +64,8 @@ def prepare(
         raise UserError(
             f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
         )
+    refuse_low_precision(student, "student")
+    precision = precision_of(student, config.precision, precision)
     images = torch.randn(2, *shape, device=device)
     check_student(student, images, num_classes)
     check_generator(generator, noise, shape)
@@ -140,7 +143,7 @@ def _accelerated(
     """`network` with faster layers, as many of them as leave its answers what they are."""
 
     def holds(fast: nn.Module) -> bool:
-        with evaluation_mode(network), evaluation_mode(fast):
+        with evaluation_mode(network), evaluation_mode(fast), buffers_kept(network):
             if not answers_alike(network, fast, images):
                 return False
         with contextlib.suppress(Exception):  # a network may raise anything
