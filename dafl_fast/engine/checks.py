@@ -62,38 +62,34 @@ def check_answers(teacher: nn.Module, images: Tensor) -> None:
     Raises:
         UserError: it answers differently when it is asked again.
     """
-    answers = [teacher(images), teacher(images)]
-    rounding = 16 * torch.finfo(answers[0].dtype).eps  # of a deep network, in shares
-    if _apart(*answers) > max(1e-3, rounding):
+    answers = teacher(images)
+    size = float(answers.abs().max())
+    rounding = 16 * torch.finfo(answers.dtype).eps  # of a deep network
+    if _apart(answers, teacher(images)) > size * max(1e-3, rounding):
         # A program may have been optimised between its first calls, and round otherwise since.
         apart = _apart(teacher(images), teacher(images))
-        if apart > max(1e-3, rounding):
+        if apart > size * max(1e-3, rounding):
             raise UserError(
                 "the teacher answers differently when it is asked twice about the same images "
-                f"(logits differ by up to {apart * _size(answers[0]):.2g}): something random runs "
-                "in evaluation too, such as F.dropout(x, 0.5), which needs training=self.training"
+                f"(logits differ by up to {apart:.2g}): something random runs in evaluation too, "
+                "such as F.dropout(x, 0.5), which needs training=self.training"
             )
-    try:  # one image alone is not taken by all programs
-        few = teacher(images[:2])
+    try:
+        apart = _apart(teacher(images[:2]), answers[:2])
     except Exception:  # whatever a network says that takes no other number of images
         return
-    apart = _apart(few, answers[0][:2])
-    if apart > max(1e-2, rounding):
+    if apart > size * max(1e-2, rounding):
         log.warning(
             "the teacher's answer for an image depends on the other images of the batch (logits "
-            "differ by up to %.2g), as with BatchNorm that has no running statistics: what it "
-            "teaches is what it says of batches of generated images",
-            apart * _size(answers[0]),
+            "differ by up to %.2g), as with BatchNorm that has no running statistics; among real "
+            "images it may answer otherwise than among generated ones",
+            apart,
         )
 
 
 def _apart(one: Tensor, two: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    return float((one - two).abs().max()) / max(_size(two), 1e-30)
-
-
-def _size(values: Tensor) -> float:
-    return float(values.abs().max())
+    """The largest difference."""
+    return float((one - two).abs().max())
 
 
 @torch.no_grad()
