@@ -9,13 +9,9 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
-from rich.table import Column
 from torch import nn
 
 from .config import Config
@@ -23,6 +19,9 @@ from .engine.loop import parameters_of
 from .engine.step import Step
 from .errors import UserError
 from .templates import render
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Mode = bool | Literal["auto", "on", "off"]
 
@@ -167,6 +166,8 @@ class _Display(Protocol):
 
 
 def _display() -> _Display:
+    from rich.console import Console  # only where something is shown
+
     console = Console(stderr=True)
     if console.is_jupyter:
         return _Notebook()
@@ -208,6 +209,10 @@ class _Terminal:
     """rich's live line. What others print to the terminal meanwhile stands above it."""
 
     def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+        from rich.table import Column
+
         self.bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=12),
