@@ -22,6 +22,7 @@ from .engine.distributed import World
 from .engine.evaluation import evaluation_mode, modes_kept
 from .engine.folder import RunFolder, check_resumed
 from .engine.graph import reason_not_captured
+from .engine.layout import layout_kept
 from .engine.loop import Loop
 from .engine.prepare import prepare
 from .engine.tensorboard import TensorBoard
@@ -182,7 +183,10 @@ def _run(
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
     board = step = None
-    with modes_kept(student), Progress(progress if world.first else "off") as shown:
+    with (
+        Progress(progress if world.first else "off") as shown,
+        modes_kept(student), layout_kept(student), layout_kept(generator or nn.Identity()),
+    ):  # fmt: skip
         try:
             step = prepare(config, teacher, student, device, precision, generator, world)
             if world.first:

@@ -22,6 +22,7 @@ from . import data
 from .device import keep_freed_memory, pick_device
 from .engine.checks import logits_of
 from .engine.evaluation import predictions
+from .engine.layout import use_channels_last
 from .errors import UserError, command
 from .models import GREY_SIZES, NETWORKS
 from .networks import open_file
@@ -156,7 +157,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     def measure(opened: Opened, network: nn.Module) -> tuple[dict[str, Any], Tensor]:
         assert opened.file is not None
-        network = network.to(device).to(memory_format=torch.channels_last)
+        use_channels_last(network.to(device), batch[:4], opened.role)
         predicted = predictions(nn.Sequential(normaliser, network), images)
         right = predicted == labels
         counts = labels.bincount(minlength=classes).tolist()

@@ -30,11 +30,11 @@ def give_notice(config: Config, teacher: nn.Module, step: Step) -> None:
         )  # fmt: skip
     # Of other processors than Intel's and AMD's, PyTorch does not tell.
     told = step.device.type == "cuda" or platform.machine() in ("x86_64", "AMD64")
-    if config.precision in AUTOCAST and told and not computes_in(config.precision, step.device):
+    if step.precision in AUTOCAST and told and not computes_in(step.precision, step.device):
         log.warning(
             "this %s has no %s arithmetic and imitates it, which is slower than fp32; use "
             "--precision fp32",
-            "GPU" if step.device.type == "cuda" else "processor", config.precision,
+            "GPU" if step.device.type == "cuda" else "processor", step.precision,
         )  # fmt: skip
 
 

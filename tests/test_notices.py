@@ -53,7 +53,7 @@ def warnings_of(caplog) -> list[str]:
 
 def step_of(teacher: nn.Module, student: nn.Module, **settings):
     config = make_config("custom", **{**SMALL, **settings})
-    return config, prepare(config, teacher, student, CPU, "fp32")
+    return config, prepare(config, teacher, student, CPU, config.precision)
 
 
 def said(caplog, teacher: nn.Module, student: nn.Module, **settings) -> list[str]:
@@ -193,7 +193,7 @@ def test_a_named_student_has_a_smaller_one_named_instead(caplog, preset, student
     with torch.device("meta"):
         large = build("ResNet18")
     config = make_config(preset, student=student, image_shape=(3, 32, 32), steps=1)
-    step = type("Step", (), dict(student=large, num_classes=10, device=CPU))
+    step = type("Step", (), dict(student=large, num_classes=10, device=CPU, precision="fp32"))
     give_notice(config, teacher, step)
     assert warnings_of(caplog) == [
         f"the {who} is larger than the teacher, 11,173,962 parameters against 272,474; name a "
@@ -240,9 +240,7 @@ def test_a_precision_that_the_processor_imitates(caplog, monkeypatch, precision)
         )
         expected = [] if native else [sentence]
         assert said(caplog, Network(), Network(), precision=precision) == expected
-        # What is chosen by itself never is.
-        for free in ("auto", "fp32"):
-            assert said(caplog, Network(), Network(), precision=free) == []
+        assert said(caplog, Network(), Network()) == []
     monkeypatch.setattr(notices, "computes_in", lambda *_: False)
     monkeypatch.setattr(notices.platform, "machine", lambda: "aarch64")
     assert said(caplog, Network(), Network(), precision=precision) == [], "nobody knows"

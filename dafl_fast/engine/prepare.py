@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..device import AUTOCAST
-from ..errors import UserError
+from ..device import AUTOCAST, autocast
+from ..errors import UserError, first_line
 from ..models import Generator
 from ..models.twin import answers_alike
-from ..models.winograd import accelerated
+from ..models.winograd import accelerated, becomes_faster
 from .checks import check_answers, check_generator, check_student, run_lazy_layers
 from .distributed import World
 from .evaluation import evaluation_mode
+from .layout import try_out, use_channels_last
 from .step import Step
-from .teacher import FrozenTeacher
+from .teacher import Autocast, FrozenTeacher
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +55,9 @@ def prepare(
     frozen = freeze(teacher, config, torch.randn(16, *shape))
     for module in (generator, student, frozen):
         module.to(device)
-    run_lazy_layers(generator, torch.zeros(2, config.latent_dim, device=device), "generator")
+    noise = torch.randn(2, config.latent_dim, device=device)
+    run_lazy_layers(generator, noise, "generator")
     run_lazy_layers(student, torch.zeros(2, *shape, device=device), "student")
-    for module in (generator, student, frozen):
-        # Convolutions are faster with channels innermost, on CPUs and on GPUs.
-        module.to(memory_format=torch.channels_last)
     num_classes = frozen.check(torch.randn(16, *shape, device=device))
     own = torch.Generator().manual_seed(0)  # what the run draws does not depend on this check
     check_answers(frozen.network, torch.randn(16, *shape, generator=own).to(device))
@@ -66,21 +65,31 @@ def prepare(
         raise UserError(
             f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
         )
-    check_student(student, torch.randn(2, *shape, device=device), num_classes)
-    check_generator(generator, torch.randn(2, config.latent_dim, device=device), shape)
+    images = torch.randn(2, *shape, device=device)
+    check_student(student, images, num_classes)
+    check_generator(generator, noise, shape)
     if config.generator_restart_every and not hasattr(generator, "reset"):
         raise UserError(
             "--generator-restart-every needs a generator with a method reset() that draws its "
             "parameters anew; give it one, or set it to 0"
         )
+    use_channels_last(generator, noise, "generator", trained=True)
+    use_channels_last(student, images, "student", trained=True)
+    use_channels_last(frozen.network, images, "teacher")
     if precision in AUTOCAST:
-        frozen.cast(AUTOCAST[precision])
+        for role, network, inputs in (
+            ("generator", generator, noise),
+            ("student", student, images),
+        ):
+            precision = _narrow(precision, device, network, inputs, role)
+        if precision in AUTOCAST:
+            _cast(frozen, AUTOCAST[precision], images)
     if device.type == "cpu":
         some, draw = [], torch.Generator().manual_seed(0)
         for count in (2, 3):  # of two sizes, by which what was kept from the first would show
             some.append(torch.randn(count, *shape, generator=draw))
         frozen.network = _accelerated(frozen.network, some, constant=True)
-        student = _accelerated(student, some)
+        student = _accelerated(student, some, trained=True)
     # Shapes never change, so cuDNN needs to search for the fastest convolutions only once.
     torch.backends.cudnn.benchmark = True
     if config.compile:
@@ -89,13 +98,65 @@ def prepare(
     return Step(config, generator, frozen, student, num_classes, device, precision, world)
 
 
-def _accelerated(network: nn.Module, images: list[Tensor], constant: bool = False) -> nn.Module:
-    """`network` with faster layers, if it then still answers as it does."""
+def _narrow(
+    precision: str, device: torch.device, network: nn.Module, inputs: Tensor, role: str
+) -> str:
+    """`precision` if `network` trains in it under autocast, else "fp32", and a warning."""
+    if precision not in AUTOCAST:
+        return precision
+    try:
+        with autocast(device, precision):
+            try_out(network, inputs, trained=True)
+    except Exception as error:  # a network may raise anything
+        log.warning(
+            "the %s does not run in %s, so the run computes in fp32: %s",
+            role, precision, first_line(error),
+        )  # fmt: skip
+        return "fp32"
+    return precision
+
+
+def _cast(frozen: FrozenTeacher, dtype: torch.dtype, images: Tensor) -> None:
+    """`frozen.cast(dtype)`, as far as the teacher then still answers as it does."""
+    whole = frozen.network
+    narrow, weights = Autocast(whole, dtype), [(p, p.data) for p in whole.parameters()]
+    if not answers_alike(whole, narrow, [images]):
+        frozen.network = Autocast(whole, dtype, enabled=False)
+        log.warning(
+            "the teacher computes in fp32: in %s it does not run, or answers otherwise",
+            str(dtype).removeprefix("torch."),
+        )
+        return
+    expected = narrow(images)
+    frozen.cast(dtype)
+    with contextlib.suppress(Exception):  # a network may raise anything
+        if torch.allclose(frozen.network(images), expected, 1e-3, 1e-3, equal_nan=True):
+            return
+    for parameter, data in weights:  # its code reads its weights itself
+        parameter.data = data
+
+
+def _accelerated(
+    network: nn.Module, images: list[Tensor], constant: bool = False, trained: bool = False
+) -> nn.Module:
+    """`network` with faster layers, as many of them as leave its answers what they are."""
+
+    def holds(fast: nn.Module) -> bool:
+        with evaluation_mode(network), evaluation_mode(fast):
+            if not answers_alike(network, fast, images):
+                return False
+        with contextlib.suppress(Exception):  # a network may raise anything
+            try_out(fast, images[0], trained)
+            return True
+        return False
+
     fast = accelerated(network, constant)
-    if fast is network:
-        return network
-    with evaluation_mode(network), evaluation_mode(fast):
-        return fast if answers_alike(network, fast, images) else network
+    if fast is network or holds(fast):
+        return fast
+    layers = [layer for layer in network.modules() if becomes_faster(layer)]
+    good = {layer for layer in layers if holds(accelerated(network, constant, {layer}))}
+    fast = accelerated(network, constant, good)
+    return fast if fast is network or holds(fast) else network
 
 
 @torch.no_grad()

@@ -151,7 +151,7 @@ class FrozenTeacher(nn.Module):
             # A weight that is not a parameter is computed by a hook, in full precision.
             if type(layer) in PRODUCTS and "weight" in layer._parameters:
                 layer.to(dtype)
-        self.network = _Autocast(self.network, dtype)
+        self.network = Autocast(self.network, dtype)
         return self
 
     def fingerprint(self) -> str:
@@ -202,16 +202,16 @@ class FrozenTeacher(nn.Module):
         return logits.shape[1]
 
 
-class _Autocast(nn.Module):
-    """A network that runs under its own autocast."""
+class Autocast(nn.Module):
+    """A network that runs under its own autocast, or under none."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype, enabled: bool = True) -> None:
         super().__init__()
-        self.network, self.dtype = network, dtype
+        self.network, self.dtype, self.enabled = network, dtype, enabled
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, self.dtype):
-            return self.network(images)
+        with torch.autocast(images.device.type, self.dtype, self.enabled):
+            return self.network(images if self.enabled else images.float())
 
 
 def _with_statistics(network: nn.Module) -> list[nn.Module]:
