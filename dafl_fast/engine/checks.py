@@ -53,6 +53,46 @@ def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
 
 
 @torch.no_grad()
+def check_answers(teacher: nn.Module, images: Tensor) -> None:
+    """Looks whether a teacher in evaluation mode gives each image [N, C, H, W] one answer.
+
+    An answer that depends on the other images of the batch only causes a warning: BatchNorm
+    without running statistics is meant to.
+
+    Raises:
+        UserError: it answers differently when it is asked again.
+    """
+    answers = teacher(images)
+    size = float(answers.abs().max())
+    rounding = 16 * torch.finfo(answers.dtype).eps  # of a deep network
+    if _apart(answers, teacher(images)) > size * max(1e-3, rounding):
+        # A program may have been optimised between its first calls, and round otherwise since.
+        apart = _apart(teacher(images), teacher(images))
+        if apart > size * max(1e-3, rounding):
+            raise UserError(
+                "the teacher answers differently when it is asked twice about the same images "
+                f"(logits differ by up to {apart:.2g}): something random runs in evaluation too, "
+                "such as F.dropout(x, 0.5), which needs training=self.training"
+            )
+    try:
+        apart = _apart(teacher(images[:2]), answers[:2])
+    except Exception:  # whatever a network says that takes no other number of images
+        return
+    if apart > size * max(1e-2, rounding):
+        log.warning(
+            "the teacher's answer for an image depends on the other images of the batch (logits "
+            "differ by up to %.2g), as with BatchNorm that has no running statistics; among real "
+            "images it may answer otherwise than among generated ones",
+            apart,
+        )
+
+
+def _apart(one: Tensor, two: Tensor) -> float:
+    """The largest difference."""
+    return float((one - two).abs().max())
+
+
+@torch.no_grad()
 def run_lazy_layers(network: nn.Module, example: Tensor, role: str) -> None:
     """Runs a network that has lazy layers once, so that they get their parameters.
 

@@ -15,7 +15,7 @@ from ..errors import UserError, first_line
 from ..models import Generator
 from ..models.twin import answers_alike
 from ..models.winograd import accelerated, becomes_faster
-from .checks import check_generator, check_student, run_lazy_layers
+from .checks import check_answers, check_generator, check_student, run_lazy_layers
 from .distributed import World
 from .evaluation import buffers_kept, evaluation_mode
 from .layout import try_out, use_channels_last
@@ -60,6 +60,8 @@ def prepare(
     run_lazy_layers(generator, noise, "generator")
     run_lazy_layers(student, torch.zeros(2, *shape, device=device), "student")
     num_classes = frozen.check(torch.randn(16, *shape, device=device))
+    own = torch.Generator().manual_seed(0)  # what the run draws does not depend on this check
+    check_answers(frozen.network, torch.randn(16, *shape, generator=own).to(device))
     if config.num_classes not in (None, num_classes):
         raise UserError(
             f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
