@@ -13,6 +13,7 @@ from ..config import Config
 from ..device import AUTOCAST
 from ..errors import UserError
 from ..models import Generator
+from ..models.pixels import GeneratorOf
 from ..models.twin import answers_alike
 from ..models.winograd import accelerated
 from .checks import check_generator, check_student, run_lazy_layers
@@ -48,9 +49,10 @@ def prepare(
         UserError: a network does not take such images, or they differ in the number of classes.
     """
     torch.manual_seed(config.seed)
-    channels, size, _ = shape = config.image_shape
+    channels, height, width = shape = config.image_shape
+    made = (1 if config.grey else channels, height, width)
     if generator is None:
-        generator = Generator(config.latent_dim, size, channels, config.generator_width)
+        generator = Generator(config.latent_dim, (height, width), made[0], config.generator_width)
     frozen = freeze(teacher, config, torch.randn(16, *shape))
     for module in (generator, student, frozen):
         module.to(device)
@@ -65,12 +67,14 @@ def prepare(
             f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
         )
     check_student(student, torch.randn(2, *shape, device=device), num_classes)
-    check_generator(generator, torch.randn(2, config.latent_dim, device=device), shape)
+    check_generator(generator, torch.randn(2, config.latent_dim, device=device), made)
     if config.generator_restart_every and not hasattr(generator, "reset"):
         raise UserError(
             "--generator-restart-every needs a generator with a method reset() that draws its "
             "parameters anew; give it one, or set it to 0"
         )
+    if config.from_generated is not None:
+        generator = GeneratorOf(generator, *config.from_generated).to(device)
     if precision in AUTOCAST:
         frozen.cast(AUTOCAST[precision])
     if device.type == "cpu":

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..data import ImageSize
 from ..errors import UserError, first_line, require
 from ..models import NETWORKS, build
 
 
 class Sizes(NamedTuple):
-    """For what a network is built; None leaves its own default."""
+    """For what a network is built; None leaves its own default. `image_size` is height and width,
+    and one number if they are equal."""
 
     num_classes: int | None = None
     channels: int | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
 
 
 def build_named(name: str, role: str, sizes: Sizes) -> nn.Module:
@@ -110,7 +112,7 @@ def _own(name: str, role: str, sizes: Sizes) -> nn.Module:
     return network
 
 
-def _given(**settings: int | None) -> dict[str, Any]:
+def _given(**settings: ImageSize | None) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
