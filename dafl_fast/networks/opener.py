@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..data import ImageSize, sides, size_of
 from ..engine.checks import logits_of
 from ..engine.folder import read_config, read_summary
 from ..engine.precision import computed_in
 from ..errors import UserError
 from ..models import GREY_SIZES, NETWORKS, build, identify
+from ..models.pixels import Taking
 from ..recipes import PRESETS
 from . import huggingface
 from .formats import ENDINGS, load_weights, read_program, read_weights, recognise
@@ -37,7 +39,9 @@ class Opened:
         file: with its weights, if there is one.
         network: itself; None while it must be built for the images, as named ones must.
         classes, channels, image_size: that it takes; None if asking it will tell.
-        mean, std: of the images that it was trained on, per channel, if known.
+        mean, std: it takes (pixel - mean) / std of pixels in 0..1, with these per channel, if they
+            are known.
+        grey: whether its channels are all equal, those of a grey image.
     """
 
     name: str
@@ -46,15 +50,24 @@ class Opened:
     network: nn.Module | None = None
     classes: int | None = None
     channels: int | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    grey: bool = False
 
-    def built(self, *sizes: int | None) -> nn.Module:
+    def built(
+        self,
+        num_classes: int | None = None,
+        channels: int | None = None,
+        image_size: ImageSize | None = None,
+    ) -> nn.Module:
         """The network, made for such images if that was still to be done; see `Sizes`."""
         if self.network is not None:
             return self.network
-        network = build_named(self.name, self.role, Sizes(*sizes))
+        if image_size is not None:
+            image_size = size_of(*sides(image_size))
+        sizes = Sizes(num_classes, channels, image_size)
+        network = build_named(self.name, self.role, sizes)
         return network if self.file is None else load_weights(network, self.file, self.role)
 
 
@@ -158,10 +171,11 @@ def open_run(path: Path) -> Opened:
             f"the run in {path} has left no student yet; go on with it: "
             f"python -m dafl_fast.train --resume {path}"
         )
-    channels, size, _ = config.image_shape
-    sizes = (read_summary(path).get("num_classes", config.num_classes), channels, size)
-    student = open_network(config.student, weights, "student").built(*sizes).eval()
-    known = (*sizes, config.mean, config.std)
+    channels, *size = config.image_shape
+    sizes = (read_summary(path).get("num_classes", config.num_classes), channels, size_of(*size))
+    student = open_network(config.student, weights, "student").built(*sizes)
+    student = _student_for_pixels(config, student).eval()
+    known = (*sizes, *(config.units or (None, None)), config.grey)
     return Opened(config.student, "student", weights, student, *known)
 
 
@@ -174,6 +188,8 @@ def _note_beside(path: Path) -> dict[str, Any]:
     if not isinstance(note, dict) or not {"mean", "std"} <= note.keys():
         return {}
     image_size = note.get("image_size")
+    if isinstance(image_size, list):
+        image_size = tuple(image_size)
     return {"mean": tuple(note["mean"]), "std": tuple(note["std"]), "image_size": image_size}
 
 
@@ -184,7 +200,7 @@ def load_network(
     role: str,
     num_classes: int | None = None,
     channels: int | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
 ) -> nn.Module:
     """The network that `name` means, freshly initialised or with the weights given.
 
@@ -204,7 +220,8 @@ def load_network(
         weights: safetensors, or a checkpoint that `torch.load(weights_only=True)` reads.
         role: "teacher" or "student", for messages. A student is trained, which rules out programs.
         num_classes, channels, image_size: of the images and their labels, handed to whatever can
-            be built for them; None leaves the network's own default.
+            be built for them; None leaves the network's own default. The size is height and
+            width, or one number for both, which is what a network gets for squares.
 
     Raises:
         UserError: there is no such network, it does not fit the weights or the channels, a package
@@ -254,7 +271,7 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
             )
     if weights is None and knows_nothing(name):
         raise UserError(f"--teacher-weights is needed: without weights {name} knows nothing")
-    channels, size, _ = config.image_shape
+    channels, size = config.image_shape[0], config.image_shape[1:]
     opened = open_network(name, weights, "teacher", usual)
     teacher = opened.built(config.num_classes, channels, size)
     if opened.network is None and opened.file is None:  # the user's own code
@@ -268,8 +285,20 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     classes = outputs_of(teacher, config.image_shape)
     torch.manual_seed(config.seed)
-    student = open_network(config.student, config.student_weights, "student")
-    return teacher, student.built(classes, channels, size)
+    opened = open_network(config.student, config.student_weights, "student")
+    student = opened.built(classes, channels, size)
+    return teacher, _student_for_pixels(config, student)
+
+
+def _student_for_pixels(config: Config, student: nn.Module) -> nn.Module:
+    """The named student that `config` needs: of pixels in 0..255 a network made for normalised
+    images learns badly, so it gets a layer in front that normalises them. The user's own code is
+    left to do what it wants."""
+    assert config.student is not None
+    if config.pixels != "0..255" or not knows_nothing(config.student):
+        return student
+    assert config.from_generated is not None
+    return Taking(student, *config.from_generated)
 
 
 @torch.no_grad()
