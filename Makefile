@@ -128,4 +128,5 @@ $(STAMPS)/build: $(BUILD_FILES) | $(STAMPS)/torch
 # With the package installed, this adds only what an extra asks for on top.
 $(STAMPS)/test $(STAMPS)/lint: pyproject.toml | $(STAMPS)/build
 	$(INSTALL) 'dafl_fast[$(@F)]'
+	$(if $(filter test,$(@F)),$(INSTALL) --no-deps rapidocr) # for an ONNX file that is in it
 	@touch $@

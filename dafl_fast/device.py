@@ -40,10 +40,19 @@ def pick_precision(name: str, device: torch.device) -> str:
     """The precision for `--precision`: "auto" is bf16 if the device computes in it, else fp32."""
     if name != "auto":
         return name
+    return "bf16" if computes_in("bf16", device) else "fp32"
+
+
+def computes_in(precision: str, device: torch.device) -> bool:
+    """Whether the device has arithmetic of its own for bf16 or fp16. Of a processor that
+    is not Intel's or AMD's it says no."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
+        return precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "fp16":
+        return torch.backends.mkldnn.is_available() and bool(
+            torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        )
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

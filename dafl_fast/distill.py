@@ -20,17 +20,22 @@ from .data import eval_set
 from .device import free_memory, keep_freed_memory, pick_device, pick_precision
 from .engine.bank import bytes_of_entry
 from .engine.distributed import World
-from .engine.evaluation import evaluation_mode, modes_kept
+from .engine.evaluation import buffers_kept, evaluation_mode, modes_kept
 from .engine.folder import RunFolder, check_resumed, read_config
 from .engine.graph import reason_not_captured
+from .engine.layout import layout_kept
 from .engine.loop import Loop
+from .engine.precision import computed_in
 from .engine.prepare import prepare
 from .engine.tensorboard import TensorBoard
 from .errors import UserError, require
 from .models.twin import answers_alike, duplicate, give_back
 from .networks import load_networks, outputs_of
-from .pages import write_report
+from .notices import give_notice
+from .pages import page_of_result, write_report
+from .progress import Mode, Progress, outcome
 from .recipes import make_config
+from .records import Run
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +58,26 @@ class Result:
     summary: dict[str, Any]
     folder: Path
 
+    def __repr__(self) -> str:
+        """The result in one line."""
+        told = self.summary
+        large, small = told["teacher_parameters"], told["student_parameters"]
+        return (
+            f"Result({told['student']} of {small:,} parameters, taught by {told['teacher']} of "
+            f"{large:,}: {outcome(told)})"
+        )
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows: figures, curves and generated images. None, and so the line above,
+        if the folder is no longer there."""
+        try:
+            run = Run.read(self.folder)
+        except UserError:
+            return None
+        # The run may have been resumed since.
+        rows = [row for row in run.rows if row["step"] <= self.summary["steps"]]
+        return page_of_result(dataclasses.replace(run, rows=rows, summary=self.summary))
+
 
 def distill(
     teacher: nn.Module,
@@ -68,6 +93,7 @@ def distill(
     eval_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
     callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
     preset: str = "custom",
+    progress: Mode = "auto",
     **settings: Any,
 ) -> Result:
     """Distils `teacher` into `student` without data.
@@ -98,6 +124,8 @@ def distill(
             [N]. They serve only to report the accuracy.
         callbacks: each is called with every row of metrics.
         preset: which preset's settings to use: "custom", "mnist", "cifar10", ...
+        progress: "auto", "on" or True shows how the run stands: a live line on a terminal and in a
+            notebook, elsewhere a line on stderr now and then. "off" or False shows nothing.
         settings: any other field of `Config`: pixels, mean, std, grey, out_dir, seed, batch_size,
             device, resume, ...
 
@@ -119,15 +147,19 @@ def distill(
             kept = read_config(config.resume).get("bank_images", config.bank_images)
             config = dataclasses.replace(config, bank_images=kept)
         check_resumed(config)
-    return _run(config, teacher, student, generator, eval_loader, callbacks)
+    return _run(config, teacher, student, generator, eval_loader, callbacks, progress)
 
 
-def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+def train(
+    config: Config,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    progress: Mode = "auto",
+) -> dict[str, Any]:
     """Starts or resumes the run that `config` describes, and returns its summary.
 
     It works like `distill`, but takes networks and held-out images by name. `report` is called with
     each row of metrics.jsonl. Under torchrun every process calls this function. Each trains on its
-    share of the batches, and the first one writes the files.
+    share of the batches, and the first one writes the files and shows the progress.
     """
     teacher, student = load_networks(config)
     held_out = None
@@ -137,7 +169,8 @@ def train(config: Config, report: Callable[[dict[str, Any]], None] | None = None
             config.eval, config.image_format, classes, config.data_dir, config.download
         )
         held_out = list(zip(images.split(1000), labels.split(1000), strict=True))
-    return _run(config, teacher, student, None, held_out, [report] if report else []).summary
+    callbacks = [report] if report else []
+    return _run(config, teacher, student, None, held_out, callbacks, progress).summary
 
 
 def _run(
@@ -147,6 +180,7 @@ def _run(
     generator: nn.Module | None,
     held_out: Iterable[tuple[Tensor, Tensor]] | None,
     callbacks: Sequence[Callable[[dict[str, Any]], None]],
+    progress: Mode,
 ) -> Result:
     if config.steps is None and config.max_seconds is None:
         raise UserError("--steps or --max-seconds must say when to stop")
@@ -158,20 +192,30 @@ def _run(
     config = _with_bank_that_fits(config, device, world)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
+    example = torch.zeros(2, *config.image_shape)
+    teacher = computed_in(example.dtype, teacher, "teacher", example)
     board = step = None
-    with modes_kept(student):
+    with (
+        Progress(progress if world.first else "off") as shown,
+        modes_kept(student), layout_kept(student), layout_kept(generator or nn.Identity()),
+    ):  # fmt: skip
         try:
             step = prepare(config, teacher, student, device, precision, generator, world)
+            if world.first:
+                give_notice(config, teacher, step)
+            shown.announce(config, teacher, step)
             path = config.resume
             if path is None and world.first:
                 path = RunFolder.create(config)
             folder = RunFolder(Path(world.decide_text(str(path))))
             report = functools.partial(_report, folder.path)
-            loop = Loop(config, step, folder, teacher, held_out, callbacks, report)
+            loop = Loop(config, step, folder, teacher, held_out, [*callbacks, shown], report)
             if config.tensorboard and world.first:
                 board = TensorBoard(folder, step)  # whose steps count on from the checkpoint by now
-                loop.callbacks = [*callbacks, board]
+                loop.callbacks = [*loop.callbacks, board]
+            shown.begin()
             summary = loop.run()
+            shown.end(summary)
             world.leave()
             student.load_state_dict(step.averaged_student.state_dict())
         finally:
@@ -224,7 +268,7 @@ def _in_evaluation_mode(student: nn.Module, images: list[Tensor]) -> nn.Module:
     """A copy of `student` in evaluation mode, or `student` itself if a copy answers otherwise."""
     with contextlib.suppress(UserError):
         copied = duplicate(student).eval()
-        with evaluation_mode(student):
+        with evaluation_mode(student), buffers_kept(student), buffers_kept(copied):
             if answers_alike(student, copied, images):
                 return copied
     return student

@@ -23,6 +23,8 @@ from .data import ImageSize
 from .device import keep_freed_memory, pick_device
 from .engine.checks import logits_of
 from .engine.evaluation import predictions
+from .engine.layout import use_channels_last
+from .engine.precision import computed_in
 from .errors import UserError, command
 from .models import GREY_SIZES, NETWORKS
 from .networks import open_file
@@ -159,10 +161,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     data.check_channels(images, 1 if grey else channels)
     own = data.size_of(*images.shape[2:])
     network = model.built(len(names), channels, size or own).eval()
+    # Its own size, or that to which these data are usually brought.
+    usual = _format_of(config.data)
+    sizes = [size] if size else [own, *([usual.image_size] if usual else [])]
+    examples = [torch.zeros(2, channels, *data.sides(size)) for size in sizes]
+    network = computed_in(torch.float32, network, "model", *examples)
     if size is None:
-        # Its own size, or that to which these data are usually brought.
-        usual = _format_of(config.data)
-        size = pick_size(network, channels, [own, *([usual.image_size] if usual else [])])
+        size = pick_size(network, channels, sizes)
     size = data.size_of(*data.sides(size))
     probe = torch.zeros(2, channels, *data.sides(size))
     classes = logits_of(network, probe, "model").shape[1]
@@ -174,7 +179,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     def measure(opened: Opened, network: nn.Module) -> tuple[dict[str, Any], Tensor]:
         assert opened.file is not None
-        network = network.to(device).to(memory_format=torch.channels_last)
+        use_channels_last(network.to(device), batch[:4], opened.role)
         predicted = predictions(nn.Sequential(normaliser, network), images)
         right = predicted == labels
         counts = labels.bincount(minlength=classes).tolist()
@@ -215,6 +220,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ]
         if there == here:
             network = teacher.built(*here).eval()
+            network = computed_in(torch.float32, network, "teacher", batch[:2].cpu())
             there[0] = logits_of(network, batch[:2].cpu(), "teacher").shape[1]
         if there != here:
             raise UserError(

@@ -119,7 +119,8 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         found.append(("Speed", f"{speed:,.0f}", "images per second"))
     if summary:
         small, large = summary["student_parameters"], summary["teacher_parameters"]
-        found.append(("Student size", f"{small:,}", f"parameters; teacher {large:,}"))
+        remark = f"parameters; teacher {large:,}, {large / max(small, 1):,.1f} times as many"
+        found.append(("Student size", f"{small:,}", remark))
     return [card for card in found if card[1] != EMPTY]
 
 
@@ -262,6 +263,19 @@ def _in_short(run: Run) -> tuple[str, str]:
     if run.accuracy is None:
         return percentage(run.agreement), f"agreement, no held-out images; {remark}"
     return percentage(run.accuracy), f"accuracy, agreement {percentage(run.agreement)}; {remark}"
+
+
+def page_of_result(run: Run) -> str:
+    """A run in short, as a piece of HTML for a notebook: its figures, its first curves, and the
+    newest grid of generated images."""
+    pictures = [grid(path, step_of(path)) for path in run.grids()[-1:]]
+    values = {
+        "run": run,
+        "cards": cards(run),
+        "charts": curves([run])[:4],
+        "grids": [picture for picture in pictures if picture],
+    }
+    return render("result.html.j2", values)
 
 
 def write_report(path: Path, out: Path | None = None) -> Path:

@@ -31,7 +31,6 @@ from .files import load_checkpoint, save_weights, write_json, write_text
 from .losses import distill_loss
 from .networks import bundled_weights, load_network
 from .paper import LOSSES, TABLES, Row
-from .progress import Progress
 from .recipes import PRESETS, make_config
 from .settings import POSITIVE, Mark, check, check_unchanged, plain
 
@@ -199,23 +198,20 @@ class Reproduction:
         config = self.config
         settings: dict[str, Any] = {loss: 0.0 for loss in LOSSES if loss not in row.losses}
         settings["resume" if (folder / "config.yaml").exists() else "out_dir"] = folder
-        progress = Progress()
-        with progress.bar:
-            summary = distill(
-                self.teacher,
-                self._new_student(seed),
-                image_shape=self.image_shape,
-                num_classes=self.classes,
-                recipe=config.recipe,
-                steps=self.recipe.get("steps"),
-                eval_loader=self.held_out,
-                callbacks=[progress],
-                preset=self.table.preset,
-                seed=seed,
-                eval_every=config.max_seconds_per_run / 10,
-                **self.training,
-                **settings,
-            ).summary
+        summary = distill(
+            self.teacher,
+            self._new_student(seed),
+            image_shape=self.image_shape,
+            num_classes=self.classes,
+            recipe=config.recipe,
+            steps=self.recipe.get("steps"),
+            eval_loader=self.held_out,
+            preset=self.table.preset,
+            seed=seed,
+            eval_every=config.max_seconds_per_run / 10,
+            **self.training,
+            **settings,
+        ).summary
         if summary["interrupted"]:
             raise KeyboardInterrupt
         return {

@@ -8,7 +8,7 @@ import jinja2
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("dafl_fast", "assets"),
-    autoescape=lambda name: name == "report.html.j2",
+    autoescape=lambda name: name is not None and name.endswith(".html.j2"),
     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from .config import Config
 from .distill import train
 from .engine.folder import check_resumed, read_config
 from .errors import UserError, command
-from .progress import Progress, describe
+from .progress import describe
 from .recipes import make_config
 from .settings import from_arguments
 
@@ -54,10 +54,11 @@ def _value_of(arguments: list[str], flag: str) -> str | None:
 @command
 def main() -> int:
     config = parse(sys.argv[1:])
-    logging.basicConfig(format="%(message)s")
-    progress = Progress()
-    with progress.bar:
-        summary = train(config, progress)
+    # This handler asks for sys.stderr at each message: a live line has another one.
+    logging.basicConfig(
+        format="%(message)s", handlers=[logging.lastResort or logging.StreamHandler()]
+    )
+    summary = train(config)
     if os.environ.get("RANK", "0") == "0":  # one voice for all processes that torchrun started
         print(describe(summary))
     return 130 if summary["interrupted"] else 0

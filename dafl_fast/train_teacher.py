@@ -25,6 +25,7 @@ from .data import ImageSize
 from .device import keep_freed_memory, pick_device, pick_precision
 from .engine.ema import Average
 from .engine.evaluation import accuracy
+from .engine.layout import use_channels_last
 from .errors import TrainingStopped, UserError, command
 from .files import load_checkpoint, save_checkpoint, save_weights, write_json
 from .models import GREY_SIZES, NETWORKS
@@ -182,7 +183,9 @@ class Training:
         self.objective = objective or self._cross_entropy
         self.device = pick_device(config.device)
         self.bf16 = pick_precision(config.precision, self.device) == "bf16"
-        self.network = network.to(self.device).to(memory_format=torch.channels_last).train()
+        self.network = network.to(self.device).train()
+        example = data.Normaliser(form)(images[:4]).to(self.device)
+        use_channels_last(self.network, example, "network", trained=True)
         self.average = Average(self.network, config.ema_decay)
         settings: dict[str, Any] = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True)
         weights = self.network.parameters()

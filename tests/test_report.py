@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from markupsafe import escape
 
 from dafl_fast import charts, pages, report
-from dafl_fast.distill import distill, train
+from dafl_fast.distill import Result, distill, train
 from dafl_fast.engine.folder import RunFolder, read_summary
 from dafl_fast.errors import UserError
 from dafl_fast.models import build
@@ -261,6 +262,72 @@ def test_mistakes_get_one_sentence(make_run, tmp_path, monkeypatch, capsys):
         assert report.main() == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+class WellFormed(HTMLParser):
+    """Fails unless all tags are closed in their order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag != "img":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_result_shows_itself_in_a_notebook(make_run):
+    path = make_run()
+    result = Result(torch.nn.Identity(), [], {**SUMMARY, "run": str(path)}, path)
+    assert repr(result) == (
+        "Result(LeNet5Half of 15,738 parameters, taught by LeNet5 of 61,706: 60 steps in 9.0 s, "
+        f"agreement 81.25%, accuracy 97.53% (teacher 99.12%), {path})"
+    )
+    page = result._repr_html_()
+    WellFormed(page)
+    text = words(page)
+    for shown in (
+        "LeNet5Half, taught by LeNet5", "Student 97.53 % accuracy on held-out images",
+        "Teacher 99.12 %", "Agreement 81.25 %", "Training 9 s 60 steps", "Student size 15,738",
+        "teacher 61,706, 3.9 times as many", "Accuracy on held-out images student 97.53 %",
+        "Distillation loss at the end 1.667", "Generated images, step 20", str(path),
+    ):  # fmt: skip
+        assert shown in text, shown
+    assert page.count("<svg") == 4 and page.count("<img") == 1
+    assert page.count('src="data:image/png;base64,') == 1
+    assert not re.search(r"https?://|url\(|@import|<script|<iframe|<body|:root", page)
+    # Its style sheet is for what it brings along alone.
+    rules = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+    selectors = re.findall(r"([^{}]+)\{", rules)
+    assert all(part.strip().startswith(".dafl-fast") for s in selectors for part in s.split(","))
+
+
+def test_a_result_shows_what_there_is(make_run):
+    told = {**SUMMARY, "student_accuracy": None, "teacher_accuracy": None, "interrupted": True,
+            "teacher": "<script>alert(1)</script>", "steps": 40}  # fmt: skip
+    path = make_run(samples=0)
+    result = Result(torch.nn.Identity(), [], {**told, "run": str(path)}, path)
+    assert "interrupted after 40 steps in 9.0 s, agreement 81.25%, /" in repr(result)
+    page = result._repr_html_()
+    WellFormed(page)
+    text = words(page)
+    assert "<script" not in page and "taught by <script>alert(1)</script>" in text
+    assert "<img" not in page and "<svg" in page
+    assert "Interrupted after step 40; to go on, give distill() resume=result.folder." in text
+    assert "accuracy" not in text.lower() and "Agreement 81.25 %" in text
+    # It is that of these steps, whoever has gone on with the run since.
+    assert "Distillation loss at the end 2.5" in text
+    shutil.rmtree(path)
+    assert result._repr_html_() is None
 
 
 SMALL = {

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dafl_fast import FrozenTeacher, generator_loss
+from dafl_fast.engine.distributed import World
 from dafl_fast.errors import UserError
 from dafl_fast.models import LeNet5
 
@@ -420,6 +421,145 @@ def test_network_that_cannot_be_copied():
     network.state = network[1].weight * 2
     with pytest.raises(UserError, match="the teacher cannot be copied; remove its weight_norm"):
         FrozenTeacher(network)
+
+
+def frozen_variants(kind: str) -> nn.Module:
+    """BatchNorm whose weights and statistics are buffers, after convolutions and elsewhere."""
+    if kind == "torchvision":
+        norm = pytest.importorskip("torchvision").ops.FrozenBatchNorm2d
+    elif kind == "timm":
+        norm = pytest.importorskip("timm").layers.FrozenBatchNormAct2d
+    else:
+        norm = WrittenOut
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), norm(6, eps=0.1), nn.Conv2d(6, 6, 3), nn.ReLU(), norm(6),
+        nn.Flatten(), nn.Linear(96, 5),
+    )  # fmt: skip
+    for layer in network:
+        if isinstance(layer, norm):
+            layer.running_mean.normal_(0, 0.3)
+            layer.running_var.uniform_(0.3, 2)
+            layer.weight.normal_(1, 0.5)
+            layer.bias.normal_(0, 0.3)
+    return network
+
+
+class WrittenOut(nn.Module):
+    """As detectors have it, down to names that differ in nothing else from other layers'."""
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                            eps=self.eps)  # fmt: skip
+
+
+class Otherwise(WrittenOut):
+    """Has the tensors of a BatchNorm, and computes something else."""
+
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "timm", "written out"])
+def test_frozen_variants_of_batch_norm_are_folded(kind, caplog):
+    network = frozen_variants(kind).double()
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    with caplog.at_level(logging.INFO):
+        folded = FrozenTeacher(network)
+    assert "folded 1 of the teacher's 2 BatchNorm layers" in caplog.text
+    assert_same_teacher(folded, FrozenTeacher(network, fold=False), x, 1e-10)
+    torch.testing.assert_close(folded(x)[0], network(x))
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules())
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "timm", "written out"])
+def test_frozen_variants_of_batch_norm_are_watched(kind):
+    network = frozen_variants(kind).double()
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    teacher = FrozenTeacher(network, watch=True)
+    torch.testing.assert_close(teacher(x)[0], network(x))
+    expected = sum(distance(network[:i](x), network[i]) for i in (1, 4))
+    torch.testing.assert_close(teacher.batch_norm_loss(World()), expected)
+
+
+def test_a_layer_that_is_only_named_like_batch_norm_stays(caplog):
+    network = nn.Sequential(nn.Conv2d(3, 4, 8), Otherwise(4), nn.Flatten(), nn.Linear(4, 3))
+    teacher = FrozenTeacher(network, watch=True)
+    assert "the teacher has no BatchNorm layers" in caplog.text
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(teacher(x)[0], network(x))
+
+
+# -- the statistics of what enters BatchNorm -------------------------------------------------------
+
+
+def distance(x: torch.Tensor, norm) -> torch.Tensor:
+    mean = (x.mean((0, 2, 3)) - norm.running_mean).norm()
+    return mean + (x.var((0, 2, 3), unbiased=False) - norm.running_var).norm()
+
+
+class Auxiliary(nn.Module):
+    """A head that runs in training only, a layer that runs twice, and one after the other."""
+
+    def __init__(self, twice=True) -> None:
+        super().__init__()
+        self.aux = nn.BatchNorm2d(4)
+        self.norm, self.last = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+        self.twice = twice
+
+    def inputs(self, x):
+        """What enters norm, norm again and last."""
+        first = self.conv(x)
+        second = self.norm(first).relu()
+        return first, second, self.norm(second)
+
+    def forward(self, x):
+        if self.training:
+            self.aux(self.conv(x))
+        return self.linear(self.last(self.inputs(x)[2]).mean((2, 3)))
+
+
+def test_layers_count_as_often_as_they_run():
+    network = randomised(Auxiliary()).double()
+    teacher = FrozenTeacher(network, watch=True)
+    network.eval()
+    x = torch.randn(6, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    teacher.check(x)
+    teacher(x)
+    teacher.network(2 * x)  # a direct call changes nothing
+    loss = teacher.batch_norm_loss(World())
+    norms = (network.norm, network.norm, network.last)
+    expected = sum(distance(y, norm) for y, norm in zip(network.inputs(x), norms, strict=True))
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(*(torch.autograd.grad(value, x) for value in (loss, expected))):
+        torch.testing.assert_close(a, b)
+
+
+def test_batch_norm_that_never_runs_is_told(caplog):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    network[1].aux = nn.BatchNorm2d(3)
+    teacher = FrozenTeacher(network, watch=True)
+    teacher.check(torch.randn(16, 3, 2, 2))
+    assert "the teacher runs none of its BatchNorm layers: the BatchNorm loss is off" in caplog.text
+    assert not teacher.watching
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("freeze", [False, True])
+def test_torchscript_does_not_show_its_batch_norm(freeze, caplog):
+    program = torch.jit.trace(Residual().eval(), torch.randn(2, 3, 8, 8))
+    FrozenTeacher(torch.jit.freeze(program) if freeze else program, watch=True)
+    assert "a TorchScript teacher does not show its BatchNorm layers: the" in caplog.text
+    assert "give it as a program of torch.export to use them" in caplog.text
+    caplog.clear()
+    FrozenTeacher(torch.jit.trace(LeNet5().eval(), torch.randn(2, 1, 32, 32)), watch=True)
+    assert "the teacher has no BatchNorm layers" in caplog.text
 
 
 # -- moving, casting, compiling --------------------------------------------------------------------

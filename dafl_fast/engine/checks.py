@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import UserError, first_line
-from .evaluation import evaluation_mode
+from .evaluation import buffers_kept, evaluation_mode
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +43,53 @@ def logits_of(network: Callable[[Tensor], Tensor], images: Tensor, role: str = "
 def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
     """Raises UserError unless the student returns logits [N, num_classes] for the images. Called
     before training."""
-    with evaluation_mode(student):
+    with evaluation_mode(student), buffers_kept(student):
         logits = logits_of(student, images, "student")
     if logits.shape[1] != num_classes:
         raise UserError(
             f"the student must return logits {[len(images), num_classes]} for images "
             f"{list(images.shape)}, as many classes as the teacher, got {list(logits.shape)}"
         )
+
+
+@torch.no_grad()
+def check_answers(teacher: nn.Module, images: Tensor) -> None:
+    """Looks whether a teacher in evaluation mode gives each image [N, C, H, W] one answer.
+
+    An answer that depends on the other images of the batch only causes a warning: BatchNorm
+    without running statistics is meant to.
+
+    Raises:
+        UserError: it answers differently when it is asked again.
+    """
+    answers = teacher(images)
+    size = float(answers.abs().max())
+    rounding = 16 * torch.finfo(answers.dtype).eps  # of a deep network
+    if _apart(answers, teacher(images)) > size * max(1e-3, rounding):
+        # A program may have been optimised between its first calls, and round otherwise since.
+        apart = _apart(teacher(images), teacher(images))
+        if apart > size * max(1e-3, rounding):
+            raise UserError(
+                "the teacher answers differently when it is asked twice about the same images "
+                f"(logits differ by up to {apart:.2g}): something random runs in evaluation too, "
+                "such as F.dropout(x, 0.5), which needs training=self.training"
+            )
+    try:
+        apart = _apart(teacher(images[:2]), answers[:2])
+    except Exception:  # whatever a network says that takes no other number of images
+        return
+    if apart > size * max(1e-2, rounding):
+        log.warning(
+            "the teacher's answer for an image depends on the other images of the batch (logits "
+            "differ by up to %.2g), as with BatchNorm that has no running statistics; among real "
+            "images it may answer otherwise than among generated ones",
+            apart,
+        )
+
+
+def _apart(one: Tensor, two: Tensor) -> float:
+    """The largest difference."""
+    return float((one - two).abs().max())
 
 
 @torch.no_grad()

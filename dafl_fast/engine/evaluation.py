@@ -12,8 +12,9 @@ from torch import Tensor, nn
 @contextlib.contextmanager
 def modes_kept(network: nn.Module) -> Iterator[None]:
     """Afterwards every layer of `network` is in the mode that it is in now."""
-    training = network.training
-    modes = [(layer, layer.training) for layer in network.modules()]
+    # A frozen TorchScript has no mode.
+    training = getattr(network, "training", False)
+    modes = [(layer, layer.training) for layer in network.modules() if hasattr(layer, "training")]
     try:
         yield
     finally:
@@ -30,6 +31,21 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def buffers_kept(network: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers of `network` hold what they hold now. Observers of quantisation note
+    what passes in evaluation as well. Those that get their shape inside keep it, with its values.
+    """
+    kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                if buffer.shape == value.shape:
+                    buffer.copy_(value)
+
+
 def training_mode(network: nn.Module) -> None:
     """Puts `network` into training mode. Layers in evaluation mode inside a network in training
     mode were put there on purpose, and stay so."""
@@ -43,7 +59,7 @@ def training_mode(network: nn.Module) -> None:
 def predictions(network: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
     """The classes [N] that `network` chooses for images [N, C, H, W]; at ties the lowest index."""
     device = next(network.parameters(), images).device  # a frozen TorchScript has no parameters
-    with evaluation_mode(network):
+    with evaluation_mode(network), buffers_kept(network):
         parts = [network(batch.to(device)).argmax(1) for batch in images.split(batch_size)]
     return torch.cat(parts).to(images.device)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections import Counter
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -81,6 +83,48 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
             folded += 1
     log.info("folded %d of the teacher's %d BatchNorm layers", folded, norms)
     return fx.GraphModule(root, graph) if folded else network
+
+
+def thaw_batch_norm(network: nn.Module) -> None:
+    """Gives `network`, in place, nn.BatchNorm2d where it has a layer that computes the same with
+    statistics and weights that are buffers, such as torchvision's FrozenBatchNorm2d. What such a
+    layer runs afterwards, as timm's FrozenBatchNormAct2d does, remains. A layer is known by its
+    tensors' names, and by computing the same; one with hooks is left as it is.
+    """
+    thawed: dict[nn.Module, nn.Module | None] = {}
+    for parent in list(network.modules()):
+        if isinstance(parent, torch.jit.ScriptModule):
+            continue  # its layers cannot be replaced
+        for name, layer in list(parent._modules.items()):
+            if layer is not None:
+                if layer not in thawed:
+                    thawed[layer] = _thawed(layer)
+                parent._modules[name] = thawed[layer] or layer
+
+
+def _thawed(layer: Any) -> nn.Module | None:
+    """The layer as nn.BatchNorm2d, followed by what it runs then; None if it is no BatchNorm."""
+    names = ("running_mean", "running_var", "weight", "bias")
+    values: dict[str, Any] = {name: getattr(layer, name, None) for name in names}
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) or _has_hooks(layer):
+        return None
+    if not all(isinstance(value, Tensor) and value.dim() == 1 for value in values.values()):
+        return None
+    mean = values["running_mean"]
+    norm = nn.BatchNorm2d(len(mean), getattr(layer, "eps", 1e-5), device=mean.device).eval()
+    for name, value in values.items():
+        new = nn.Parameter(value, False) if name in ("weight", "bias") else value
+        setattr(norm, name, new)
+    made = nn.Sequential(norm, *layer.children()).eval() if layer._modules else norm
+    x = torch.randn(2, len(mean), 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    try:
+        with torch.no_grad():
+            own, other = (
+                copy.deepcopy(each).double()(x.to(mean.device, copy=True)) for each in (layer, made)
+            )
+            return made if torch.allclose(own, other, 1e-5, 1e-5) else None
+    except Exception:  # whatever a layer says that is something else
+        return None
 
 
 class _Tracer(fx.Tracer):

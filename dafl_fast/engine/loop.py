@@ -311,8 +311,8 @@ class Loop:
             "eval_set": config.eval,
             "eval_count": count,
             "num_classes": step.num_classes,
-            "teacher_parameters": _parameters(self.teacher),
-            "student_parameters": _parameters(step.student),
+            "teacher_parameters": parameters_of(self.teacher),
+            "student_parameters": parameters_of(step.student),
             "bank_bytes": step.bank.bytes if step.bank is not None else 0,
             **peak_memory(step.device),
             "teacher_sha256": self.teacher_hash,
@@ -349,5 +349,6 @@ class Loop:
                     signal.signal(number, handler)
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def parameters_of(network: nn.Module) -> int:
+    """The number of its parameters."""
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..device import AUTOCAST
-from ..errors import UserError
+from ..device import AUTOCAST, autocast
+from ..errors import UserError, first_line
 from ..models import Generator
-from ..models.pixels import GeneratorOf
+from ..models.pixels import Affine, GeneratorOf
 from ..models.twin import answers_alike
-from ..models.winograd import accelerated
-from .checks import check_generator, check_student, run_lazy_layers
+from ..models.winograd import accelerated, becomes_faster
+from .checks import check_answers, check_generator, check_student, run_lazy_layers
 from .distributed import World
-from .evaluation import evaluation_mode
+from .evaluation import buffers_kept, evaluation_mode
+from .layout import try_out, use_channels_last
+from .precision import precision_of, refuse_low_precision
 from .step import Step
-from .teacher import FrozenTeacher
+from .teacher import Autocast, FrozenTeacher
 
 log = logging.getLogger(__name__)
 
@@ -53,36 +55,50 @@ def prepare(
     made = (1 if config.grey else channels, height, width)
     if generator is None:
         generator = Generator(config.latent_dim, (height, width), made[0], config.generator_width)
-    frozen = freeze(teacher, config, torch.randn(16, *shape))
-    for module in (generator, student, frozen):
+    # Networks are tried on images of the units that they take.
+    taken = Affine(*config.from_generated) if config.from_generated else nn.Identity()
+    frozen = freeze(teacher, config, taken(torch.randn(16, *made)))
+    for module in (generator, student, frozen, taken):
         module.to(device)
-    run_lazy_layers(generator, torch.zeros(2, config.latent_dim, device=device), "generator")
+    noise = torch.randn(2, config.latent_dim, device=device)
+    run_lazy_layers(generator, noise, "generator")
     run_lazy_layers(student, torch.zeros(2, *shape, device=device), "student")
-    for module in (generator, student, frozen):
-        # Convolutions are faster with channels innermost, on CPUs and on GPUs.
-        module.to(memory_format=torch.channels_last)
-    num_classes = frozen.check(torch.randn(16, *shape, device=device))
+    num_classes = frozen.check(taken(torch.randn(16, *made, device=device)))
+    own = torch.Generator().manual_seed(0)  # what the run draws does not depend on this check
+    check_answers(frozen.network, taken(torch.randn(16, *made, generator=own).to(device)))
     if config.num_classes not in (None, num_classes):
         raise UserError(
             f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
         )
-    check_student(student, torch.randn(2, *shape, device=device), num_classes)
-    check_generator(generator, torch.randn(2, config.latent_dim, device=device), made)
+    refuse_low_precision(student, "student")
+    precision = precision_of(student, config.precision, precision)
+    images = taken(torch.randn(2, *made, device=device))
+    check_student(student, images, num_classes)
+    check_generator(generator, noise, made)
     if config.generator_restart_every and not hasattr(generator, "reset"):
         raise UserError(
             "--generator-restart-every needs a generator with a method reset() that draws its "
             "parameters anew; give it one, or set it to 0"
         )
+    use_channels_last(generator, noise, "generator", trained=True)
+    use_channels_last(student, images, "student", trained=True)
+    use_channels_last(frozen.network, images, "teacher")
     if config.from_generated is not None:
         generator = GeneratorOf(generator, *config.from_generated).to(device)
     if precision in AUTOCAST:
-        frozen.cast(AUTOCAST[precision])
+        for role, network, inputs in (
+            ("generator", generator, noise),
+            ("student", student, images),
+        ):
+            precision = _narrow(precision, device, network, inputs, role)
+        if precision in AUTOCAST:
+            _cast(frozen, AUTOCAST[precision], images)
     if device.type == "cpu":
         some, draw = [], torch.Generator().manual_seed(0)
         for count in (2, 3):  # of two sizes, by which what was kept from the first would show
-            some.append(torch.randn(count, *shape, generator=draw))
+            some.append(taken(torch.randn(count, *made, generator=draw)))
         frozen.network = _accelerated(frozen.network, some, constant=True)
-        student = _accelerated(student, some)
+        student = _accelerated(student, some, trained=True)
     # Shapes never change, so cuDNN needs to search for the fastest convolutions only once.
     torch.backends.cudnn.benchmark = True
     if config.compile:
@@ -91,13 +107,65 @@ def prepare(
     return Step(config, generator, frozen, student, num_classes, device, precision, world)
 
 
-def _accelerated(network: nn.Module, images: list[Tensor], constant: bool = False) -> nn.Module:
-    """`network` with faster layers, if it then still answers as it does."""
+def _narrow(
+    precision: str, device: torch.device, network: nn.Module, inputs: Tensor, role: str
+) -> str:
+    """`precision` if `network` trains in it under autocast, else "fp32", and a warning."""
+    if precision not in AUTOCAST:
+        return precision
+    try:
+        with autocast(device, precision):
+            try_out(network, inputs, trained=True)
+    except Exception as error:  # a network may raise anything
+        log.warning(
+            "the %s does not run in %s, so the run computes in fp32: %s",
+            role, precision, first_line(error),
+        )  # fmt: skip
+        return "fp32"
+    return precision
+
+
+def _cast(frozen: FrozenTeacher, dtype: torch.dtype, images: Tensor) -> None:
+    """`frozen.cast(dtype)`, as far as the teacher then still answers as it does."""
+    whole = frozen.network
+    narrow, weights = Autocast(whole, dtype), [(p, p.data) for p in whole.parameters()]
+    if not answers_alike(whole, narrow, [images]):
+        frozen.network = Autocast(whole, dtype, enabled=False)
+        log.warning(
+            "the teacher computes in fp32: in %s it does not run, or answers otherwise",
+            str(dtype).removeprefix("torch."),
+        )
+        return
+    expected = narrow(images)
+    frozen.cast(dtype)
+    with contextlib.suppress(Exception):  # a network may raise anything
+        if torch.allclose(frozen.network(images), expected, 1e-3, 1e-3, equal_nan=True):
+            return
+    for parameter, data in weights:  # its code reads its weights itself
+        parameter.data = data
+
+
+def _accelerated(
+    network: nn.Module, images: list[Tensor], constant: bool = False, trained: bool = False
+) -> nn.Module:
+    """`network` with faster layers, as many of them as leave its answers what they are."""
+
+    def holds(fast: nn.Module) -> bool:
+        with evaluation_mode(network), evaluation_mode(fast), buffers_kept(network):
+            if not answers_alike(network, fast, images):
+                return False
+        with contextlib.suppress(Exception):  # a network may raise anything
+            try_out(fast, images[0], trained)
+            return True
+        return False
+
     fast = accelerated(network, constant)
-    if fast is network:
-        return network
-    with evaluation_mode(network), evaluation_mode(fast):
-        return fast if answers_alike(network, fast, images) else network
+    if fast is network or holds(fast):
+        return fast
+    layers = [layer for layer in network.modules() if becomes_faster(layer)]
+    good = {layer for layer in layers if holds(accelerated(network, constant, {layer}))}
+    fast = accelerated(network, constant, good)
+    return fast if fast is network or holds(fast) else network
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from ..losses import batch_norm_loss
 from ..models.functional import with_moments
 from .checks import logits_of, refuse_probabilities
 from .distributed import World
-from .fold import BATCH_NORMS, PRODUCTS, fold_batch_norm
+from .fold import BATCH_NORMS, PRODUCTS, fold_batch_norm, thaw_batch_norm
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class FrozenTeacher(nn.Module):
         network.eval()
         for parameter in network.parameters():
             parameter.detach_()  # requires_grad_(False) fails for a copied TorchScript
+        thaw_batch_norm(network)
         self._features: Tensor | None = None
         own = getattr(network, "feature_layer", None)
         own = own if isinstance(own, str) else _last_linear(network)
@@ -85,10 +86,13 @@ class FrozenTeacher(nn.Module):
                     "layer, or give the teacher as a program of torch.export"
                 )
             layers[self._feature_layer].register_forward_pre_hook(self._keep_features)
-        self._statistics: dict[nn.Module, Tensor] = {}
+        # Of the last call, and of one that goes on: a layer and its input's moments, in the order
+        # in which the layers ran. One that ran twice is there twice, one that did not run is not.
+        self._statistics: list[tuple[Any, Tensor]] = []
+        self._running: list[tuple[Any, Tensor]] | None = None
         watched = _with_statistics(network) if watch else []
         if watch and not watched:
-            log.warning("the teacher has no BatchNorm layers: the BatchNorm loss is off")
+            log.warning(_why_none_is_watched(network))
         for layer in watched:
             layer.register_forward_pre_hook(self._keep_statistics)
         self.watching = bool(watched)
@@ -109,17 +113,19 @@ class FrozenTeacher(nn.Module):
 
     def _keep_statistics(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, mean, variance = with_moments(inputs[0])
-        # Mean and mean square, because these can be averaged over several processes.
-        self._statistics[layer] = torch.stack([mean, variance + mean.square()])
+        if self._running is not None:  # not in a direct call of `network`
+            # Mean and mean square, because these can be averaged over several processes.
+            self._running.append((layer, torch.stack([mean, variance + mean.square()])))
         return (x, *inputs[1:])
 
     def batch_norm_loss(self, world: World) -> Tensor:
-        """`losses.batch_norm_loss` of the last batch, over all processes of `world`."""
-        watched = self.watched
-        moments = [world.mean(self._statistics.pop(layer)) for layer in watched]
+        """`losses.batch_norm_loss` of the last batch, over all processes of `world`. A layer counts
+        as often as it ran."""
+        statistics, self._statistics = self._statistics, []
+        moments = [world.mean(moments) for _, moments in statistics]
         means = [mean for mean, _ in moments]
         variances = [square - mean.square() for mean, square in moments]
-        return batch_norm_loss(means, variances, watched)
+        return batch_norm_loss(means, variances, [layer for layer, _ in statistics])
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Does nothing: the teacher stays in evaluation mode, with its BatchNorm statistics."""
@@ -127,8 +133,9 @@ class FrozenTeacher(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         self._take_features()  # left by a direct call of `network`, if any
-        self._statistics.clear()
+        self._running = [] if self.watching else None
         logits = self.network(images)
+        self._statistics, self._running = self._running or [], None
         features = self._take_features()
         if features is not None:
             features = features.flatten(1)
@@ -151,7 +158,7 @@ class FrozenTeacher(nn.Module):
             # A weight that is not a parameter is computed by a hook, in full precision.
             if type(layer) in PRODUCTS and "weight" in layer._parameters:
                 layer.to(dtype)
-        self.network = _Autocast(self.network, dtype)
+        self.network = Autocast(self.network, dtype)
         return self
 
     def fingerprint(self) -> str:
@@ -199,19 +206,22 @@ class FrozenTeacher(nn.Module):
                 "look for torch.no_grad() or detach() in its forward"
             )
         refuse_probabilities(logits.detach())
+        if self.watching and not self._statistics:
+            log.warning("the teacher runs none of its BatchNorm layers: the BatchNorm loss is off")
+            self.watching = False
         return logits.shape[1]
 
 
-class _Autocast(nn.Module):
-    """A network that runs under its own autocast."""
+class Autocast(nn.Module):
+    """A network that runs under its own autocast, or under none."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype, enabled: bool = True) -> None:
         super().__init__()
-        self.network, self.dtype = network, dtype
+        self.network, self.dtype, self.enabled = network, dtype, enabled
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, self.dtype):
-            return self.network(images)
+        with torch.autocast(images.device.type, self.dtype, self.enabled):
+            return self.network(images if self.enabled else images.float())
 
 
 def _with_statistics(network: nn.Module) -> list[nn.Module]:
@@ -220,6 +230,17 @@ def _with_statistics(network: nn.Module) -> list[nn.Module]:
         for layer in network.modules()
         if isinstance(layer, BATCH_NORMS) and layer.running_mean is not None
     ]
+
+
+def _why_none_is_watched(network: nn.Module) -> str:
+    scripts = [one for one in network.modules() if isinstance(one, torch.jit.ScriptModule)]
+    # Of a frozen TorchScript one module is left, which does not show what it was made of.
+    if len(scripts) == 1 or any("BatchNorm" in one.original_name for one in scripts):
+        return (
+            "a TorchScript teacher does not show its BatchNorm layers: the BatchNorm loss is off; "
+            "give it as a program of torch.export to use them"
+        )
+    return "the teacher has no BatchNorm layers: the BatchNorm loss is off"
 
 
 def _last_linear(network: nn.Module) -> str | None:

@@ -8,6 +8,8 @@ convolution. In float32 it is the same.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -56,20 +58,33 @@ class WinogradConv2d(nn.Conv2d):
         return _OPS.conv3x3(x, self.weight, self.bias, None, None)
 
 
-def accelerated(network: nn.Module, constant: bool = False) -> nn.Module:
+def accelerated(
+    network: nn.Module, constant: bool = False, layers: Collection[nn.Module] | None = None
+) -> nn.Module:
     """A twin of `network` in which convolutions that become faster are of class `WinogradConv2d`.
 
     Names, parameters, hooks and state_dict are the same, and `network` is not changed. If no
-    convolution becomes faster, it is `network` itself. If its weights are `constant` from now on,
-    the factors of the weights are computed only once.
+    convolution becomes faster, it is `network` itself.
+
+    Args:
+        constant: its weights never change, so the factors of the weights are computed only once.
+        layers: those of its layers that may become faster; by default all.
     """
-    fast = twin(
-        network, lambda layer: WinogradConv2d if type(layer) is nn.Conv2d and _fits(layer) else None
-    )
+
+    def substitute(layer: nn.Module) -> type[nn.Module] | None:
+        wanted = becomes_faster(layer) and (layers is None or layer in layers)
+        return WinogradConv2d if wanted else None
+
+    fast = twin(network, substitute)
     for layer in fast.modules():
         if constant and isinstance(layer, WinogradConv2d):
             layer.keep_factors()
     return fast
+
+
+def becomes_faster(layer: nn.Module) -> bool:
+    """Whether `accelerated` has a faster class for the layer."""
+    return type(layer) is nn.Conv2d and _fits(layer)
 
 
 def _fits(layer: nn.Conv2d) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 import zipfile
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from ..errors import UserError, first_line
 from ..files import load_tensors
 from .exported import NeedsCode, read_exported
+
+log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 # Under what a checkpoint keeps its state dict, besides the network's role.
@@ -116,23 +119,19 @@ def load_weights(network: nn.Module, path: str | Path, role: str) -> nn.Module:
     """Fills `network` in place and returns it; `role` ("teacher") names it in messages.
 
     The file is safetensors, or a checkpoint that `torch.load(weights_only=True)` reads. The state
-    dict may lie under a usual key of it ("state_dict", "model", ...), and all its names may have a
-    prefix, as DataParallel's "module." and torch.compile's "_orig_mod.".
+    dict may lie under a usual key of it ("state_dict", "model", ...), and the network's names may
+    have a prefix, as DataParallel's "module.", torch.compile's "_orig_mod." and whatever attribute
+    of a LightningModule it is. What has another prefix is left out, and a warning names it.
 
     Raises:
         UserError: the file cannot be read without running code that is in it, or holds the
-            weights of another network.
+            weights of another network, or of several.
     """
     path = Path(path)
-    state = read_weights(path, role)
     own = network.state_dict()
-    while not state.keys() & own.keys():
-        prefixes = {name.partition(".")[0] for name in state}
-        if len(prefixes) != 1 or not all("." in name for name in state):
-            break
-        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
     # BatchNorm's counter is younger than many a checkpoint, and of no use here.
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
+    state = _without_prefix(read_weights(path, role), {name: own[name] for name in needed}, role)
     missing, extra = sorted(needed - state.keys()), sorted(state.keys() - own.keys())
     wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
     if wrong:
@@ -150,8 +149,92 @@ def load_weights(network: nn.Module, path: str | Path, role: str) -> nn.Module:
     )
 
 
+def _without_prefix(state: State, own: State, role: str) -> State:
+    """The part of `state` that has the names of `own`, all with one prefix, without this prefix."""
+    some = max(own, key=len, default="")
+    prefixes = {name.removesuffix(some) for name in state if name.endswith(some)}
+    whole = [
+        prefix
+        for prefix in sorted(prefixes)
+        if prefix[-1:] in ("", ".") and all(prefix + name in state for name in own)
+    ]
+    fitting = [
+        prefix
+        for prefix in whole
+        if all(state[prefix + name].shape == own[name].shape for name in own)
+    ]
+    if not whole:  # it does not fit; what all names begin with shall not hide why
+        while len({name.partition(".")[0] for name in state}) == 1 and all("." in n for n in state):
+            state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+        return state
+    chosen = _choose(fitting, state, own, role) if fitting else whole[0]
+    others = tuple(prefix for prefix in whole if prefix not in ("", chosen))
+    mine = {
+        name
+        for name in state
+        if name.startswith(chosen) and not (chosen == "" and others and name.startswith(others))
+    }
+    if ignored := sorted(state.keys() - mine):
+        more = f" and {len(ignored) - 4} more" if len(ignored) > 4 else ""
+        log.warning(
+            "of the %s's weights, those that begin with %r are used; left out: %s%s",
+            role, chosen, ", ".join(ignored[:4]), more,
+        )  # fmt: skip
+    return {name.removeprefix(chosen): state[name] for name in mine}
+
+
+def _choose(prefixes: list[str], state: State, own: State, role: str) -> str:
+    """The prefix of the network for `role`, of several that could be its."""
+    first, *others = prefixes
+    for wanted in (role, "model"):
+        named = [prefix for prefix in prefixes if wanted in prefix.split(".")]
+        if len(named) == 1:
+            return named[0]
+    if first == "" or all(state[p + n].equal(state[first + n]) for p in others for n in own):
+        return first  # beside its own names, or the same under each
+    raise UserError(
+        f"the {role}'s weights are there several times, under {', '.join(map(repr, prefixes))}; "
+        f"save the one that is meant by itself, or under {role + '.'!r}"
+    )
+
+
+class _Ignored(list):  # type: ignore[type-arg]
+    """Stands where an object of an unknown class was: keeps nothing, and runs nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+
+def _new_dict(*args: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _read_around_objects(path: Path) -> Any:
+    """A checkpoint's content with `_Ignored` where it has objects of other classes than tensors, as
+    the settings in Lightning's checkpoints. None of their code is imported."""
+    known = {"collections.defaultdict": _new_dict}
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    stand_ins: list[Any] = [(known.get(name, _Ignored), name) for name in unknown]
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _read_checkpoint(path: Path, role: str) -> State:
-    state = _find_state(torch.load(path, map_location="cpu", weights_only=True), role)
+    try:
+        state = _find_state(torch.load(path, map_location="cpu", weights_only=True), role)
+    except Exception as error:
+        try:
+            state = _find_state(_read_around_objects(path), role)
+        except Exception:
+            state = None
+        if state is None:
+            raise error
     if state is None:
         raise UserError(
             f"the {role} file {path} holds no state dict, neither by itself nor under one of "

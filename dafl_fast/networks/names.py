@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
-import os
-import sys
-from operator import attrgetter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..data import ImageSize
 from ..errors import UserError, first_line, require
 from ..models import NETWORKS, build
+from .own import imported
 
 
 class Sizes(NamedTuple):
@@ -50,6 +50,24 @@ def knows_nothing(name: str) -> bool:
     return name in NETWORKS or name.partition(":")[0] in _PACKAGES
 
 
+def draws_its_weights(network: nn.Module, again: Callable[[], nn.Module]) -> bool:
+    """Whether a user's own code, which has returned `network`, gives another one new weights.
+
+    `again` calls it once more, here with another seed. Code that loads weights returns the same
+    again, or the network itself.
+    """
+    with torch.random.fork_rng([]):
+        torch.random.default_generator.manual_seed(torch.initial_seed() + 1)
+        another = again()
+    weights, others = dict(network.named_parameters()), dict(another.named_parameters())
+    if any(map(is_lazy, weights.values())):
+        return True
+    return weights.keys() != others.keys() or any(
+        weights[key].shape != others[key].shape or not weights[key].equal(others[key])
+        for key in weights
+    )
+
+
 def _timm(name: str, role: str, sizes: Sizes) -> nn.Module:
     require("timm", f"the {role} timm:{name}")
     import timm
@@ -83,11 +101,8 @@ def _torchvision(name: str, role: str, sizes: Sizes) -> nn.Module:
 
 
 def _own(name: str, role: str, sizes: Sizes) -> nn.Module:
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        found: Any = attrgetter(attribute)(importlib.import_module(module))
+        found = imported(name)
     except Exception as error:  # whatever the user's code raises while it is imported
         raise UserError(
             f"the {role} {name} cannot be imported: {type(error).__name__}: {first_line(error)}"
@@ -129,4 +144,7 @@ def _not_built(role: str, name: str, error: Exception) -> UserError:
 
 _PACKAGES = {"timm": _timm, "torchvision": _torchvision}
 # What can be named besides `NETWORKS`, for messages.
-OTHERS = (*(f"{package}:NAME" for package in _PACKAGES), "package.module:callable")
+OTHERS = (
+    *(f"{package}:NAME" for package in _PACKAGES), "transformers:FOLDER",
+    "package.module:callable", "/path/nets.py:callable",
+)  # fmt: skip

@@ -5,6 +5,7 @@ What is built by name stands in `names`, what is read from files in `formats`.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,12 +19,14 @@ from ..config import Config
 from ..data import ImageSize, sides, size_of
 from ..engine.checks import logits_of
 from ..engine.folder import read_config, read_summary
+from ..engine.precision import computed_in
 from ..errors import UserError
 from ..models import GREY_SIZES, NETWORKS, build, identify
 from ..models.pixels import Taking
 from ..recipes import PRESETS
+from . import huggingface
 from .formats import ENDINGS, load_weights, read_program, read_weights, recognise
-from .names import OTHERS, Sizes, build_named, knows_nothing
+from .names import OTHERS, Sizes, build_named, draws_its_weights, knows_nothing
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,17 @@ def open_network(
         UserError: a file cannot be read or does not suit the role.
     """
     name, path = str(name), Path(name)
-    if name in NETWORKS or not (path.exists() or name.endswith(ENDINGS)):
+    if name.startswith(huggingface.PREFIX) and (weights is None or role == "student"):
+        return open_folder(name, role, weights)
+    if name.endswith(".py"):
+        raise UserError(
+            f"the {role} {name} must also name the class or function in it: {name}:CALLABLE"
+        )
+    whole = path.exists() or name.endswith(ENDINGS) or name.startswith(huggingface.PREFIX)
+    if name in NETWORKS or not whole:
         return Opened(name, role, None if weights is None else Path(weights))
     if weights is not None:
-        raise UserError(f"the {role} {path} brings its weights along; leave {weights} out")
+        raise UserError(f"the {role} {name} brings its weights along; leave {weights} out")
     if weights_for is None and path.is_file() and recognise(path, role).weights is not None:
         read_weights(path, role)  # weights in truth, or a pickled module?
         raise UserError(
@@ -99,6 +109,8 @@ def open_file(path: Path, role: str, weights_for: str | None = None) -> Opened:
     Raises:
         UserError: the file cannot be read, or which network its weights are for is not known.
     """
+    if str(path).startswith(huggingface.PREFIX):
+        return open_folder(str(path), role)
     if path.is_dir():
         return open_run(path)
     note = _note_beside(path)
@@ -122,6 +134,22 @@ def open_file(path: Path, role: str, weights_for: str | None = None) -> Opened:
     note["image_size"] = GREY_SIZES.get(found[0]) or note.get("image_size")
     network = load_weights(build(*found), path, role)
     return Opened(found[0], role, path, network, *found[1:], **note)
+
+
+def open_folder(name: str, role: str, weights: str | Path | None = None) -> Opened:
+    """What `transformers:FOLDER` means, with other weights than its own if there are some; see
+    `huggingface.read_transformers`."""
+    network: Any = huggingface.read_transformers(name, role, weights is not None)
+    if weights is not None:
+        load_weights(network, weights, role)
+    folder = Path(name.removeprefix(huggingface.PREFIX)).expanduser()
+    file = next(iter(sorted(folder.glob("*.safetensors"))), folder / "config.json")
+    file = file if weights is None else Path(weights)
+    channels, *size = network.convention.image_shape or (network.config.num_channels, None)
+    image_size = size_of(*size) if len(size) == 2 else None
+    mean, std = huggingface.normalisation(folder) or (None, None)
+    known = (network.config.num_labels, channels, image_size, mean, std)
+    return Opened(name, role, file, network, *known)
 
 
 def open_run(path: Path) -> Opened:
@@ -180,8 +208,10 @@ def load_network(
     | --- | --- |
     | `LeNet5`, `ResNet34`, `WRN-40-2`, ... | one of `dafl_fast.models.NETWORKS` |
     | `timm:NAME`, `torchvision:NAME` | a classifier of that package, never downloaded |
-    | `package.module:callable` | what your own function or class returns, called with those of
-      num_classes, channels or in_chans, image_size or img_size that its signature names |
+    | `transformers:FOLDER` | the image classifier that save_pretrained wrote to a folder |
+    | `package.module:callable`, `/path/nets.py:callable` | what your own function or class returns,
+      called with those of num_classes, channels or in_chans, image_size or img_size that its
+      signature names |
     | a file of torch.export.save or TorchScript | the program in it, with its weights |
     | the folder of a run | its student, with its weights |
 
@@ -244,6 +274,15 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
     channels, size = config.image_shape[0], config.image_shape[1:]
     opened = open_network(name, weights, "teacher", usual)
     teacher = opened.built(config.num_classes, channels, size)
+    if opened.network is None and opened.file is None:  # the user's own code
+        again = functools.partial(opened.built, config.num_classes, channels, size)
+        if draws_its_weights(teacher, again):
+            raise UserError(
+                f"--teacher-weights is needed: {name} draws its weights anew each time it is "
+                "called, so it has learned nothing"
+            )
+    example = torch.zeros(2, *config.image_shape)
+    teacher = computed_in(example.dtype, teacher, "teacher", example)
     classes = outputs_of(teacher, config.image_shape)
     torch.manual_seed(config.seed)
     opened = open_network(config.student, config.student_weights, "student")
@@ -256,7 +295,8 @@ def _student_for_pixels(config: Config, student: nn.Module) -> nn.Module:
     images learns badly, so it gets a layer in front that normalises them. The user's own code is
     left to do what it wants."""
     assert config.student is not None
-    if config.pixels != "0..255" or not knows_nothing(config.student):
+    own = not knows_nothing(config.student) and not config.student.startswith(huggingface.PREFIX)
+    if config.pixels != "0..255" or own:
         return student
     assert config.from_generated is not None
     return Taking(student, *config.from_generated)

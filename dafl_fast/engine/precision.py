@@ -1,0 +1,120 @@
+"""Networks with weights in fp16, bf16 or fp64, which are computed in the precision of their images.
+
+Low precision is a matter of training here (autocast), and not of how a network was stored.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..device import AUTOCAST
+from ..errors import UserError
+from ..models.twin import duplicate
+from .evaluation import evaluation_mode
+
+log = logging.getLogger(__name__)
+
+_LOW = (torch.float16, torch.bfloat16)
+
+
+def computed_in(dtype: torch.dtype, network: nn.Module, role: str, *examples: Tensor) -> nn.Module:
+    """`network`, if it takes images of `dtype`; else a copy of it whose weights are of that dtype.
+
+    A network that casts its images itself is left alone. In programs of torch.export the casts are
+    changed as well.
+
+    Args:
+        network: left as it is.
+        role: names it in messages ("teacher").
+        examples: a batch of images [N, C, H, W] of `dtype` for each size that it may be for.
+
+    Raises:
+        UserError: it computes in another precision than its weights', or cannot be copied.
+    """
+    kinds = {t.dtype for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()}
+    constant = isinstance(network, torch.jit.ScriptModule) and not kinds  # a frozen one
+    kinds -= {dtype}
+    if not (kinds or constant) or _takes(network, *examples):
+        return network
+    copied = duplicate(network)
+    _convert(copied, kinds, dtype)
+    name = _name(dtype)
+    if _takes(copied, *examples):
+        own = " and ".join(sorted(map(_name, kinds)))
+        log.warning("the %s's weights are %s; it is computed in %s", role, own, name)
+        return copied
+    for other in (*_LOW, torch.float64):
+        if _takes(network, *(images.to(other) for images in examples)):
+            raise UserError(
+                f"the {role} takes images in {_name(other)} only, and its code or constants keep "
+                f"it from being computed in {name}; give it in {name}, by network.float() before "
+                "it is exported or traced"
+            )
+    return copied  # it takes none of the images, for another reason, which checks.py tells
+
+
+def refuse_low_precision(network: nn.Module, role: str) -> None:
+    """Raises UserError if `network`, which is to be trained, has weights in fp16 or bf16."""
+    for name, parameter in network.named_parameters():
+        if parameter.dtype in _LOW:
+            raise UserError(
+                f"the {role}'s weights must be float32 to be trained, got {_name(parameter.dtype)} "
+                f"for {name}; give {role}.float(), and set precision to compute in less"
+            )
+
+
+def precision_of(student: nn.Module, wanted: str, picked: str) -> str:
+    """The precision to train in: `picked` for the setting `wanted`, but fp32 for a student that is
+    prepared for quantisation. PyTorch simulates quantisation in fp32 only.
+
+    Raises:
+        UserError: another precision was set.
+    """
+    if picked not in AUTOCAST or not any(
+        hasattr(layer, "fake_quant_enabled") for layer in student.modules()
+    ):
+        return picked
+    if wanted != "auto":
+        raise UserError(
+            "precision must be fp32 for a student that is prepared for quantisation, which PyTorch "
+            f"simulates in float32 only, got {wanted}"
+        )
+    log.warning("the student is prepared for quantisation: all is computed in float32")
+    return "fp32"
+
+
+def _convert(network: nn.Module, kinds: set[torch.dtype], dtype: torch.dtype) -> None:
+    def changed(value: Any) -> Any:
+        return dtype if isinstance(value, torch.dtype) and value in kinds else value
+
+    for parameter in network.parameters():
+        parameter.detach_()  # those of a copied TorchScript hang on what they were copied from
+    network.to(dtype)
+    for part in network.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args = fx.node.map_aggregate(node.args, changed)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, changed)
+            part.recompile()
+
+
+@torch.no_grad()
+def _takes(network: nn.Module, *examples: Tensor) -> bool:
+    """Whether a network can compute one of `examples`."""
+    device = next(network.parameters(), torch.empty(0)).device
+    for images in examples:
+        try:
+            with evaluation_mode(network):
+                network(images.to(device))
+            return True
+        except Exception:  # whatever a network says of images that it does not take
+            continue
+    return False
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

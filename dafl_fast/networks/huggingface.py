@@ -1,0 +1,149 @@
+"""Reads a folder that `save_pretrained` of the package transformers wrote: `transformers:FOLDER`.
+
+Nothing is downloaded, and no code that lies in such a folder is run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch import nn
+
+from ..convention import Convention
+from ..errors import UserError, first_line, require
+
+log = logging.getLogger(__name__)
+
+PREFIX = "transformers:"
+
+
+def read_transformers(name: str, role: str, fresh: bool = False) -> nn.Module:
+    """The image classifier in the folder that `name`, `transformers:FOLDER`, means, in fp32.
+
+    Its attribute `convention` says for which images and classes it is. A student may come without
+    weights, which are then new.
+
+    Args:
+        role: "teacher", "student" or "model"; only a student may lack weights.
+        fresh: leave its weights unread, because others are loaded.
+
+    Raises:
+        UserError: there is no such folder, it holds code, pickled weights or no classifier, or the
+            package is missing.
+    """
+    folder = Path(name.removeprefix(PREFIX)).expanduser()
+    content = _checked(name, folder, role, fresh)
+    require("transformers", f"the {role} {name}")
+    import huggingface_hub.constants
+    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers.utils import logging as messages
+
+    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    bar = messages.is_progress_bar_enabled()
+    messages.disable_progress_bar()
+    missing: list[str] = []
+    try:
+        # A configuration can name others, which would be looked up on a server.
+        with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
+            config = AutoConfig.from_pretrained(folder, **safe)
+            if fresh or not _weights(folder):
+                network = AutoModelForImageClassification.from_config(config)
+            else:
+                network, info = AutoModelForImageClassification.from_pretrained(
+                    folder, config=config, use_safetensors=True, output_loading_info=True, **safe
+                )
+                missing = sorted(info["missing_keys"])
+    except Exception as error:  # whatever the package says of such a folder
+        raise UserError(
+            f"the {role} {name} cannot be read: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    finally:
+        if bar:
+            messages.enable_progress_bar()
+    if missing and role != "student":
+        raise UserError(
+            f"the {role} {name} is no trained classifier: {folder} has no weights for {missing[0]}"
+        )
+    if missing:
+        log.warning("the student %s has no weights for %s: they are new", name, missing[0])
+    network.float().convention = _convention(config, content)
+    return network
+
+
+def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation per channel, of images in [0, 1], that the folder's image
+    processor normalises with; None if there is none."""
+    content = _json(folder / "preprocessor_config.json")
+    if not {"image_mean", "image_std"} <= content.keys():
+        return None
+    one = 255 * content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 255
+    mean, std = content["image_mean"], content["image_std"]
+    if not content.get("do_normalize", True):
+        mean, std = [0.0] * len(mean), [1.0] * len(std)
+    return tuple(value / one for value in mean), tuple(value / one for value in std)
+
+
+def _checked(name: str, folder: Path, role: str, fresh: bool) -> dict[str, Any]:
+    """What config.json in `folder` says, if the folder can be used."""
+    if not folder.is_dir():
+        raise UserError(
+            f"the {role} {name} must name a folder on this machine, as save_pretrained writes it; "
+            f"there is none at {folder}, and nothing is downloaded"
+        )
+    content = _json(folder / "config.json")
+    if "model_type" not in content:
+        raise UserError(f"the {role} {name} has no config.json that names a model_type")
+    if "auto_map" in content:
+        raise UserError(
+            f"the {role} {name} needs code of its own (auto_map in config.json), which is not run; "
+            "export the network with torch.export.save"
+        )
+    if content.get("problem_type") not in (None, "single_label_classification"):
+        raise UserError(
+            f"the {role} {name} is for {content['problem_type']}; only a choice between classes "
+            "that exclude each other can be distilled"
+        )
+    if not (fresh or role == "student" or _weights(folder)):
+        raise UserError(
+            f"the {role} {name} has no *.safetensors; write it again with "
+            "network.save_pretrained(FOLDER, safe_serialization=True)"
+        )
+    if not fresh and not _weights(folder) and list(folder.glob("*.bin")):
+        raise UserError(
+            f"the {role} {name} has pickled weights only, which can run any code; write it again "
+            "with network.save_pretrained(FOLDER, safe_serialization=True)"
+        )
+    return {**_json(folder / "preprocessor_config.json"), **content}
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _convention(config: Any, content: dict[str, Any]) -> Convention:
+    names = [config.id2label[index] for index in sorted(config.id2label)]
+    if names == [f"LABEL_{index}" for index in range(len(names))]:
+        names = []  # those that transformers gives where there are none
+    size = getattr(config, "image_size", None)
+    if size is None:
+        cropped = content.get("do_center_crop") and content.get("crop_size")
+        size = cropped or content.get("size")
+    if isinstance(size, dict):
+        edge = size.get("shortest_edge")
+        size = (size.get("height", edge), size.get("width", edge))
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    channels = getattr(config, "num_channels", 3)
+    shape = None if height is None or width is None else (channels, height, width)
+    return Convention("pixel_values", "logits", image_shape=shape, classes=tuple(names))
