@@ -78,11 +78,11 @@ def prepare(
             "--generator-restart-every needs a generator with a method reset() that draws its "
             "parameters anew; give it one, or set it to 0"
         )
-    if config.from_generated is not None:
-        generator = GeneratorOf(generator, *config.from_generated).to(device)
     use_channels_last(generator, noise, "generator", trained=True)
     use_channels_last(student, images, "student", trained=True)
     use_channels_last(frozen.network, images, "teacher")
+    if config.from_generated is not None:
+        generator = GeneratorOf(generator, *config.from_generated).to(device)
     if precision in AUTOCAST:
         for role, network, inputs in (
             ("generator", generator, noise),

@@ -146,9 +146,9 @@ def open_folder(name: str, role: str, weights: str | Path | None = None) -> Open
     file = next(iter(sorted(folder.glob("*.safetensors"))), folder / "config.json")
     file = file if weights is None else Path(weights)
     channels, *size = network.convention.image_shape or (network.config.num_channels, None)
-    square = size[0] if len(set(size)) == 1 else None
+    image_size = size_of(*size) if len(size) == 2 else None
     mean, std = huggingface.normalisation(folder) or (None, None)
-    known = (network.config.num_labels, channels, square, mean, std)
+    known = (network.config.num_labels, channels, image_size, mean, std)
     return Opened(name, role, file, network, *known)
 
 
@@ -295,7 +295,8 @@ def _student_for_pixels(config: Config, student: nn.Module) -> nn.Module:
     images learns badly, so it gets a layer in front that normalises them. The user's own code is
     left to do what it wants."""
     assert config.student is not None
-    if config.pixels != "0..255" or not knows_nothing(config.student):
+    own = not knows_nothing(config.student) and not config.student.startswith(huggingface.PREFIX)
+    if config.pixels != "0..255" or own:
         return student
     assert config.from_generated is not None
     return Taking(student, *config.from_generated)
