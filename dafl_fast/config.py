@@ -88,8 +88,9 @@ class Config:
     """The teacher's layer whose input feeds the activation loss; by default its last linear one."""
     num_classes: Annotated[int | None, at_least(2), Mark.ON_CARD] = None
     """Classes that named networks are built for. The student always has as many as the teacher."""
-    image_shape: Annotated[tuple[int, int, int], CHANNELS, SIDES, Mark.ON_CARD] = (1, 32, 32)
-    """Channels, height and width of the images that the networks take."""
+    image_shape: Annotated[tuple[int, int, int] | None, CHANNELS, SIDES, Mark.ON_CARD] = (1, 32, 32)
+    """Channels, height and width of the images that the networks take. Without a preset that says
+    them they are read from the teacher's file."""
     pixels: Annotated[Literal["normalised", "0..1", "0..255", "-1..1"], Mark.ON_CARD] = "normalised"
     """What the teacher takes: normalised images, (pixel - mean) / std of pixels in 0..1, or pixels
     in one of these ranges. The generator's images are brought to it, and the student takes the
@@ -194,7 +195,22 @@ class Config:
                 f"--student-updates {self.student_updates} with --student-source same would train "
                 "on one batch over and over; use --student-source bank or fresh"
             )
-        _ = self.from_generated  # mean and std are of as many channels as there are
+        if self.image_shape is not None:
+            _ = self.from_generated  # mean and std are of as many channels as there are
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images.
+
+        Raises:
+            UserError: nothing has told them.
+        """
+        if self.image_shape is None:
+            raise UserError(
+                "--image-shape is needed, the channels, height and width of the images that the "
+                "teacher takes, as in --image-shape 3 32 32"
+            )
+        return self.image_shape
 
     @property
     def units(self) -> tuple[Values, Values] | None:
@@ -206,7 +222,7 @@ class Config:
         """
         if self.pixels != "normalised":
             low, step = UNITS[self.pixels]
-            return (low,) * self.image_shape[0], (step,) * self.image_shape[0]
+            return (low,) * self.shape[0], (step,) * self.shape[0]
         mean, std = self._of_data("mean"), self._of_data("std")
         return None if mean is None or std is None else (mean, std)
 
@@ -222,7 +238,7 @@ class Config:
         if self.pixels == "normalised" and not self.grey:
             return None
         mean, std = (
-            self._of_data(name) or (typical,) * self.image_shape[0]
+            self._of_data(name) or (typical,) * self.shape[0]
             for name, typical in zip(("mean", "std"), TYPICAL, strict=True)
         )
         lows, steps = self.units or (mean, std)
@@ -245,16 +261,14 @@ class Config:
                 "--mean and --std are needed to evaluate on real images: those with which the "
                 "teacher's data were normalised"
             )
-        return Format(
-            size_of(*self.image_shape[1:]), self.image_shape[0], *self.units, grey=self.grey
-        )
+        return Format(size_of(*self.shape[1:]), self.shape[0], *self.units, grey=self.grey)
 
     def _of_data(self, name: str) -> Values | None:
         """`mean` or `std` of each channel."""
         given: Values | None = getattr(self, name)
         if given is None:
             return None
-        channels = self.image_shape[0]
+        channels = self.shape[0]
         values = given * channels if self.grey and len(given) == 1 else given
         if len(values) != channels or (name == "std" and min(values) <= 0):
             wanted = f"{channels} numbers, one a channel" + ", or one for all" * self.grey

@@ -161,10 +161,10 @@ def train(
     each row of metrics.jsonl. Under torchrun every process calls this function. Each trains on its
     share of the batches, and the first one writes the files and shows the progress.
     """
-    teacher, student = load_networks(config)
+    config, teacher, student = load_networks(config)
     held_out = None
     if config.eval != "none" and os.environ.get("RANK", "0") == "0":
-        classes = outputs_of(teacher, config.image_shape)
+        classes = outputs_of(teacher, config.shape)
         images, labels = eval_set(
             config.eval, config.image_format, classes, config.data_dir, config.download
         )
@@ -192,7 +192,7 @@ def _run(
     config = _with_bank_that_fits(config, device, world)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
-    example = torch.zeros(2, *config.image_shape)
+    example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     board = step = None
     with (
@@ -226,7 +226,7 @@ def _run(
             if config.compile:
                 vars(student).pop("_compiled_call_impl", None)
     images = [
-        torch.randn(count, *config.image_shape, device=device, dtype=step.dtype) for count in (2, 3)
+        torch.randn(count, *config.shape, device=device, dtype=step.dtype) for count in (2, 3)
     ]
     return Result(_in_evaluation_mode(student, images), loop.history, summary, folder.path)
 
@@ -241,14 +241,14 @@ def _with_bank_that_fits(config: Config, device: torch.device, world: World) -> 
     free = free_memory(device)
     if config.student_source != "bank" or config.resume is not None or free is None:
         return config
-    entry = bytes_of_entry(config.image_shape, config.num_classes or 0, config.bank_dtype)
+    entry = bytes_of_entry(config.shape, config.num_classes or 0, config.bank_dtype)
     # Processes on CPUs share the memory of the host, and each has the whole bank.
     free //= world.size if device.type == "cpu" else 1
     wanted, usual = config.bank_images, make_config(config.preset, config.recipe).bank_images
     most = wanted
     if wanted != usual and wanted * entry > free:
         raise UserError(
-            f"--bank-images {wanted} of --image-shape {config.image_shape} as {config.bank_dtype} "
+            f"--bank-images {wanted} of --image-shape {config.shape} as {config.bank_dtype} "
             f"take {wanted * entry / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose at most "
             f"{free // entry}"
         )

@@ -103,7 +103,7 @@ def export_student(
     if image_shape is None:
         if config is None:
             raise UserError("image_shape is needed, (C, H, W), where no run tells it")
-        image_shape = config.image_shape
+        image_shape = config.shape
     # A copy, since the student's mode and device are the caller's.
     student = copy.deepcopy(student).cpu().eval().requires_grad_(False)
     random = torch.randn(256, *image_shape, generator=torch.Generator().manual_seed(0))

@@ -231,7 +231,7 @@ def test_a_named_student_of_pixels_up_to_255(tmp_path, monkeypatch, capsys):
         teacher=teacher_file(tmp_path, shape), student="ResNet8", image_shape=shape,
         pixels="0..255", mean=mean, std=std, out_dir=tmp_path / "run",
     ))  # fmt: skip
-    _, student = load_networks(config)
+    _, _, student = load_networks(config)
     x = torch.randn(6, *shape)
     m, s = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
     pixels = 255 * (m + s * x)

@@ -51,7 +51,7 @@ def prepare(
         UserError: a network does not take such images, or they differ in the number of classes.
     """
     torch.manual_seed(config.seed)
-    channels, height, width = shape = config.image_shape
+    channels, height, width = shape = config.shape
     made = (1 if config.grey else channels, height, width)
     if generator is None:
         generator = Generator(config.latent_dim, (height, width), made[0], config.generator_width)
@@ -105,7 +105,7 @@ def prepare(
 
 def random_images(config: Config, count: int) -> Tensor:
     """Noise [N, C, H, W] in the units of the teacher's images; the same in every call."""
-    channels, *size = config.image_shape
+    channels, *size = config.shape
     draw = torch.Generator().manual_seed(0)  # what the run draws does not depend on it
     images = torch.randn(count, 1 if config.grey else channels, *size, generator=draw)
     given = config.from_generated

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..convention import Convention
 from ..data import ImageSize, sides, size_of
 from ..engine.checks import logits_of
 from ..engine.folder import read_config, read_summary
@@ -171,7 +172,7 @@ def open_run(path: Path) -> Opened:
             f"the run in {path} has left no student yet; go on with it: "
             f"python -m dafl_fast.train --resume {path}"
         )
-    channels, *size = config.image_shape
+    channels, *size = config.shape
     sizes = (read_summary(path).get("num_classes", config.num_classes), channels, size_of(*size))
     student = open_network(config.student, weights, "student").built(*sizes)
     student = _student_for_pixels(config, student).eval()
@@ -244,21 +245,22 @@ def bundled_teacher() -> nn.Module:
     return load_network("LeNet5", bundled_weights("mnist"), role="teacher")
 
 
-def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
-    """The teacher with its weights and the student that `config` names.
+def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
+    """The teacher with its weights and the student that `config` names; and `config`, completed by
+    what the teacher's file tells of its images where nothing else does.
 
     Raises:
         UserError: one is not named, not to be had, or does not fit its weights.
     """
-    name, weights = config.teacher, config.teacher_weights
-    if name is None or config.student is None:
+    name, weights, student_name = config.teacher, config.teacher_weights, config.student
+    if name is None or student_name is None:
         role = "teacher" if name is None else "student"
         raise UserError(
             f"--{role} must name a network for the preset {config.preset}: see docs/networks.md"
         )
-    if Path(config.student).is_dir():  # the run would not say which network its student is
+    if Path(student_name).is_dir():  # the run would not say which network its student is
         raise UserError(
-            f"--student must name a network, got the folder {config.student}; to go on with the "
+            f"--student must name a network, got the folder {student_name}; to go on with the "
             "student in it, name its network, and its student.safetensors with --student-weights"
         )
     usual = PRESETS[config.preset].networks.get("teacher")
@@ -271,8 +273,9 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
             )
     if weights is None and knows_nothing(name):
         raise UserError(f"--teacher-weights is needed: without weights {name} knows nothing")
-    channels, size = config.image_shape[0], config.image_shape[1:]
     opened = open_network(name, weights, "teacher", usual)
+    config = _completed(config, opened)
+    channels, size = config.shape[0], config.shape[1:]
     teacher = opened.built(config.num_classes, channels, size)
     if opened.network is None and opened.file is None:  # the user's own code
         again = functools.partial(opened.built, config.num_classes, channels, size)
@@ -281,13 +284,37 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
                 f"--teacher-weights is needed: {name} draws its weights anew each time it is "
                 "called, so it has learned nothing"
             )
-    example = torch.zeros(2, *config.image_shape)
+    example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
-    classes = outputs_of(teacher, config.image_shape)
+    classes = outputs_of(teacher, config.shape)
     torch.manual_seed(config.seed)
-    opened = open_network(config.student, config.student_weights, "student")
+    opened = open_network(student_name, config.student_weights, "student")
     student = opened.built(classes, channels, size)
-    return teacher, _student_for_pixels(config, student)
+    return config, teacher, _student_for_pixels(config, student)
+
+
+def is_for_mnist(teacher: str) -> bool:
+    """Whether a teacher that is named without a preset belongs to the preset mnist: a network of
+    its kind, or weights without a network."""
+    if Path(teacher).is_file():
+        return recognise(Path(teacher), "teacher").weights is not None
+    return teacher in GREY_SIZES
+
+
+def _completed(config: Config, teacher: Opened) -> Config:
+    """`config` with what is known of the teacher's images in place of what is not."""
+    told: dict[str, Any] = {}
+    convention = getattr(teacher.network, "convention", Convention())
+    size = GREY_SIZES.get(teacher.name) or teacher.image_size
+    if config.image_shape is None:
+        channels = teacher.channels or (1 if teacher.name in GREY_SIZES else None)
+        known = None if channels is None or size is None else (channels, *sides(size))
+        told["image_shape"] = convention.image_shape or known
+    if config.mean is None and config.std is None and config.pixels == "normalised":
+        told |= {"mean": teacher.mean, "std": teacher.std}
+    if convention.dtype == "uint8" and config.pixels == "normalised":
+        told["pixels"] = "0..255"  # nothing else is a whole number
+    return replace(config, **{name: value for name, value in told.items() if value is not None})
 
 
 def _student_for_pixels(config: Config, student: nn.Module) -> nn.Module:
