@@ -55,24 +55,22 @@ def prepare(
     made = (1 if config.grey else channels, height, width)
     if generator is None:
         generator = Generator(config.latent_dim, (height, width), made[0], config.generator_width)
-    # Networks are tried on images of the units that they take.
-    taken = Affine(*config.from_generated) if config.from_generated else nn.Identity()
-    frozen = freeze(teacher, config, taken(torch.randn(16, *made)))
-    for module in (generator, student, frozen, taken):
+    frozen = freeze(teacher, config, random_images(config, 16))
+    for module in (generator, student, frozen):
         module.to(device)
     noise = torch.randn(2, config.latent_dim, device=device)
     run_lazy_layers(generator, noise, "generator")
     run_lazy_layers(student, torch.zeros(2, *shape, device=device), "student")
-    num_classes = frozen.check(taken(torch.randn(16, *made, device=device)))
-    own = torch.Generator().manual_seed(0)  # what the run draws does not depend on this check
-    check_answers(frozen.network, taken(torch.randn(16, *made, generator=own).to(device)))
+    many = random_images(config, 16).to(device)
+    num_classes = frozen.check(many)
+    check_answers(frozen.network, many)
     if config.num_classes not in (None, num_classes):
         raise UserError(
             f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
         )
     refuse_low_precision(student, "student")
     precision = precision_of(student, config.precision, precision)
-    images = taken(torch.randn(2, *made, device=device))
+    images = many[:2]
     check_student(student, images, num_classes)
     check_generator(generator, noise, made)
     if config.generator_restart_every and not hasattr(generator, "reset"):
@@ -94,9 +92,7 @@ def prepare(
         if precision in AUTOCAST:
             _cast(frozen, AUTOCAST[precision], images)
     if device.type == "cpu":
-        some, draw = [], torch.Generator().manual_seed(0)
-        for count in (2, 3):  # of two sizes, by which what was kept from the first would show
-            some.append(taken(torch.randn(count, *made, generator=draw)))
+        some = [images, many[2:5]]  # of two sizes: what was kept from the first would show
         frozen.network = _accelerated(frozen.network, some, constant=True)
         student = _accelerated(student, some, trained=True)
     # Shapes never change, so cuDNN needs to search for the fastest convolutions only once.
@@ -105,6 +101,15 @@ def prepare(
         for module in (generator, student, frozen):
             module.compile()
     return Step(config, generator, frozen, student, num_classes, device, precision, world)
+
+
+def random_images(config: Config, count: int) -> Tensor:
+    """Noise [N, C, H, W] in the units of the teacher's images; the same in every call."""
+    channels, *size = config.image_shape
+    draw = torch.Generator().manual_seed(0)  # what the run draws does not depend on it
+    images = torch.randn(count, 1 if config.grey else channels, *size, generator=draw)
+    given = config.from_generated
+    return images if given is None else Affine(*given)(images)
 
 
 def _narrow(
