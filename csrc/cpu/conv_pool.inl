@@ -3,6 +3,12 @@
 // A lane is an image: the images of a block are transposed to [in, H, W][lanes] in scratch, after
 // which no operation crosses lanes and any number of channels is as good as any other.
 
+// Channels whose sums are in registers at a time, of 32 with AVX-512 and else of 16: in the
+// convolution and in the gradients of weights and inputs.
+constexpr int64_t kOutputs = DAFL_VECTOR_BYTES == 64 ? 4 : 3;
+constexpr int64_t kWeights = DAFL_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int64_t kInputs = kOutputs;
+
 // [lanes images, size] of the activations' dtype to [size][lanes]; absent images become zeros.
 template <class M>
 void block_in(const typename M::T* from, int64_t images, int64_t size, typename M::V* to) {
@@ -73,7 +79,7 @@ struct ConvPoolBlock {
     V sum[B][2][2];
     DAFL_UNROLL
     for (int b = 0; b < B; ++b) {
-      const V bias = V{} + static_cast<const S*>(a.bias)[o + b];
+      const V bias = static_cast<const S*>(a.bias)[o + b] - V{};
       sum[b][0][0] = sum[b][0][1] = sum[b][1][0] = sum[b][1][1] = bias;
     }
     for (int64_t c = 0; c < a.in; ++c) {
@@ -85,13 +91,13 @@ struct ConvPoolBlock {
         DAFL_UNROLL
         for (int k = 0; k < 6; ++k) in[k] = patch[r * a.W + k];
         DAFL_UNROLL
-        for (int dy = 0; dy < 2; ++dy) {
-          if (r - dy < 0 || r - dy > 4) continue;
+        for (int kx = 0; kx < 5; ++kx) {
           DAFL_UNROLL
-          for (int kx = 0; kx < 5; ++kx) {
+          for (int dy = 0; dy < 2; ++dy) {
+            if (r - dy < 0 || r - dy > 4) continue;
             DAFL_UNROLL
             for (int b = 0; b < B; ++b) {
-              const V tap = V{} + taps[((r - dy) * 5 + kx) * a.out + b];
+              const V tap = taps[((r - dy) * 5 + kx) * a.out + b] - V{};
               sum[b][dy][0] += in[kx] * tap;
               sum[b][dy][1] += in[kx + 1] * tap;
             }
@@ -198,7 +204,7 @@ struct ConvPoolBlock {
           for (int b = 0; b < B; ++b) {
             DAFL_UNROLL
             for (int kx = 0; kx < 5; ++kx) {
-              const V tap = V{} + taps[(b * 25 + kx) * a.out];
+              const V tap = taps[(b * 25 + kx) * a.out] - V{};
               DAFL_UNROLL
               for (int p = 0; p < P; ++p) sum[b][p] += near[p + 4 - kx] * tap;
             }
@@ -216,6 +222,9 @@ struct ConvPoolBlock {
   template <int B>
   void input_rows(int64_t i, int64_t c) {
     int64_t j = 0;
+    if constexpr (B == 1) {  // more columns, as additions of few sums wait for one another
+      for (; j + 8 <= 2 * width + 4; j += 8) inputs<B, 8>(i, c, j);
+    }
     for (; j + 4 <= 2 * width + 4; j += 4) inputs<B, 4>(i, c, j);
     if (j < 2 * width + 4) inputs<B, 2>(i, c, j);
   }
@@ -251,7 +260,7 @@ void conv_pool(const ConvPool& a, int64_t begin, int64_t end, void* y, void* scr
     uint8_t* index = a.index + n * block.pooled;
     block_in<M>(static_cast<const T*>(a.x) + n * block.size, images, block.size, block.x);
 #define DAFL_CALL(B) block.template forward<B>(o, index)
-    DAFL_BY_CHANNELS(a.out, 4, o, DAFL_CALL)
+    DAFL_BY_CHANNELS(a.out, kOutputs, o, DAFL_CALL)
 #undef DAFL_CALL
     block_out<M>(block.y, images, block.pooled, static_cast<T*>(y) + n * block.pooled);
   }
@@ -286,12 +295,12 @@ void conv_pool_gradient(const ConvPool& a, int64_t begin, int64_t end, const voi
       block.spread(i, index);
       if (sums != nullptr) {
 #define DAFL_CALL(B) block.template weights<B>(i, o)
-        DAFL_BY_CHANNELS(a.out, 4, o, DAFL_CALL)
+        DAFL_BY_CHANNELS(a.out, kWeights, o, DAFL_CALL)
 #undef DAFL_CALL
       }
       if (grad_x != nullptr) {
 #define DAFL_CALL(B) block.template input_rows<B>(i, c)
-        DAFL_BY_CHANNELS(a.in, 4, c, DAFL_CALL)
+        DAFL_BY_CHANNELS(a.in, kInputs, c, DAFL_CALL)
 #undef DAFL_CALL
       }
     }
