@@ -48,20 +48,38 @@ DAFL_HD typename M::V channel(const void* values, int64_t c, int64_t count) {
   return load<typename M::V>(part);
 }
 
+// What writes goes row by row, since memory is read and written fastest in one piece; so values of
+// many channels are needed at a time, with whole vectors of them.
+constexpr int64_t kRowChannels = 256;
+
+template <class M>
+struct ChannelValues {
+  alignas(64) typename M::S values[kRowChannels];
+
+  ChannelValues(const void* from, int64_t c, int64_t C) {
+    for (int64_t k = 0; k < kRowChannels && c + k < C; k += M::lanes) {
+      store(values + k, channel<M>(from, c + k, C - c - k));
+    }
+  }
+  DAFL_HD typename M::V at(int64_t k) const { return load<typename M::V>(values + k); }
+};
+
 template <class M>
 void norm_activation(const NormActivation& a, const void* x_, void* y_) {
   using T = typename M::T;
   using V = typename M::V;
   using S = typename M::S;
   const S slope = static_cast<S>(a.slope);
-  for (int64_t c = 0; c < a.C; c += M::lanes) {
-    const int64_t count = a.C - c;
-    const V scale = channel<M>(a.scale, c, count), shift = channel<M>(a.shift, c, count);
+  for (int64_t c = 0; c < a.C; c += kRowChannels) {
+    const int64_t channels = min_of(kRowChannels, a.C - c);
+    const ChannelValues<M> scale(a.scale, c, a.C), shift(a.shift, c, a.C);
     const T* x = static_cast<const T*>(x_) + c;
     T* y = static_cast<T*>(y_) + c;
-    for (int64_t r = 0; r < a.rows; ++r) {
-      const V z = M::get(x + r * a.C, count) * scale + shift;
-      M::put(y + r * a.C, z > 0 ? z : z * slope, count);
+    for (int64_t r = 0; r < a.rows; ++r, x += a.C, y += a.C) {
+      for (int64_t k = 0; k < channels; k += M::lanes) {
+        const V z = M::get(x + k, channels - k) * scale.at(k) + shift.at(k);
+        M::put(y + k, z > 0 ? z : z * slope, channels - k);
+      }
     }
   }
 }
@@ -104,18 +122,20 @@ void norm_gradient(const NormActivation& a, const void* x_, const void* grad_, c
   using V = typename M::V;
   using S = typename M::S;
   const S slope = static_cast<S>(a.slope);
-  for (int64_t c = 0; c < a.C; c += M::lanes) {
-    const int64_t count = a.C - c;
-    const V scale = channel<M>(a.scale, c, count), shift = channel<M>(a.shift, c, count);
-    const V by_x = channel<M>(by_x_, c, count), constant = channel<M>(constant_, c, count);
+  for (int64_t c = 0; c < a.C; c += kRowChannels) {
+    const int64_t channels = min_of(kRowChannels, a.C - c);
+    const ChannelValues<M> scale(a.scale, c, a.C), shift(a.shift, c, a.C);
+    const ChannelValues<M> by_x(by_x_, c, a.C), constant(constant_, c, a.C);
     const T* x = static_cast<const T*>(x_) + c;
     const T* grad = static_cast<const T*>(grad_) + c;
     T* grad_x = static_cast<T*>(grad_x_) + c;
-    for (int64_t r = 0; r < a.rows; ++r) {
-      const V value = M::get(x + r * a.C, count);
-      const V g = M::get(grad + r * a.C, count);
-      const V before = value * scale + shift > 0 ? g : g * slope;
-      M::put(grad_x + r * a.C, before * scale + (value * by_x + constant), count);
+    for (int64_t r = 0; r < a.rows; ++r, x += a.C, grad += a.C, grad_x += a.C) {
+      for (int64_t k = 0; k < channels; k += M::lanes) {
+        const int64_t count = channels - k;
+        const V value = M::get(x + k, count), g = M::get(grad + k, count);
+        const V before = value * scale.at(k) + shift.at(k) > 0 ? g : g * slope;
+        M::put(grad_x + k, before * scale.at(k) + (value * by_x.at(k) + constant.at(k)), count);
+      }
     }
   }
 }
