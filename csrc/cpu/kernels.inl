@@ -36,6 +36,7 @@ namespace {
 #include "generator_loss.inl"
 #include "distill_loss.inl"
 #endif
+#include "products.inl"
 #include "upsample_conv.inl"
 #include "norm_activation.inl"
 #include "norm_image_conv.inl"
@@ -50,11 +51,48 @@ constexpr LossKernels kLosses = {generator_forward<M>, generator_backward<M>,
 #endif
 
 template <class M>
-constexpr LayerKernels kLayers = {
-    differences<M>,       differences_adjoint<M>, interleave<M>,        interleave_adjoint<M>,
-    moments<M>,           norm_activation<M>,     norm_sums<M>,         norm_gradient<M>,
-    sum_shifted<M>,       shift_apart<M>,         conv_pool_scratch<M>, conv_pool<M>,
-    conv_pool_gradient<M>};
+constexpr UpsamplePanels kUpsample = {kWidth<M>,          Panels<M>::scratch,
+                                      Panels<M>::factors, Panels<M>::factors_adjoint,
+                                      Panels<M>::outputs, Panels<M>::gradients};
+
+template <class M>
+constexpr ImageKernels kImage = {ImageProducts<M>::scratch, ImageProducts<M>::planes,
+                                 ImageProducts<M>::sums, ImageProducts<M>::gradients};
+
+// Products of our own are for fp32 with AVX2 and AVX-512. There they are faster than a library's,
+// as data and products stay in the caches, and MKL's get no more than half out of some AMD cores:
+// see docs/cpu.md. A table and no measurement, so that a resumed run computes the same.
+template <class M>
+constexpr bool kMultiplies = DAFL_VECTOR_BYTES >= 32 && sizeof(typename M::T) == 4;
+
+template <class M>
+constexpr const UpsamplePanels* upsample() {
+  if constexpr (kMultiplies<M>) return &kUpsample<M>;
+  return nullptr;
+}
+
+template <class M>
+constexpr const ImageKernels* image() {
+  if constexpr (kMultiplies<M>) return &kImage<M>;
+  return nullptr;
+}
+
+template <class M>
+constexpr LayerKernels kLayers = {upsample<M>(),
+                                  image<M>(),
+                                  differences<M, InRows>,
+                                  differences_adjoint<M, InRows>,
+                                  interleave<M>,
+                                  interleave_adjoint<M, InRows>,
+                                  moments<M>,
+                                  norm_activation<M>,
+                                  norm_sums<M>,
+                                  norm_gradient<M>,
+                                  sum_shifted<M>,
+                                  shift_apart<M>,
+                                  conv_pool_scratch<M>,
+                                  conv_pool<M>,
+                                  conv_pool_gradient<M>};
 
 template <class M>
 constexpr WinogradKernels kWinograd = {M::lanes,

@@ -51,8 +51,53 @@ struct ConvPool {
 // Work is cut at multiples of this many images, at least the lanes of any vector.
 constexpr int64_t kConvPoolImages = 16;
 
+// The same with products of our own, where they are faster than the caller's. Matrices are in
+// panels, [panels][rows][width]; rows and columns are padded with zeros to multiples of `width`.
+struct UpsamplePanels {
+  int64_t width;
+  int64_t (*scratch)(const Upsample&, int64_t Co, bool backward);  // in values
+
+  // taps [9, rows, columns] to the 25 factors, and the gradients of `pieces` times the factors to
+  // that of the taps. For rows [begin, end), of the factors with those that pad them. The factors
+  // of the outputs have rows of Ci and columns of Co; those of x's gradient, which are `by_panel`,
+  // the reverse.
+  void (*factors)(const void* taps, int64_t rows, int64_t columns, bool by_panel, int64_t begin,
+                  int64_t end, void* factors);
+  void (*factors_adjoint)(const void* grads, int64_t pieces, int64_t rows, int64_t columns,
+                          int64_t begin, int64_t end, void* taps);
+
+  // x [images, H, W, C] to y [images, 2H, 2W, Co]
+  void (*outputs)(const Upsample&, int64_t Co, const void* x, const void* factors, void* scratch,
+                  void* y);
+  // grad [images, 2H, 2W, Co] to grad_x, and to those of the factors, to which it is added unless
+  // these images are the first
+  void (*gradients)(const Upsample&, int64_t Co, const void* x, const void* grad,
+                    const void* factors, bool first, void* scratch, void* factor_grads,
+                    void* grad_x);
+};
+
+// BatchNorm, LeakyReLU and that convolution, with the products of our own; taps [9 Co, Ci] of the
+// compute type, output channel first, and the norm's C is Ci. Scratch in values of compute type.
+struct ImageKernels {
+  int64_t (*scratch)(const ImageConv&, int64_t Ci);
+  // activations [pixels, Ci] to `count` planes [count, pixels] by as many taps
+  void (*planes)(const void* activations, const void* taps, int64_t pixels, int64_t Ci,
+                 int64_t count, void* planes);
+  // sums [2 + 9 Co, Ci], to which is added: what `norm_sums` gives, and the gradients of the taps
+  void (*sums)(const NormActivation&, const ImageConv&, const void* x, const void* grad,
+               const void* taps, const void* mean, double* sums, void* scratch);
+  // as norm_gradient
+  void (*gradients)(const NormActivation&, const ImageConv&, const void* x, const void* grad,
+                    const void* taps, const void* by_x, const void* constant, void* grad_x,
+                    void* scratch);
+};
+
 // One set per instruction set and dtype.
 struct LayerKernels {
+  // Null where the caller multiplies matrices, with the kernels that follow.
+  const UpsamplePanels* upsample;
+  const ImageKernels* image;
+
   // x [images, H, W, C] to data [4, 4, tiles, C]; and the adjoint.
   void (*differences)(const Upsample&, const void* x, void* data);
   void (*differences_adjoint)(const Upsample&, const void* data, void* x);

@@ -99,6 +99,13 @@ class Norm {
   }
 
   int64_t C() const { return mean_.numel(); }
+  const void* mean() const { return mean_.const_data_ptr(); }
+
+  // For kernels. They point into this object.
+  cpu::NormActivation arguments(int64_t rows) const {
+    const char* affine = static_cast<const char*>(affine_.const_data_ptr());
+    return {rows, C(), affine, affine + C() * affine_.element_size(), slope_};
+  }
 
   void forward(const cpu::LayerKernels& kernels, const char* x, int64_t rows, void* y) const {
     kernels.norm_activation(arguments(rows), x, y);
@@ -140,10 +147,12 @@ class Norm {
 
     void to_x(const cpu::LayerKernels& kernels, const char* x, const char* grad, int64_t rows,
               void* grad_x) const {
-      const Tensor by_x = factors_[0], constant = factors_[1];
-      kernels.norm_gradient(norm_.arguments(rows), x, grad, by_x.const_data_ptr(),
-                            constant.const_data_ptr(), grad_x);
+      kernels.norm_gradient(norm_.arguments(rows), x, grad, by_x().const_data_ptr(),
+                            constant().const_data_ptr(), grad_x);
     }
+
+    Tensor by_x() const { return factors_[0]; }
+    Tensor constant() const { return factors_[1]; }
 
     Tensor weight, bias;  // gradients of the parameters
 
@@ -153,11 +162,6 @@ class Norm {
   };
 
  private:
-  cpu::NormActivation arguments(int64_t rows) const {
-    const char* affine = static_cast<const char*>(affine_.const_data_ptr());
-    return {rows, C(), affine, affine + C() * affine_.element_size(), slope_};
-  }
-
   Tensor mean_, affine_;  // affine_ [2, C]: scale, shift
   double slope_;
   std::vector<double> exact_mean_, exact_scale_, inverse_;

@@ -8,7 +8,8 @@
 //
 // The activations between norm and convolution are the largest tensor of a generator. They and
 // their gradients are held for some thousand pixels at a time, and computed again from x when
-// needed.
+// needed. Where the kernels multiply (cpu/norm_image_conv.inl), only the forward pass has them, for
+// some ten pixels.
 #include <ATen/ops/sum.h>
 
 #include "norm.h"
@@ -16,7 +17,8 @@
 namespace dafl {
 namespace {
 
-constexpr int64_t kValues = 1 << 18;  // about as many activations exist at a time
+// About as many activations exist at a time, or a fourth of them where the kernels multiply.
+constexpr int64_t kValues = 1 << 18;
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -37,7 +39,8 @@ struct Call {
         W(x.size(3)),
         Co(weight.size(0)),
         kernels(cpu::layer_kernels(dtype_of(x))) {
-    const int64_t pieces = std::max<int64_t>((x.numel() + kValues - 1) / kValues, 1);
+    const int64_t most = kernels.image ? kValues / 4 : kValues;
+    const int64_t pieces = std::max<int64_t>((x.numel() + most - 1) / most, 1);
     images = (N + pieces - 1) / pieces;
   }
 
@@ -78,12 +81,53 @@ Tensor forward_cpu(const Tensor& x, const Tensor& mean, const Tensor& variance,
     Tensor planes = at::empty({9 * call.Co, pixels}, x.options());
     Tensor scratch = at::empty({3 * (call.W + 32)}, mean.options());
     norm.forward(call.kernels, call.pixels(begin), pixels, activations.data_ptr());
-    at::mm_out(planes, call.taps, activations.t());
+    if (const cpu::ImageKernels* image = call.kernels.image) {
+      image->planes(activations.const_data_ptr(), call.taps.const_data_ptr(), pixels, call.Ci,
+                    9 * call.Co, planes.data_ptr());
+    } else {
+      at::mm_out(planes, call.taps, activations.t());
+    }
     call.kernels.sum_shifted(
         {count, call.H, call.W, call.Co}, planes.const_data_ptr(), bias.const_data_ptr(),
         offset<char>(y, begin * call.Co * call.H * call.W), scratch.data_ptr());
   });
   return y;
+}
+
+// Where the kernels multiply. grad and grad_x are dense, the latter is written.
+Gradients backward_without_matrices(const Call& call, const Norm& norm, const Tensor& grad,
+                                    const Tensor& grad_x, const Tensor& norm_weight,
+                                    const Tensor& norm_bias, const Tensor& weight,
+                                    const Tensor& bias) {
+  const cpu::ImageKernels& kernels = *call.kernels.image;
+  const int64_t Ci = call.Ci, size = call.H * call.W, width = (2 + 9 * call.Co) * Ci;
+  const int64_t summed = images_per_sum(call.N, call.images);
+  auto scratch = [&](const cpu::ImageConv& a) {
+    return at::empty({kernels.scratch(a, Ci)}, call.taps.options());
+  };
+  std::vector<double> sums((call.N + summed - 1) / summed * width);
+  for_pieces(call.N, summed, [&](int64_t piece, int64_t begin, int64_t images) {
+    const cpu::ImageConv a{images, call.H, call.W, call.Co};
+    kernels.sums(norm.arguments(images * size), a, call.pixels(begin),
+                 offset<const char>(grad, begin * call.Co * size), call.taps.const_data_ptr(),
+                 norm.mean(), sums.data() + piece * width, scratch(a).data_ptr());
+  });
+  const std::vector<double> total = add_pieces(sums, width);
+  const Norm::Gradient gradient(norm, total, call.N * size);
+  const Tensor by_x = gradient.by_x(), constant = gradient.constant();
+  for_pieces(call.N, call.images, [&](int64_t, int64_t begin, int64_t images) {
+    const cpu::ImageConv a{images, call.H, call.W, call.Co};
+    kernels.gradients(norm.arguments(images * size), a, call.pixels(begin),
+                      offset<const char>(grad, begin * call.Co * size), call.taps.const_data_ptr(),
+                      by_x.const_data_ptr(), constant.const_data_ptr(),
+                      offset<char>(grad_x, begin * size * Ci), scratch(a).data_ptr());
+  });
+  Tensor grad_weight = at::empty({call.Co, 3, 3, Ci}, grad.options().dtype(at::kDouble));
+  std::copy(total.begin() + 2 * Ci, total.end(), grad_weight.mutable_data_ptr<double>());
+  return {grad_x, like_parameter(gradient.weight, norm_weight),
+          like_parameter(gradient.bias, norm_bias),
+          like_parameter(grad_weight.permute({0, 3, 1, 2}), weight),
+          like_parameter(at::sum(grad, {0, 2, 3}, false, stats_dtype(grad)), bias)};
 }
 
 Gradients backward_cpu(const Tensor& grad_, const Tensor& x, const Tensor& mean,
@@ -97,6 +141,10 @@ Gradients backward_cpu(const Tensor& grad_, const Tensor& x, const Tensor& mean,
             at::zeros_like(weight), at::zeros_like(bias)};
   }
   const Norm norm(mean, variance, norm_weight, norm_bias, eps, slope);
+  if (call.kernels.image) {
+    return backward_without_matrices(call, norm, grad, grad_x, norm_weight, norm_bias, weight,
+                                     bias);
+  }
   const int64_t Ci = call.Ci, size = call.H * call.W, images = call.images;
   const int64_t summed = images_per_sum(call.N, images), pieces = (call.N + summed - 1) / summed;
   const Tensor products = at::zeros({pieces, 9 * call.Co, Ci}, mean.options());

@@ -90,11 +90,58 @@ Tensor factors_adjoint(const Tensor& all, const Tensor& weight) {
   return like_parameter(w.permute({3, 2, 0, 1}), weight);
 }
 
-// How many images make a piece: pieces as equal as they can be.
-int64_t images_at_a_time(int64_t N, int64_t H, int64_t W, int64_t channels) {
+// How many images make a piece of about `most` values: pieces as equal as they can be.
+int64_t images_at_a_time(int64_t N, int64_t H, int64_t W, int64_t channels, int64_t most) {
   const int64_t values = cpu::Upsample{N, H, W, 0}.tiles() * channels;
-  const int64_t pieces = (values + kValues - 1) / kValues;
+  const int64_t pieces = (values + most - 1) / most;
   return (N + pieces - 1) / pieces;
+}
+
+// ---- Where the kernels multiply ----------------------------------------------------------------
+
+// About as many data and outputs are worked on at a time: their products stay in the L2 cache.
+constexpr int64_t kPanelValues = 1 << 14;
+
+// The weight's taps [9, Ci, Co], or [9, Co, Ci], as factors in panels.
+Tensor panels_of_factors(const cpu::UpsamplePanels& panels, const Tensor& weight, bool backward) {
+  const Tensor taps =
+      weight.permute({2, 3, backward ? 0 : 1, backward ? 1 : 0}).to(at::kFloat).contiguous();
+  const int64_t rows = taps.size(2), columns = taps.size(3);
+  auto padded = [&](int64_t C) { return (C + panels.width - 1) / panels.width * panels.width; };
+  Tensor factors = at::empty({25 * padded(rows) * padded(columns)}, taps.options());
+  void* to = factors.data_ptr();
+  at::parallel_for(0, padded(rows), panels.width, [&](int64_t begin, int64_t end) {
+    panels.factors(taps.const_data_ptr(), rows, columns, backward, begin, end, to);
+  });
+  return factors;
+}
+
+std::tuple<Tensor, Tensor> backward_in_panels(const cpu::UpsamplePanels& panels, const Tensor& grad,
+                                              const Tensor& x, const Tensor& weight) {
+  const int64_t N = x.size(0), Ci = x.size(1), H = x.size(2), W = x.size(3), Co = weight.size(0);
+  const Tensor factors = panels_of_factors(panels, weight, true);
+  Tensor grad_x = at::empty_like(x, x.options(), kChannelsLast);
+  const int64_t most = images_at_a_time(N, H, W, Ci + Co, kPanelValues);
+  const int64_t summed = images_per_sum(N, most), pieces = (N + summed - 1) / summed;
+  const Tensor sums = at::empty({pieces, factors.numel()}, x.options());
+  for_pieces(N, summed, [&](int64_t piece, int64_t from, int64_t all) {
+    const cpu::Upsample largest{std::min(most, all), H, W, Ci};
+    Tensor scratch = at::empty({panels.scratch(largest, Co, true)}, x.options());
+    for (int64_t done = 0; done < all; done += most) {
+      const int64_t begin = from + done;
+      panels.gradients({std::min(most, all - done), H, W, Ci}, Co,
+                       offset<const char>(x, begin * H * W * Ci),
+                       offset<const char>(grad, begin * 4 * H * W * Co), factors.const_data_ptr(),
+                       done == 0, scratch.data_ptr(), offset<char>(sums, piece * factors.numel()),
+                       offset<char>(grad_x, begin * H * W * Ci));
+    }
+  });
+  Tensor taps = at::empty({3, 3, Ci, Co}, x.options());
+  void* to = taps.data_ptr();
+  at::parallel_for(0, Ci, 16, [&](int64_t begin, int64_t end) {
+    panels.factors_adjoint(sums.const_data_ptr(), pieces, Ci, Co, begin, end, to);
+  });
+  return {grad_x, like_parameter(taps.permute({3, 2, 0, 1}), weight)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& x, const Tensor& weight) {
@@ -115,14 +162,24 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& x_, const Tensor& w
     variance.zero_();
     return results;
   }
-  const Tensor factors = factors_of(weight, stats_dtype(x), x.scalar_type());
   const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
-  const int64_t most = images_at_a_time(N, H, W, Ci + Co);
+  const cpu::UpsamplePanels* panels = kernels.upsample;
+  const int64_t most = images_at_a_time(N, H, W, Ci + Co, panels ? kPanelValues : kValues);
+  const Tensor factors = panels ? panels_of_factors(*panels, weight, false)
+                                : factors_of(weight, stats_dtype(x), x.scalar_type());
   Moments moments(N * 4 * H * W, most * 4 * H * W, Co);
   char* out_pixels = offset<char>(y, 0);
 
   for_pieces(N, most, [&](int64_t piece, int64_t begin, int64_t images) {
     const cpu::Upsample in{images, H, W, Ci}, out{images, H, W, Co};
+    char* outputs = out_pixels + begin * 4 * H * W * Co * x.element_size();
+    if (panels) {
+      Tensor scratch = at::empty({panels->scratch(in, Co, false)}, x.options());
+      panels->outputs(in, Co, offset<const char>(x, begin * H * W * Ci), factors.const_data_ptr(),
+                      scratch.data_ptr(), outputs);
+      moments.take(piece, outputs, images * 4 * H * W, kernels, x.element_size());
+      return;
+    }
     const int64_t tiles = in.tiles();
     Tensor data = at::empty({16 * tiles * Ci}, x.options());
     Tensor products = at::empty({25 * tiles * Co}, x.options());
@@ -131,7 +188,6 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& x_, const Tensor& w
       Tensor product = kind.among(products, tiles, Co);
       at::mm_out(product, kind.data(data, tiles, Ci), kind.among(factors, Ci, Co));
     });
-    char* outputs = out_pixels + begin * 4 * H * W * Co * x.element_size();
     kernels.interleave(out, products.const_data_ptr(), outputs);
     moments.take(piece, outputs, images * 4 * H * W, kernels, x.element_size());
   });
@@ -147,9 +203,11 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_, const Tensor& x_,
   Tensor grad_x = at::empty_like(x, x.options(), kChannelsLast);
   const int64_t N = x.size(0), Ci = x.size(1), H = x.size(2), W = x.size(3), Co = weight.size(0);
   if (grad.numel() == 0) return {grad_x.zero_(), at::zeros_like(weight)};
-  const Tensor factors = factors_of(weight, compute, x.scalar_type());
   const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
-  const int64_t most = images_at_a_time(N, H, W, Ci + Co), summed = images_per_sum(N, most);
+  if (kernels.upsample) return backward_in_panels(*kernels.upsample, grad, x, weight);
+  const Tensor factors = factors_of(weight, compute, x.scalar_type());
+  const int64_t most = images_at_a_time(N, H, W, Ci + Co, kValues),
+                summed = images_per_sum(N, most);
   const Tensor sums =
       at::zeros({(N + summed - 1) / summed, 25 * Ci * Co}, x.options().dtype(compute));
 
