@@ -25,6 +25,8 @@ class Convention:
         dtype: of the input, as torch names it: "float32", "uint8", ...
         outputs: what the answers are. "sigmoids": a probability for each class by itself.
             "binary-...": one number, which is about the second of two classes.
+        answer_shape: of the answer for one image: () is a bare number; None: one number for each
+            class, or one in all.
         image_shape: channels, height and width, whatever the layout; None if they are not fixed.
         classes: their names, in the order of the outputs; empty if not known.
     """
@@ -34,6 +36,7 @@ class Convention:
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     dtype: str = "float32"
     outputs: OutputKind = "logits"
+    answer_shape: tuple[int, ...] | None = None
     image_shape: tuple[int, int, int] | None = None
     classes: tuple[str, ...] = ()
 
@@ -45,7 +48,7 @@ class Convention:
         """What `as_json` returned, also after a way through a JSON file."""
         known = {field.name for field in fields(cls)} & content.keys()
         values = {name: content[name] for name in known}
-        for name in ("image_shape", "classes"):
+        for name in ("answer_shape", "image_shape", "classes"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         return cls(**values)

@@ -101,8 +101,9 @@ def distill(
 
     Args:
         teacher: any classifier, images [N, C, H, W] in the units it was trained with -> logits
-            [N, num_classes]. A copy is used; the teacher itself may be moved to another device, but
-            is not changed otherwise.
+            [N, num_classes] or what else `teacher_output` names, alone or in a dict, tuple or
+            object. A copy is used; the teacher itself may be moved to another device, but is not
+            changed otherwise.
         student: any network from such images to as many logits. Its weights are trained in place;
             its layers keep their classes, hooks and modes. If it is in training mode, its layers in
             evaluation mode (frozen BatchNorm) stay in that mode. If it is in evaluation mode, all
@@ -156,7 +157,7 @@ def train(
     teacher, student = load_networks(config)
     held_out = None
     if config.eval != "none" and os.environ.get("RANK", "0") == "0":
-        classes = outputs_of(teacher, config.image_shape)
+        classes = outputs_of(teacher, config.image_shape, config.teacher_output)
         images, labels = eval_set(
             config.eval, config.image_format, classes, config.data_dir, config.download
         )

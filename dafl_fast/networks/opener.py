@@ -10,14 +10,15 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..config import Config
-from ..engine.checks import logits_of
+from ..convention import OutputKind
 from ..engine.folder import read_config, read_summary
+from ..engine.outputs import reading_of
 from ..engine.precision import computed_in
 from ..errors import UserError
 from ..models import GREY_SIZES, NETWORKS, build, identify
@@ -266,13 +267,16 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
             )
     example = torch.zeros(2, *config.image_shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
-    classes = outputs_of(teacher, config.image_shape)
+    classes = outputs_of(teacher, config.image_shape, config.teacher_output)
     torch.manual_seed(config.seed)
     student = open_network(config.student, config.student_weights, "student")
     return teacher, student.built(classes, channels, size)
 
 
-@torch.no_grad()
-def outputs_of(teacher: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """The teacher's number of classes, found by asking it."""
-    return logits_of(teacher.eval(), torch.randn(2, *image_shape)).shape[1]
+def outputs_of(
+    teacher: nn.Module,
+    image_shape: tuple[int, int, int],
+    outputs: OutputKind | Literal["auto"] = "auto",
+) -> int:
+    """The teacher's number of classes, found by asking it; see `reading_of`."""
+    return reading_of(teacher.eval(), torch.randn(2, *image_shape), outputs).classes
