@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Literal
 
 from .convention import OutputKind
-from .data import Format
+from .data import UNITS, Format, size_of
 from .errors import UserError
 from .settings import (
     BATCH,
@@ -27,14 +28,15 @@ from .settings import (
 PresetName = Literal["mnist", "hintonnet", "cifar10", "cifar100", "custom"]
 RecipeName = Literal["fast", "published", "paper"]
 
-CHANNELS = Bound("1 to 4 channels, height and width", lambda shape: 1 <= shape[0] <= 4)
-SQUARE = Bound(
-    "channels, height and width with height and width equal and a multiple of 4",
-    lambda shape: shape[1] == shape[2] >= 4 and shape[1] % 4 == 0,
-)
+CHANNELS = Bound("1 to 64 channels, height and width", lambda shape: 1 <= shape[0] <= 64)
+SIDES = Bound("channels, and height and width of at least 4", lambda shape: min(shape[1:]) >= 4)
 EVEN = Bound("an even number of channels", lambda width: width >= 2 and width % 2 == 0)
 SEED = Bound("between -2^32 and 2^32", lambda seed: abs(seed) <= 2**32)
 ABOVE_ONE = Bound("greater than 1", lambda base: base > 1)
+# Mean and deviation of pixels in 0..1 where nothing is known of the data: grey, and spread so that
+# nearly all generated values are in 0..1.
+TYPICAL = (0.5, 0.25)
+Values = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,21 @@ class Config:
     """The teacher's layer whose input feeds the activation loss; by default its last linear one."""
     num_classes: Annotated[int | None, at_least(2), Mark.ON_CARD] = None
     """Classes that named networks are built for. The student always has as many as the teacher."""
-    image_shape: Annotated[tuple[int, int, int], CHANNELS, SQUARE, Mark.ON_CARD] = (1, 32, 32)
-    """Channels, height and width of the images that the networks take."""
+    image_shape: Annotated[tuple[int, int, int] | None, CHANNELS, SIDES, Mark.ON_CARD] = (1, 32, 32)
+    """Channels, height and width of the images that the networks take. Without a preset that says
+    them they are read from the teacher's file."""
+    pixels: Annotated[Literal["normalised", "0..1", "0..255", "-1..1"], Mark.ON_CARD] = "normalised"
+    """What the teacher takes: normalised images, (pixel - mean) / std of pixels in 0..1, or pixels
+    in one of these ranges. The generator's images are brought to it, and the student takes the
+    same."""
+    grey: Annotated[bool, Mark.ON_CARD] = False
+    """The images are grey, and given to the networks as equal channels."""
     mean: Annotated[tuple[float, ...] | None, Mark.ON_CARD] = None
-    """Mean of each channel of the teacher's data, pixels in 0..1. For evaluation on real images."""
+    """Mean of each channel of the teacher's data, pixels in 0..1. Needed to evaluate on real images
+    if the teacher takes normalised ones. Where it takes pixels, generated ones get this mean; 0.5
+    when not given."""
     std: Annotated[tuple[float, ...] | None, Mark.ON_CARD] = None
-    """Standard deviation of each channel, likewise."""
+    """Standard deviation of each channel, likewise; 0.25 when not given."""
     generator_width: Annotated[int, EVEN] = 128
     """Channels of the generator's first two stages. The published code has 128."""
     latent_dim: Annotated[int, POSITIVE] = 100
@@ -189,6 +200,59 @@ class Config:
                 f"--student-updates {self.student_updates} with --student-source same would train "
                 "on one batch over and over; use --student-source bank or fresh"
             )
+        if self.image_shape is not None:
+            _ = self.from_generated  # mean and std are of as many channels as there are
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images.
+
+        Raises:
+            UserError: nothing has told them.
+        """
+        if self.image_shape is None:
+            raise UserError(
+                "--image-shape is needed, the channels, height and width of the images that the "
+                "teacher takes, as in --image-shape 3 32 32"
+            )
+        return self.image_shape
+
+    @property
+    def units(self) -> tuple[Values, Values] | None:
+        """The mean and deviation of each channel with which (pixel - mean) / std, of pixels in
+        0..1, is what the networks take; None if they are not known.
+
+        Raises:
+            UserError: `mean` or `std` are not one positive number a channel.
+        """
+        if self.pixels != "normalised":
+            low, step = UNITS[self.pixels]
+            return (low,) * self.shape[0], (step,) * self.shape[0]
+        mean, std = self._of_data("mean"), self._of_data("std")
+        return None if mean is None or std is None else (mean, std)
+
+    @property
+    def from_generated(self) -> tuple[Values, Values] | None:
+        """The factor and the summand of each channel that turn generated images, of mean 0 and
+        variance 1, into what the networks take; None if they are that already. With `grey`, those
+        images have one channel.
+
+        Raises:
+            UserError: see `units`.
+        """
+        if self.pixels == "normalised" and not self.grey:
+            return None
+        mean, std = (
+            self._of_data(name) or (typical,) * self.shape[0]
+            for name, typical in zip(("mean", "std"), TYPICAL, strict=True)
+        )
+        lows, steps = self.units or (mean, std)
+        if self.grey:
+            mean, std = ((fmean(values),) * len(values) for values in (mean, std))
+        return (
+            tuple(value / step for value, step in zip(std, steps, strict=True)),
+            tuple((m - low) / s for m, low, s in zip(mean, lows, steps, strict=True)),
+        )
 
     @property
     def image_format(self) -> Format:
@@ -197,13 +261,21 @@ class Config:
         Raises:
             UserError: their normalisation is not known.
         """
-        if self.mean is None or self.std is None:
+        if self.units is None:
             raise UserError(
                 "--mean and --std are needed to evaluate on real images: those with which the "
                 "teacher's data were normalised"
             )
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != self.image_shape[0] or (name == "std" and min(values) <= 0):
-                wanted = f"{self.image_shape[0]} numbers, one a channel"
-                raise mistake(name, wanted + " and positive" * (name == "std"), values)
-        return Format(self.image_shape[1], self.image_shape[0], self.mean, self.std)
+        return Format(size_of(*self.shape[1:]), self.shape[0], *self.units, grey=self.grey)
+
+    def _of_data(self, name: str) -> Values | None:
+        """`mean` or `std` of each channel."""
+        given: Values | None = getattr(self, name)
+        if given is None:
+            return None
+        channels = self.shape[0]
+        values = given * channels if self.grey and len(given) == 1 else given
+        if len(values) != channels or (name == "std" and min(values) <= 0):
+            wanted = f"{channels} numbers, one a channel" + ", or one for all" * self.grey
+            raise mistake(name, wanted + " and positive" * (name == "std"), given)
+        return values

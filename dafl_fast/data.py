@@ -17,6 +17,19 @@ from torch import Tensor, nn
 
 from .errors import UserError, require
 
+# Height and width, or one number for both.
+ImageSize = int | tuple[int, int]
+
+
+def sides(size: ImageSize) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_of(height: int, width: int) -> ImageSize:
+    """One number if both are equal, as code that knows squares only wants it."""
+    return height if height == width else (height, width)
+
 
 class Labelled(NamedTuple):
     """A data set: images [N, C, H, W] uint8, labels [N] int64, and the names of the classes."""
@@ -28,12 +41,26 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """Square images of `image_size` pixels, normalised by (x / 255 - mean) / std per channel."""
+    """Images as a network takes them: of `image_size`, and (x / 255 - mean) / std per channel.
 
-    image_size: int
+    With `grey`, images of one channel are given to the network as `channels` equal ones.
+    """
+
+    image_size: ImageSize
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    grey: bool = False
+
+    @property
+    def stored_channels(self) -> int:
+        """How many channels the images have before they are given to the network."""
+        return 1 if self.grey else self.channels
+
+
+# What networks take that take no normalised images. Of pixels in 0..1, the first number is
+# subtracted, and the rest divided by the second.
+UNITS = {"0..1": (0.0, 1.0), "0..255": (0.0, 1 / 255), "-1..1": (0.5, 0.5)}
 
 
 # The normalisations of the published code.
@@ -61,7 +88,7 @@ def load(
     split: str,
     data_dir: Path | None = None,
     download: bool = False,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     channels: int = 3,
 ) -> Labelled:
     """Loads a data set.
@@ -73,8 +100,9 @@ def load(
         data_dir: the folder of torchvision's data sets, or the folder that "imagefolder" stands
             for. By default the environment variable DAFL_DATA.
         download: allow torchvision to download into `data_dir`.
-        image_size: only for a folder of images: each is resized to this shorter side and cropped to
-            its middle. Without it, all must have the same size. Other data sets keep their size.
+        image_size: only for a folder of images: each is resized until it just covers this size, and
+            cropped to its middle. Without it, all must have the same size. Other data sets keep
+            their size.
         channels: only for a folder of images: 1 (grey) or 3.
 
     Raises:
@@ -191,9 +219,12 @@ def _npz(path: Path) -> Labelled:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"the data file {path} is not a readable .npz file: {error}") from error
     shape = list(images.shape)
-    if images.dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] > 4):
+    wrong = len(shape) not in (3, 4)
+    if len(shape) == 4:  # and not [N, C, H, W]
+        wrong = shape[3] > 64 or shape[1] <= 4 < shape[3]
+    if images.dtype != np.uint8 or wrong:
         raise UserError(
-            f"'images' in {path} must be uint8 of shape [N, H, W] or [N, H, W, C] with C up to 4, "
+            f"'images' in {path} must be uint8 of shape [N, H, W] or [N, H, W, C] with C up to 64, "
             f"got {images.dtype} {shape}"
         )
     if 0 in shape:
@@ -211,7 +242,7 @@ def _npz(path: Path) -> Labelled:
     )
 
 
-def _image_folder(path: Path, image_size: int | None, channels: int) -> Labelled:
+def _image_folder(path: Path, image_size: ImageSize | None, channels: int) -> Labelled:
     """<class>/*.jpg (or .png, ...), decoded once; classes in alphabetical order."""
     require("torchvision", "reading a folder of images")
     from PIL import Image
@@ -237,8 +268,9 @@ def _image_folder(path: Path, image_size: int | None, channels: int) -> Labelled
                 image = opened.convert(mode)
         except OSError as error:
             raise UserError(f"the image {file} cannot be read: {error}") from error
-        if image_size is not None and image.size != (image_size, image_size):
-            image = center_crop(resize(image, [image_size]), [image_size])
+        if image_size is not None and image.size != sides(image_size)[::-1]:
+            image = resize(image, _covering(image.height, image.width, *sides(image_size)))
+            image = center_crop(image, list(sides(image_size)))
         return pil_to_tensor(image)
 
     from rich.console import Console
@@ -263,6 +295,14 @@ def _image_folder(path: Path, image_size: int | None, channels: int) -> Labelled
     return Labelled(images, torch.tensor(labels), tuple(folder.classes))
 
 
+def _covering(height: int, width: int, rows: int, columns: int) -> list[int]:
+    """Height and width of an image that is resized until it just covers rows x columns; for a
+    square, as torchvision's `Resize` of its side does."""
+    if width * rows > height * columns:
+        return [rows, width * rows // height]
+    return [height * columns // width, columns]
+
+
 def without(images: Tensor, labels: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
     """Removes each image that is also in `excluded` [M, ...] uint8, byte for byte."""
     banned = {row.tobytes() for row in excluded.flatten(1).numpy()}
@@ -282,20 +322,21 @@ def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(means), tuple(stds)
 
 
-def resized(images: Tensor, size: int) -> Tensor:
-    """Images [N, C, H, W] uint8 -> [N, C, size, size] uint8: bilinear with antialiasing, rounded
-    to whole grey levels, as `torchvision.transforms.Resize`."""
-    if images.shape[-2:] == (size, size):
+def resized(images: Tensor, size: ImageSize) -> Tensor:
+    """Images [N, C, H, W] uint8 -> uint8 of that size: bilinear with antialiasing, rounded to whole
+    grey levels, as `torchvision.transforms.Resize`."""
+    if images.shape[-2:] == sides(size):
         return images
     parts = []
     for part in images.split(1000):
-        scaled = F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
+        scaled = F.interpolate(part.float(), size=sides(size), mode="bilinear", antialias=True)
         parts.append(scaled.round_().clamp_(0, 255).to(torch.uint8))
     return torch.cat(parts)
 
 
 class Normaliser(nn.Module):
-    """uint8 images [N, C, H, W] -> fp32 in normalised units, (x / 255 - mean) / std per channel."""
+    """uint8 images [N, C, H, W] -> fp32, (x / 255 - mean) / std per channel; images of one channel
+    become as many as there are means."""
 
     scale: Tensor
     shift: Tensor
@@ -311,9 +352,9 @@ class Normaliser(nn.Module):
 
 
 def normalise(images: Tensor, form: Format) -> Tensor:
-    """uint8 images [N, C, H, W] -> fp32 at the format's size, in normalised units; raises
-    UserError if they have another number of channels."""
-    check_channels(images, form.channels)
+    """uint8 images [N, C, H, W] -> fp32 as the format says; raises UserError if they have another
+    number of channels."""
+    check_channels(images, form.stored_channels)
     return Normaliser(form)(resized(images, form.image_size))
 
 
@@ -338,11 +379,12 @@ def eval_set(
     name: str, form: Format, num_classes: int, data_dir: Path | None = None, download: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Held-out images by `--eval` name, for a network with `num_classes` and images of `form`:
-    normalised [N, C, H, W] fp32, and labels [N]. The other arguments are those of `load`.
+    [N, C, H, W] fp32 as the network takes them, and labels [N]. The other arguments are those of
+    `load`.
 
     Raises:
         UserError: the images cannot be read, or have labels beyond `num_classes`.
     """
-    held_out = load(name, "test", data_dir, download, form.image_size, form.channels)
+    held_out = load(name, "test", data_dir, download, form.image_size, form.stored_channels)
     check_labels(held_out.labels, num_classes)
     return normalise(held_out.images, form), held_out.labels

@@ -84,6 +84,21 @@ def peak_memory(device: torch.device) -> dict[str, int | None]:
     return {"peak_host_bytes": on_host, "peak_device_bytes": on_device}
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU, or on the host for a CPU; None if nothing tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        text = Path("/proc/meminfo").read_text()
+        found += [1024 * int(size) for size in re.findall(r"MemAvailable:\s*(\d+) kB", text)]
+    with contextlib.suppress(OSError, ValueError):  # "max" where a container has no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found, default=None)
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for environment.json and bug reports."""
     path = Path("/proc/cpuinfo")

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from .config import Config
 from .data import eval_set
-from .device import keep_freed_memory, pick_device, pick_precision
+from .device import free_memory, keep_freed_memory, pick_device, pick_precision
+from .engine.bank import bytes_of_entry
 from .engine.distributed import World
 from .engine.evaluation import buffers_kept, evaluation_mode, modes_kept
-from .engine.folder import RunFolder, check_resumed
+from .engine.folder import RunFolder, check_resumed, read_config
 from .engine.graph import reason_not_captured
 from .engine.layout import layout_kept
 from .engine.loop import Loop
@@ -100,19 +101,22 @@ def distill(
     After SIGINT or SIGTERM it finishes the current step and saves everything; `resume` continues.
 
     Args:
-        teacher: any classifier, images [N, C, H, W] in the units it was trained with -> logits
-            [N, num_classes] or what else `teacher_output` names, alone or in a dict, tuple or
-            object. A copy is used; the teacher itself may be moved to another device, but is not
-            changed otherwise.
-        student: any network from such images to as many logits. Its weights are trained in place;
-            its layers keep their classes, hooks and modes. If it is in training mode, its layers in
-            evaluation mode (frozen BatchNorm) stay in that mode. If it is in evaluation mode, all
-            its layers are trained.
-        image_shape: C, H and W; H = W, a multiple of 4.
+        teacher: any classifier, images [N, C, H, W] as the setting `pixels` says, by default
+            normalised -> logits [N, num_classes] or what else `teacher_output` names, alone or in a
+            dict, tuple or object. A copy is used; the teacher itself may be moved to another
+            device, but is not changed otherwise.
+        student: any network from such images to as many logits. It gets pixels of 0..255 as they
+            are, if the teacher takes those, and should divide them itself. Its weights are trained
+            in place; its layers keep their classes, hooks and modes. If it is in training mode, its
+            layers in evaluation mode (frozen BatchNorm) stay in that mode. If it is in evaluation
+            mode, all its layers are trained.
+        image_shape: C, H and W; 1 to 64 channels, height and width of at least 4.
         num_classes: if given, it must be the number of the teacher's logits.
-        generator: from noise [N, latent_dim] to images. By default the published one, with as many
-            stages as the image size needs. If it has a method `reset`, which initialises its
-            parameters anew, it is restarted as the recipe says; otherwise it is never restarted.
+        generator: from noise [N, latent_dim] to images of mean 0 and variance 1 per channel, which
+            are brought to what `pixels` says; of one channel if `grey` is set. By default the
+            published one, with as many stages as the image size needs. If it has a method `reset`,
+            which initialises its parameters anew, it is restarted as the recipe says; otherwise it
+            is never restarted.
         feature_layer: name of the teacher's layer whose input is the feature vector of the
             activation loss. By default its last linear layer.
         recipe: "fast", "published" or "paper"; see docs/recipes.md.
@@ -123,7 +127,8 @@ def distill(
         preset: which preset's settings to use: "custom", "mnist", "cifar10", ...
         progress: "auto", "on" or True shows how the run stands: a live line on a terminal and in a
             notebook, elsewhere a line on stderr now and then. "off" or False shows nothing.
-        settings: any other field of `Config`: out_dir, seed, batch_size, device, resume, ...
+        settings: any other field of `Config`: pixels, mean, std, grey, out_dir, seed, batch_size,
+            device, resume, ...
 
     Raises:
         UserError: a setting, a network or the folder cannot be used.
@@ -139,6 +144,9 @@ def distill(
     }  # fmt: skip
     config = make_config(preset, recipe, **(given | settings))
     if config.resume is not None:
+        if "bank_images" not in settings:  # the run may have fewer than its recipe
+            kept = read_config(config.resume).get("bank_images", config.bank_images)
+            config = dataclasses.replace(config, bank_images=kept)
         check_resumed(config)
     return _run(config, teacher, student, generator, eval_loader, callbacks, progress)
 
@@ -154,10 +162,10 @@ def train(
     each row of metrics.jsonl. Under torchrun every process calls this function. Each trains on its
     share of the batches, and the first one writes the files and shows the progress.
     """
-    teacher, student = load_networks(config)
+    config, teacher, student = load_networks(config)
     held_out = None
     if config.eval != "none" and os.environ.get("RANK", "0") == "0":
-        classes = outputs_of(teacher, config.image_shape, config.teacher_output)
+        classes = outputs_of(teacher, config.shape, config.teacher_output)
         images, labels = eval_set(
             config.eval, config.image_format, classes, config.data_dir, config.download
         )
@@ -182,9 +190,10 @@ def _run(
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
+    config = _with_bank_that_fits(config, device, world)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
-    example = torch.zeros(2, *config.image_shape)
+    example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     board = step = None
     with (
@@ -218,9 +227,42 @@ def _run(
             if config.compile:
                 vars(student).pop("_compiled_call_impl", None)
     images = [
-        torch.randn(count, *config.image_shape, device=device, dtype=step.dtype) for count in (2, 3)
+        torch.randn(count, *config.shape, device=device, dtype=step.dtype) for count in (2, 3)
     ]
     return Result(_in_evaluation_mode(student, images), loop.history, summary, folder.path)
+
+
+def _with_bank_that_fits(config: Config, device: torch.device, world: World) -> Config:
+    """`config` with fewer images in the replay bank, if those of the recipe take too much memory. A
+    resumed run keeps the number that it began with.
+
+    Raises:
+        UserError: the user's own number takes more memory than there is.
+    """
+    free = free_memory(device)
+    if config.student_source != "bank" or config.resume is not None or free is None:
+        return config
+    entry = bytes_of_entry(config.shape, config.num_classes or 0, config.bank_dtype)
+    # Processes on CPUs share the memory of the host, and each has the whole bank.
+    free //= world.size if device.type == "cpu" else 1
+    wanted, usual = config.bank_images, make_config(config.preset, config.recipe).bank_images
+    most = wanted
+    if wanted != usual and wanted * entry > free:
+        raise UserError(
+            f"--bank-images {wanted} of --image-shape {config.shape} as {config.bank_dtype} "
+            f"take {wanted * entry / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose at most "
+            f"{free // entry}"
+        )
+    if wanted == usual:
+        most = max(config.batch_size, min(wanted, free // (4 * entry)))
+    images = int(world.decide_text(str(most)))  # the first process's, as all banks are equal
+    if images < wanted and world.first:
+        log.warning(
+            "the replay bank holds %s images instead of %s, a quarter of the %.1f GB of memory "
+            "that are free; --bank-images sets another number", f"{images:,}", f"{wanted:,}",
+            free / 1e9,
+        )  # fmt: skip
+    return dataclasses.replace(config, bank_images=images)
 
 
 def _in_evaluation_mode(student: nn.Module, images: list[Tensor]) -> nn.Module:

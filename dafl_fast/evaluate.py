@@ -19,6 +19,7 @@ import tyro
 from torch import Tensor, nn
 
 from . import data
+from .data import ImageSize
 from .device import keep_freed_memory, pick_device
 from .engine.checks import logits_of
 from .engine.evaluation import predictions
@@ -53,11 +54,15 @@ class EvaluateConfig:
     """A second model for the same images, to compare with: how often do both agree?"""
     teacher_network: str | None = None
     """The network that the teacher's weights are for, as --network."""
-    normalise: Literal["auto", "mnist", "cifar10", "cifar100"] = "auto"
-    """Whose mean and standard deviation the images are normalised with. auto: those in the note
-    (.json) beside the model or the teacher, else those of --data."""
-    image_size: int | None = None
-    """Height and width that images are brought to; the network's, or their own, when not given."""
+    normalise: Literal["auto", "mnist", "cifar10", "cifar100", "0..1", "0..255", "-1..1"] = "auto"
+    """Whose mean and standard deviation the images are normalised with, or the range of the pixels
+    that the network takes instead. auto: what the run of the model or the teacher says, or the note
+    (.json) beside it, else those of --data."""
+    grey: bool = False
+    """The images are grey, and given to the network as equal channels."""
+    image_size: ImageSize | None = None
+    """Height and width that images are brought to, or one number for both; the network's, or their
+    own, when not given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when there is one."""
     json: bool = False
@@ -72,7 +77,11 @@ def _open(path: Path, network: str | None, role: str) -> Opened:
 def pick_normalisation(
     config: EvaluateConfig, networks: list[Opened]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel that the images are normalised with."""
+    """Mean and standard deviation per channel that the images are normalised with; one of each if
+    they are the same for all."""
+    if config.normalise in data.UNITS:
+        low, step = data.UNITS[config.normalise]
+        return (low,), (step,)
     known = _format_of(config.normalise)
     if config.normalise == "auto":
         for opened in networks:
@@ -92,12 +101,12 @@ def _format_of(name: str) -> data.Format | None:
 
 
 @torch.no_grad()
-def pick_size(network: nn.Module, channels: int, sizes: list[int]) -> int:
+def pick_size(network: nn.Module, channels: int, sizes: list[ImageSize]) -> ImageSize:
     """The first of `sizes` whose images the network takes, found by asking it; raises UserError if
     it takes none of them."""
     for size in sizes:
         try:
-            logits_of(network, torch.zeros(2, channels, size, size), "model")
+            logits_of(network, torch.zeros(2, channels, *data.sides(size)), "model")
             return size
         except UserError as error:
             refused = error
@@ -132,26 +141,36 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.teacher is not None:
         teacher = _open(config.teacher, config.teacher_network, "teacher")
     mean, std = pick_normalisation(config, [model, *([teacher] if teacher else [])])
-    channels = len(mean) if model.channels is None else model.channels
-    if len(mean) != channels:
+    grey = config.grey or model.grey
+    for_all = len(mean) == 1 and (grey or config.normalise in data.UNITS)
+    channels = model.channels or (None if for_all else len(mean))
+    if channels not in (None, len(mean)) and not for_all:
         raise UserError(
             f"the {model.name} in {config.model} takes images of {channels} channel(s), the "
             f"normalisation is for {len(mean)}: choose another with --normalise"
         )
     size = GREY_SIZES.get(model.name) or config.image_size or model.image_size
     images, labels, names = data.load(
-        config.data, config.split, config.data_dir, config.download, size, channels
-    )
-    data.check_channels(images, channels)
-    network = model.built(len(names), channels, size or images.shape[-1]).eval()
+        config.data, config.split, config.data_dir, config.download, size,
+        1 if grey else channels or 3,
+    )  # fmt: skip
+    if channels is None:  # a program, and nothing says what it takes
+        channels = 3 if grey else images.shape[1]
+    if for_all:
+        mean, std = mean * channels, std * channels
+    data.check_channels(images, 1 if grey else channels)
+    own = data.size_of(*images.shape[2:])
+    network = model.built(len(names), channels, size or own).eval()
     # Its own size, or that to which these data are usually brought.
     usual = _format_of(config.data)
-    sizes = [size] if size else [images.shape[-1], *([usual.image_size] if usual else [])]
-    examples = [torch.zeros(2, channels, size, size) for size in sizes]
+    sizes = [size] if size else [own, *([usual.image_size] if usual else [])]
+    examples = [torch.zeros(2, channels, *data.sides(size)) for size in sizes]
     network = computed_in(torch.float32, network, "model", *examples)
     if size is None:
         size = pick_size(network, channels, sizes)
-    classes = logits_of(network, torch.zeros(2, channels, size, size), "model").shape[1]
+    size = data.size_of(*data.sides(size))
+    probe = torch.zeros(2, channels, *data.sides(size))
+    classes = logits_of(network, probe, "model").shape[1]
     data.check_labels(labels, classes)
     images = data.resized(images, size)
     normaliser = data.Normaliser(data.Format(size, channels, mean, std)).to(device)
@@ -186,15 +205,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "data": config.data,
         "split": config.split,
         "count": len(labels),
-        "image_shape": list(images.shape[1:]),
+        "image_shape": [channels, *images.shape[2:]],
         "device": device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "model": figures,
     }
     if teacher is not None:
-        here = [classes, channels, size]
-        there = [
+        here: list[Any] = [classes, channels, size]
+        there: list[Any] = [
             teacher.classes or classes,
             teacher.channels or channels,
             GREY_SIZES.get(teacher.name) or teacher.image_size or size,

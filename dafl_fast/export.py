@@ -31,6 +31,7 @@ from .engine.checks import logits_of
 from .engine.folder import read_config, read_summary
 from .errors import UserError, command, first_line, require
 from .files import save_weights, write_atomically, write_text
+from .models.pixels import Affine, Taking
 from .networks import load_weights, open_run
 from .recipes import make_config
 from .settings import Mark, marked
@@ -78,8 +79,8 @@ def export_student(
         format: "onnx", "pt2" (torch.export) or "safetensors".
         run: the folder of the run that made the student, for the card; a Result knows its own.
         image_shape: C, H and W of the images; the run's when not given.
-        held_out: images [N, C, H, W], normalised, on which the file is compared as well as on 256
-            random ones.
+        held_out: images [N, C, H, W], as the network takes them, on which the file is compared as
+            well as on 256 random ones.
         classes: names of the classes, for the card.
 
     Returns:
@@ -102,10 +103,13 @@ def export_student(
     if image_shape is None:
         if config is None:
             raise UserError("image_shape is needed, (C, H, W), where no run tells it")
-        image_shape = config.image_shape
+        image_shape = config.shape
     # A copy, since the student's mode and device are the caller's.
     student = copy.deepcopy(student).cpu().eval().requires_grad_(False)
     random = torch.randn(256, *image_shape, generator=torch.Generator().manual_seed(0))
+    if config is not None and config.from_generated is not None:
+        generated = random[:, :1] if config.grey else random
+        random = Affine(*config.from_generated)(generated)
     example = random[:2].clone()  # two or more: one would fix the batch size
     num_classes = logits_of(student, example, "student").shape[1]
     write, load = FORMATS[format].made(student, example)
@@ -121,6 +125,7 @@ def export_student(
     text = model_card(
         path, format, config, summary, name=type(student).__name__, image_shape=image_shape,
         num_classes=num_classes, classes=classes, check=check,
+        first=student[0] if isinstance(student, Taking) and format == "safetensors" else None,
     )  # fmt: skip
     write_text(path.with_name(f"{path.name}.md"), text)
     return check
@@ -275,7 +280,8 @@ def model_card(
     path: Path, format: FormatName, config: Config | None, summary: dict[str, Any], **student: Any
 ) -> str:
     """A model card in the style of the Hugging Face hub, from the run's settings and summary and
-    what else is known of the student: name, image_shape, num_classes, classes, check."""
+    what else is known of the student: name, image_shape, num_classes, classes, check, and its
+    first layer if that is not in the file."""
     teacher = summary.get("teacher", config and config.teacher)  # it may be a file
     content, here = path.read_bytes(), environment()
     versions = {name: here[name] for name in ("dafl_fast", "torch", "python")}
@@ -315,7 +321,7 @@ def _held_out(config: Config) -> tuple[Tensor | None, tuple[str, ...]]:
     form = config.image_format
     try:
         images, _, classes = data.load(
-            config.eval, "test", config.data_dir, False, form.image_size, form.channels
+            config.eval, "test", config.data_dir, False, form.image_size, form.stored_channels
         )
         return data.normalise(images, form), classes
     except UserError as error:

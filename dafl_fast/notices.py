@@ -46,7 +46,7 @@ def _of_sizes(config: Config, large: int, small: int, classes: int) -> None:
         who, remedy = f"student {config.student}", "name a smaller one with --student"
         if config.student == PRESETS[config.preset].networks.get("student"):
             who += f" of the preset {config.preset}"
-        if (name := smaller_network(large, classes, config.image_shape)) is not None:
+        if (name := smaller_network(large, classes, config.shape)) is not None:
             remedy += f", such as {name}"
     log.warning(
         "the %s is larger than the teacher, %s parameters against %s; %s",

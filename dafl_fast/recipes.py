@@ -81,7 +81,7 @@ PRESETS: dict[str, Preset] = {
     "hintonnet": _preset(_MNIST | _HINTON, _FAST_MNIST | {"temperature": 8.0}, _PUBLISHED_MNIST),
     "cifar10": _preset(_images("cifar10") | _RESNET, _FAST_CIFAR, _PUBLISHED_CIFAR10),
     "cifar100": _preset(_images("cifar10", 100) | _RESNET, _FAST_CIFAR, _PUBLISHED_CIFAR100),
-    "custom": _preset({}, _FAST_CIFAR, _PUBLISHED_CIFAR10),
+    "custom": _preset({"image_shape": None}, _FAST_CIFAR, _PUBLISHED_CIFAR10),
 }
 
 

@@ -267,10 +267,11 @@ class Reproduction:
         return self._build(self.student_name, None, "student")
 
     def _build(self, name: str, weights: Path | None, role: str) -> nn.Module:
-        channels, size, _ = self.image_shape
+        channels, *size = self.image_shape
         return load_network(
-            name, weights, role=role, num_classes=self.classes, channels=channels, image_size=size
-        )
+            name, weights, role=role, num_classes=self.classes, channels=channels,
+            image_size=tuple(size),
+        )  # fmt: skip
 
     def _accuracy(self, network: nn.Module) -> float:
         return accuracy_on(network.to(self.device), self.held_out)[0]

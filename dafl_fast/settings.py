@@ -14,8 +14,17 @@ from dataclasses import dataclass
 from enum import Enum
 from numbers import Integral, Real
 from pathlib import Path, PurePath
-from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from .errors import UserError
 
@@ -132,8 +141,13 @@ def _fields(kind: type) -> dict[str, tuple[Any, ...]]:
 def _converted(name: str, value: Any, kind: Any) -> Any:
     """The value of the setting `name` in the type `kind`."""
     options = get_args(kind)
-    if NoneType in options:
-        return None if value is None else _converted(name, value, options[0])
+    if get_origin(kind) in (Union, UnionType):
+        if value is None and NoneType in options:
+            return None
+        options = tuple(option for option in options if option is not NoneType)
+        several = isinstance(value, (list, tuple))
+        fitting = [option for option in options if (get_origin(option) is tuple) == several]
+        return _converted(name, value, (fitting or options)[0])
     if get_origin(kind) is Literal:
         if value in options:
             return value

@@ -12,11 +12,15 @@ from .config import Config
 from .distill import train
 from .engine.folder import check_resumed, read_config
 from .errors import UserError, command
+from .networks import is_for_mnist
 from .progress import describe
 from .recipes import make_config
 from .settings import from_arguments
 
-_NOTE = "The preset, when given, comes first: python -m dafl_fast.train mnist --recipe paper"
+_NOTE = (
+    "The preset, when given, comes first: python -m dafl_fast.train mnist --recipe paper. Without "
+    "one it is mnist, or custom for a teacher of your own."
+)
 
 
 def parse(arguments: list[str]) -> Config:
@@ -28,9 +32,12 @@ def parse(arguments: list[str]) -> Config:
         except UserError as error:
             raise UserError(f"--resume: {error}") from error
     else:
-        preset = _value_of(arguments, "--preset") or "mnist"
+        preset = _value_of(arguments, "--preset")
         if arguments and not arguments[0].startswith("-"):
             preset, arguments = arguments[0], arguments[1:]
+        if preset is None:  # a teacher from elsewhere has nothing to do with MNIST
+            teacher = _value_of(arguments, "--teacher")
+            preset = "mnist" if teacher is None or is_for_mnist(teacher) else "custom"
         defaults = make_config(preset, _value_of(arguments, "--recipe") or "fast")
     if _value_of(arguments, "--steps") or _value_of(arguments, "--max-seconds"):
         defaults = dataclasses.replace(defaults, steps=None, max_seconds=None)

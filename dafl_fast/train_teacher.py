@@ -6,7 +6,6 @@ images stay on the device as uint8 and are cropped, flipped and normalised there
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
@@ -22,6 +21,7 @@ import tyro
 from torch import Tensor, nn
 
 from . import data
+from .data import ImageSize
 from .device import keep_freed_memory, pick_device, pick_precision
 from .engine.ema import Average
 from .engine.evaluation import accuracy
@@ -35,12 +35,15 @@ from .settings import (
     BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
+    Bound,
     Mark,
     check,
     check_unchanged,
     from_arguments,
     plain,
 )
+
+SIZE = Bound("positive", lambda size: min(data.sides(size)) > 0)
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ class TeacherConfig:
     eval: Annotated[str | None, Mark.RESUMABLE] = None
     """Images on which the finished teacher is evaluated, named as in --data, or none; the test
     split of --data, if there is one, when not given."""
-    image_size: Annotated[int | None, POSITIVE] = None
-    """Height and width that images are brought to; their own, or the network's, when not given."""
+    image_size: Annotated[ImageSize | None, SIZE] = None
+    """Height and width that images are brought to, or one number for both; their own, or the
+    network's, when not given."""
 
     # --- where and how long -------------------------------------------------------------------
     out: Annotated[Path, Mark.RESUMABLE] = Path("teacher.safetensors")
@@ -343,12 +347,7 @@ def train(config: TeacherConfig) -> dict[str, Any]:
     if config.exclude != "none":
         images, labels = data.without(images, labels, held_out[config.exclude].images)
     if size is None:
-        height, size = images.shape[2:]
-        if height != size:
-            raise UserError(
-                f"the images are {height}x{size} and not square: give the size to which they are "
-                "brought with --image-size"
-            )
+        size = data.size_of(*images.shape[2:])
     images = data.resized(images, size)
     mean, std = (known.mean, known.std) if known else data.statistics(images)
     form = data.Format(size, images.shape[1], mean, std)
@@ -373,7 +372,10 @@ def train(config: TeacherConfig) -> dict[str, Any]:
         "network": config.network,
         "num_classes": len(classes),
         "classes": classes,
-        **dataclasses.asdict(form),
+        "image_size": form.image_size,
+        "channels": form.channels,
+        "mean": form.mean,
+        "std": form.std,
         "command": " ".join(["python -m dafl_fast." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "seed": config.seed,
         "torch": torch.__version__,

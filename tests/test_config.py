@@ -60,11 +60,14 @@ BOUNDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     "between -2^32 and 2^32": {"seed": ([-(2**32), 0, 2**32], [-(2**32) - 1, 2**70])},
     "greater than 1": {"log_base": ([1.01, math.e, 10.0], [1.0, 0.5, -10.0])},
     "an even number of channels": {"generator_width": ([2, 128], [0, -2, 3])},
-    "1 to 4 channels, height and width": {
-        "image_shape": ([(1, 4, 4), (4, 224, 224)], [(0, 8, 8), (5, 8, 8), (-1, 8, 8)]),
+    "1 to 64 channels, height and width": {
+        "image_shape": ([(1, 4, 4), (64, 224, 224)], [(0, 8, 8), (65, 8, 8), (-1, 8, 8)]),
     },
-    "channels, height and width with height and width equal and a multiple of 4": {
-        "image_shape": ([(3, 28, 28)], [(3, 8, 12), (3, 6, 6), (3, 0, 0), (3, -4, -4)]),
+    "channels, and height and width of at least 4": {
+        "image_shape": (
+            [(3, 28, 28), (3, 30, 30), (1, 48, 192), (3, 299, 299), (3, 640, 480), (2, 9, 13)],
+            [(3, 8, 3), (3, 3, 8), (3, 0, 0), (3, -4, -4)],
+        ),
     },
 }
 NUMBERS = {
@@ -218,8 +221,8 @@ def test_what_may_change_when_a_run_is_resumed():
 def test_what_files_leave_out():
     assert marked(Config, Mark.OWN_FOLDER) == {"out_dir", "resume"}
     assert marked(Config, Mark.ON_CARD) == {
-        "preset", "recipe", "student", "student_weights", "num_classes", "image_shape", "mean",
-        "std",
+        "preset", "recipe", "student", "student_weights", "num_classes", "image_shape", "pixels",
+        "grey", "mean", "std",
     }  # fmt: skip
 
 

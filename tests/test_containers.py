@@ -395,7 +395,7 @@ def test_own_code_without_weights_must_have_learned_something(tmp_path):
     for name in ("Net.loaded", "INSTANCE"):
         torch.random.set_rng_state(before)
         config = make_config("mnist", teacher=f"{file}:{name}", teacher_weights=None)
-        teacher, _ = load_networks(config)
+        _, teacher, _ = load_networks(config)
         assert teacher(torch.randn(2, 1, 32, 32)).shape == (2, 10)
     config = make_config("mnist", teacher=f"{file}:Net")
     with pytest.raises(UserError, match="--teacher-weights is needed: .*nets.py:Net draws its w"):

@@ -43,6 +43,18 @@ def test_uci_digits_fill_the_grey_scale():
     assert not data.has_test_split("uci-digits")
 
 
+def test_a_size_is_one_number_or_two():
+    images = torch.randint(256, (3, 2, 6, 8), dtype=torch.uint8)
+    assert data.resized(images, (6, 8)) is images
+    assert data.resized(images, (3, 4)).shape == (3, 2, 3, 4)
+    assert torch.equal(data.resized(images, 5), data.resized(images, (5, 5)))
+    whole = data.resized(images, (12, 8))
+    expected = torch.nn.functional.interpolate(images.float(), (12, 8), mode="bilinear")
+    assert torch.equal(whole, expected.round().to(torch.uint8))
+    assert (data.size_of(5, 5), data.size_of(5, 6)) == (5, (5, 6))
+    assert (data.sides(5), data.sides((5, 6))) == ((5, 5), (5, 6))
+
+
 def test_mnist_5k_is_left_out_of_teacher_training(data_dir):
     images, labels, _ = data.load("mnist", "train", data_dir)
     held_out = data.load("mnist-5k", "test").images
@@ -117,6 +129,12 @@ def test_image_folder_has_splits_sizes_and_colours(tmp_path):
     torch.testing.assert_close(
         grey[1].float(), (images[1] * weights).sum(0, keepdim=True), atol=1, rtol=0
     )
+    wide = data.load(str(tmp_path), "train", image_size=(4, 12)).images
+    assert torch.equal(wide[0], torch.from_numpy(left[2:6]).permute(2, 0, 1))
+    stretched = resize(Image.fromarray(right), [12, 12])
+    assert torch.equal(wide[1], pil_to_tensor(stretched)[:, 4:8])
+    tall = data.load(str(tmp_path), "train", image_size=(8, 5)).images
+    assert torch.equal(tall[1], images[1][:, :, 2:7])  # the middle, rounded as torchvision does
     small = data.load(str(tmp_path), "train", image_size=4).images
     assert small.shape == (2, 3, 4, 4)
     with pytest.raises(UserError, match="there are no images in .*val: an image folder holds"):

@@ -130,8 +130,8 @@ def test_batch_norm_over_processes(in_two_processes, layer):
             torch.testing.assert_close(buffers[name], buffer)
 
 
-def three_steps(world: World, recipe: str):
-    step = make_step(recipe, world=world, **SETTINGS[recipe])
+def three_steps(world: World, recipe: str, pixels: str):
+    step = make_step(recipe, world=world, pixels=pixels, **SETTINGS[recipe])
     for _ in range(3):
         step()
     agreement = step.fresh_agreement(2)
@@ -143,11 +143,13 @@ def three_steps(world: World, recipe: str):
     )
 
 
-@pytest.mark.parametrize("recipe", SETTINGS)
-def test_two_processes_equal_one(in_two_processes, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "pixels"), [*((name, "normalised") for name in SETTINGS), ("fast", "0..1")]
+)
+def test_two_processes_equal_one(in_two_processes, recipe, pixels):
     """2 processes x batch 8 = 1 process x batch 16, in fp64, from the same noise."""
-    first, second = in_two_processes(three_steps, recipe)
-    generator, student, logits, agreement = three_steps(World(), recipe)
+    first, second = in_two_processes(three_steps, recipe, pixels)
+    generator, student, logits, agreement = three_steps(World(), recipe, pixels)
     for theirs in (first, second):
         for mine, other in ((generator, theirs[0]), (student, theirs[1])):
             for name, tensor in mine.items():

@@ -106,7 +106,12 @@ def test_reset_draws_new_weights_in_place():
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
-    [({"image_size": 30}, "image_size"), ({"width": 5}, "width"), ({"channels": 0}, "channels")],
+    [
+        ({"image_size": 3}, "image_size"),
+        ({"image_size": (8, 3)}, "image_size"),
+        ({"width": 5}, "width"),
+        ({"channels": 0}, "channels"),
+    ],
 )
 def test_generator_refuses_sizes_it_cannot_take(arguments, name):
     with pytest.raises(ValueError, match=name):

@@ -293,7 +293,7 @@ def test_a_run_is_its_student_and_weights_alone_are_the_usual_teacher(tmp_path):
     weights, x = pickled(tmp_path / "t.pt", teacher.state_dict()), torch.randn(2, 1, 32, 32)
     for name, expected in ((tmp_path, student), (weights, teacher)):
         config = make_config("mnist", teacher=str(name))
-        assert torch.equal(load_networks(config)[0](x), expected(x))
+        assert torch.equal(load_networks(config)[1](x), expected(x))
 
 
 # -- programs --------------------------------------------------------------------------------------

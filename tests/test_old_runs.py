@@ -37,7 +37,7 @@ def config_of(run: Path) -> Config:
 
 def test_every_tensor_of_its_checkpoint_arrives(run):
     config = config_of(run)
-    step = prepare(config, *load_networks(config), torch.device("cpu"), "fp32")
+    step = prepare(*load_networks(config), torch.device("cpu"), "fp32")
     RunFolder(run).restore(step)
     saved, restored = (dict(leaves(s)) for s in (load_checkpoint(run / "checkpoint.pt")["step"],
                                                  step.state_dict()))  # fmt: skip

@@ -13,6 +13,7 @@ from dafl_fast.engine.ema import Average
 from dafl_fast.engine.step import STATISTICS, Step
 from dafl_fast.engine.teacher import FrozenTeacher
 from dafl_fast.models import Generator, LeNet5, LeNet5Half
+from dafl_fast.models.pixels import GeneratorOf
 from dafl_fast.recipes import make_config
 
 from .published import PublishedGenerator, PublishedLeNet5, PublishedStep
@@ -36,6 +37,8 @@ def make_step(
     for module in (generator, teacher, student):
         module.to(device, dtype, memory_format=torch.channels_last)
     teacher = FrozenTeacher(teacher, "fc1")
+    if config.from_generated is not None:
+        generator = GeneratorOf(generator, *config.from_generated).to(device)
     return Step(config, generator, teacher, student, 10, device, precision, world)
 
 

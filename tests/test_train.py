@@ -472,7 +472,7 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> str:
             ["mnist", "--student", "ResNet8", "--image-shape", "3", "32", "32"],
             "takes images of one channel, got 3",
         ),
-        (["mnist", "--image-shape", "1", "30", "30"], "--image-shape must be channels, height"),
+        (["mnist", "--image-shape", "1", "30", "3"], "--image-shape must be channels, and height"),
         (["mnist", "--batch-size", "0"], "--batch-size must be at least 2"),
         (["mnist", "--batch-size", "1"], "--batch-size must be at least 2"),
         (["mnist", "--temperature", "0"], "--temperature must be positive, got 0"),

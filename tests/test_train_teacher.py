@@ -20,7 +20,7 @@ from dafl_fast import data
 from dafl_fast import train_teacher as command
 from dafl_fast.errors import TrainingStopped, UserError
 from dafl_fast.models import build
-from dafl_fast.networks import load_weights
+from dafl_fast.networks import load_weights, open_file
 from dafl_fast.train_teacher import TeacherConfig, Training, make_config, one_cycle, parse, train
 
 
@@ -82,6 +82,22 @@ def test_it_learns_from_a_folder_of_images_in_bf16(tmp_path):
     assert note["classes"] == ("greenish", "reddish")
     assert note["image_size"] == 8
     assert note["accuracy"]["imagefolder"] >= 0.9  # chance is 0.5
+
+
+def test_images_need_not_be_square(tmp_path):
+    draw = np.random.default_rng(0)
+    labels = np.arange(64) % 2
+    images = draw.integers(0, 99, (64, 9, 14, 3)) + 99 * labels[:, None, None, None]
+    np.savez(tmp_path / "wide.npz", images=images.astype(np.uint8), labels=labels)
+    settings = dict(data=str(tmp_path / "wide.npz"), batch_size=16, epochs=1)
+    note = train(tiny(tmp_path, **settings))
+    assert note["image_size"] == (9, 14)
+    assert open_file(tmp_path / "t.safetensors", "teacher").image_size == (9, 14)
+    assert train(tiny(tmp_path, **settings, image_size=(8, 12)))["image_size"] == (8, 12)
+    assert parse(["imagefolder", "--image-size", "8", "12"]).image_size == (8, 12)
+    assert parse(["imagefolder", "--image-size", "8"]).image_size == 8
+    with pytest.raises(UserError, match=r"--image-size must be positive, got \(8, 0\)"):
+        tiny(tmp_path, image_size=(8, 0))
 
 
 def test_mnist_teacher_without_the_held_out_images(tmp_path, data_dir):

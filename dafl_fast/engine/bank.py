@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 _DTYPES = {"uint8": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def bytes_of_entry(image_shape: tuple[int, int, int], num_classes: int, dtype: str) -> int:
+    """The memory that one image and its logits take in a bank."""
+    pixels = math.prod(image_shape) * _DTYPES[dtype].itemsize
+    return pixels + 4 * num_classes + (8 if dtype == "uint8" else 0)
 
 
 class ReplayBank:
@@ -18,8 +26,9 @@ class ReplayBank:
     Memory: ``capacity * (C * H * W * b + 4 * num_classes)`` bytes with b = 1, 2 or 4 for uint8,
     bf16 and fp32, and 8 more bytes per image for uint8.
 
-    Images are stored as `dtype`: "bf16", "fp32", or "uint8", which has 256 levels between the
-    smallest and the largest value of each image. Logits are stored in fp32.
+    Images may be in any units. They are stored as `dtype`: "bf16", with 8 binary digits, "fp32", or
+    "uint8", which has 256 levels between the smallest and the largest value of each image. Logits
+    are stored in fp32.
     """
 
     def __init__(
@@ -65,7 +74,7 @@ class ReplayBank:
 
     @torch.no_grad()
     def add(self, images: Tensor, logits: Tensor) -> None:
-        """Stores a batch: images [N, C, H, W] in normalised units, logits [N, num_classes]."""
+        """Stores a batch: images [N, C, H, W], logits [N, num_classes]."""
         where = (self.count + torch.arange(len(images), device=images.device)) % self.capacity
         if self.levels is not None:
             low = images.amin((1, 2, 3), keepdim=True).float()

@@ -313,9 +313,7 @@ class Loop:
             "eval_set": config.eval,
             "eval_count": count,
             "num_classes": step.num_classes,
-            "convention": convention_of(
-                self.teacher, step.teacher.reading, config.image_shape
-            ).as_json(),
+            "convention": convention_of(self.teacher, step.teacher.reading, config.shape).as_json(),
             "teacher_parameters": parameters_of(self.teacher),
             "student_parameters": parameters_of(step.student),
             "bank_bytes": step.bank.bytes if step.bank is not None else 0,

@@ -13,6 +13,7 @@ from ..config import Config
 from ..device import AUTOCAST, autocast
 from ..errors import UserError, first_line
 from ..models import Generator
+from ..models.pixels import Affine, GeneratorOf
 from ..models.twin import answers_alike
 from ..models.winograd import accelerated, becomes_faster
 from .checks import check_answers, check_generator, check_student, run_lazy_layers
@@ -51,27 +52,28 @@ def prepare(
         UserError: a network does not take such images, or they differ in the number of classes.
     """
     torch.manual_seed(config.seed)
-    channels, size, _ = shape = config.image_shape
+    channels, height, width = shape = config.shape
+    made = (1 if config.grey else channels, height, width)
     if generator is None:
-        generator = Generator(config.latent_dim, size, channels, config.generator_width)
-    frozen = freeze(teacher, config, torch.randn(16, *shape))
+        generator = Generator(config.latent_dim, (height, width), made[0], config.generator_width)
+    frozen = freeze(teacher, config, random_images(config, 16))
     for module in (generator, student, frozen):
         module.to(device)
     noise = torch.randn(2, config.latent_dim, device=device)
     run_lazy_layers(generator, noise, "generator")
     run_lazy_layers(student, torch.zeros(2, *shape, device=device), "student")
-    num_classes = frozen.check(torch.randn(16, *shape, device=device))
-    own = torch.Generator().manual_seed(0)  # what the run draws does not depend on this check
-    check_answers(frozen.network, torch.randn(16, *shape, generator=own).to(device))
+    many = random_images(config, 16).to(device)
+    num_classes = frozen.check(many)
+    check_answers(frozen.network, many)
     if config.num_classes not in (None, num_classes):
         raise UserError(
             f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
         )
     refuse_low_precision(student, "student")
     precision = precision_of(student, config.precision, precision)
-    images = torch.randn(2, *shape, device=device)
+    images = many[:2]
     check_student(student, images, num_classes)
-    check_generator(generator, noise, shape)
+    check_generator(generator, noise, made)
     if config.generator_restart_every and not hasattr(generator, "reset"):
         raise UserError(
             "--generator-restart-every needs a generator with a method reset() that draws its "
@@ -80,6 +82,8 @@ def prepare(
     use_channels_last(generator, noise, "generator", trained=True)
     use_channels_last(student, images, "student", trained=True)
     use_channels_last(frozen.network, images, "teacher")
+    if config.from_generated is not None:
+        generator = GeneratorOf(generator, *config.from_generated).to(device)
     if precision in AUTOCAST:
         for role, network, inputs in (
             ("generator", generator, noise),
@@ -89,9 +93,7 @@ def prepare(
         if precision in AUTOCAST:
             _cast(frozen, AUTOCAST[precision], images)
     if device.type == "cpu":
-        some, draw = [], torch.Generator().manual_seed(0)
-        for count in (2, 3):  # of two sizes, by which what was kept from the first would show
-            some.append(torch.randn(count, *shape, generator=draw))
+        some = [images, many[2:5]]  # of two sizes: what was kept from the first would show
         frozen.network = _accelerated(frozen.network, some, constant=True)
         student = _accelerated(student, some, trained=True)
     # Shapes never change, so cuDNN needs to search for the fastest convolutions only once.
@@ -100,6 +102,15 @@ def prepare(
         for module in (generator, student, frozen):
             module.compile()
     return Step(config, generator, frozen, student, num_classes, device, precision, world)
+
+
+def random_images(config: Config, count: int) -> Tensor:
+    """Noise [N, C, H, W] in the units of the teacher's images; the same in every call."""
+    channels, *size = config.shape
+    draw = torch.Generator().manual_seed(0)  # what the run draws does not depend on it
+    images = torch.randn(count, 1 if config.grey else channels, *size, generator=draw)
+    given = config.from_generated
+    return images if given is None else Affine(*given)(images)
 
 
 def _narrow(

@@ -89,7 +89,7 @@ class Step:
         self.bank: ReplayBank | None = None
         if config.student_source == "bank":
             self.bank = ReplayBank(
-                config.bank_images, config.image_shape, num_classes, config.bank_dtype, device
+                config.bank_images, config.shape, num_classes, config.bank_dtype, device
             )
         # Learning rates are tensors, which a captured step reads each time. CUDA's fused
         # optimizers need them in fp32.

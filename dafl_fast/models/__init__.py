@@ -19,6 +19,7 @@ _COLOUR: dict[str, Callable[[int, int], nn.Module]] = {
     "ResNet18": lambda classes, channels: ResNet((2, 2, 2, 2), 64, classes, channels),
     "ResNet20": lambda classes, channels: ResNet((3, 3, 3), 16, classes, channels),
     "ResNet8": lambda classes, channels: ResNet((1, 1, 1), 16, classes, channels),
+    "ResNet8Slim": lambda classes, channels: ResNet((1, 1, 1), 8, classes, channels),
     "WRN-40-2": lambda classes, channels: WideResNet(40, 2, classes, channels),
     "WRN-40-1": lambda classes, channels: WideResNet(40, 1, classes, channels),
     "WRN-16-2": lambda classes, channels: WideResNet(16, 2, classes, channels),

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _OPS = torch.ops.dafl_fast
+# `norm_image_conv` is for few channels: it takes nine planes of memory for each of them.
+_IMAGE_CHANNELS = 4
 
 
 def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
@@ -52,9 +54,10 @@ def upsample_stage(
     if _takes_batch_statistics(norm, y):
         _update_running(norm, y, mean, variance, conv.bias)
         operands = (y, mean, variance, norm.weight, norm.bias, norm.eps, slope)
-        if to_image is None:
-            return _OPS.norm_activation(*operands)
-        return _OPS.norm_image_conv(*operands, to_image.weight, to_image.bias)
+        if to_image is not None and to_image.out_channels <= _IMAGE_CHANNELS:
+            return _OPS.norm_image_conv(*operands, to_image.weight, to_image.bias)
+        y = _OPS.norm_activation(*operands)
+        return y if to_image is None else to_image(y)
     bias, running = conv.bias, norm.running_mean
     assert bias is not None
     if norm.training and running is not None and norm.momentum is not None:

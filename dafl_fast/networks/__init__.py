@@ -6,6 +6,7 @@ from .formats import load_weights
 from .opener import (
     bundled_teacher,
     bundled_weights,
+    is_for_mnist,
     load_network,
     load_networks,
     open_file,
@@ -14,6 +15,6 @@ from .opener import (
 )
 
 __all__ = [
-    "bundled_teacher", "bundled_weights", "from_export", "load_network", "load_networks",
-    "load_weights", "open_file", "open_run", "outputs_of",
+    "bundled_teacher", "bundled_weights", "from_export", "is_for_mnist", "load_network",
+    "load_networks", "load_weights", "open_file", "open_run", "outputs_of",
 ]  # fmt: skip

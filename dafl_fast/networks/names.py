@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..data import ImageSize
 from ..errors import UserError, first_line, require
 from ..models import NETWORKS, build
 from .own import imported
 
 
 class Sizes(NamedTuple):
-    """For what a network is built; None leaves its own default."""
+    """For what a network is built; None leaves its own default. `image_size` is height and width,
+    and one number if they are equal."""
 
     num_classes: int | None = None
     channels: int | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
 
 
 def build_named(name: str, role: str, sizes: Sizes) -> nn.Module:
@@ -125,7 +127,7 @@ def _own(name: str, role: str, sizes: Sizes) -> nn.Module:
     return network
 
 
-def _given(**settings: int | None) -> dict[str, Any]:
+def _given(**settings: ImageSize | None) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 

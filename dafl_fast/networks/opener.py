@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from ..config import Config
-from ..convention import OutputKind
+from ..convention import Convention, OutputKind
+from ..data import ImageSize, sides, size_of
 from ..engine.folder import read_config, read_summary
 from ..engine.outputs import reading_of
 from ..engine.precision import computed_in
 from ..errors import UserError
 from ..models import GREY_SIZES, NETWORKS, build, identify
+from ..models.pixels import Taking
 from ..recipes import PRESETS
 from . import huggingface
 from .formats import ENDINGS, load_weights, read_program, read_weights, recognise
@@ -38,7 +40,9 @@ class Opened:
         file: with its weights, if there is one.
         network: itself; None while it must be built for the images, as named ones must.
         classes, channels, image_size: that it takes; None if asking it will tell.
-        mean, std: of the images that it was trained on, per channel, if known.
+        mean, std: it takes (pixel - mean) / std of pixels in 0..1, with these per channel, if they
+            are known.
+        grey: whether its channels are all equal, those of a grey image.
     """
 
     name: str
@@ -47,15 +51,24 @@ class Opened:
     network: nn.Module | None = None
     classes: int | None = None
     channels: int | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    grey: bool = False
 
-    def built(self, *sizes: int | None) -> nn.Module:
+    def built(
+        self,
+        num_classes: int | None = None,
+        channels: int | None = None,
+        image_size: ImageSize | None = None,
+    ) -> nn.Module:
         """The network, made for such images if that was still to be done; see `Sizes`."""
         if self.network is not None:
             return self.network
-        network = build_named(self.name, self.role, Sizes(*sizes))
+        if image_size is not None:
+            image_size = size_of(*sides(image_size))
+        sizes = Sizes(num_classes, channels, image_size)
+        network = build_named(self.name, self.role, sizes)
         return network if self.file is None else load_weights(network, self.file, self.role)
 
 
@@ -134,9 +147,9 @@ def open_folder(name: str, role: str, weights: str | Path | None = None) -> Open
     file = next(iter(sorted(folder.glob("*.safetensors"))), folder / "config.json")
     file = file if weights is None else Path(weights)
     channels, *size = network.convention.image_shape or (network.config.num_channels, None)
-    square = size[0] if len(set(size)) == 1 else None
+    image_size = size_of(*size) if len(size) == 2 else None
     mean, std = huggingface.normalisation(folder) or (None, None)
-    known = (network.config.num_labels, channels, square, mean, std)
+    known = (network.config.num_labels, channels, image_size, mean, std)
     return Opened(name, role, file, network, *known)
 
 
@@ -159,10 +172,11 @@ def open_run(path: Path) -> Opened:
             f"the run in {path} has left no student yet; go on with it: "
             f"python -m dafl_fast.train --resume {path}"
         )
-    channels, size, _ = config.image_shape
-    sizes = (read_summary(path).get("num_classes", config.num_classes), channels, size)
-    student = open_network(config.student, weights, "student").built(*sizes).eval()
-    known = (*sizes, config.mean, config.std)
+    channels, *size = config.shape
+    sizes = (read_summary(path).get("num_classes", config.num_classes), channels, size_of(*size))
+    student = open_network(config.student, weights, "student").built(*sizes)
+    student = _student_for_pixels(config, student).eval()
+    known = (*sizes, *(config.units or (None, None)), config.grey)
     return Opened(config.student, "student", weights, student, *known)
 
 
@@ -175,6 +189,8 @@ def _note_beside(path: Path) -> dict[str, Any]:
     if not isinstance(note, dict) or not {"mean", "std"} <= note.keys():
         return {}
     image_size = note.get("image_size")
+    if isinstance(image_size, list):
+        image_size = tuple(image_size)
     return {"mean": tuple(note["mean"]), "std": tuple(note["std"]), "image_size": image_size}
 
 
@@ -185,7 +201,7 @@ def load_network(
     role: str,
     num_classes: int | None = None,
     channels: int | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
 ) -> nn.Module:
     """The network that `name` means, freshly initialised or with the weights given.
 
@@ -205,7 +221,8 @@ def load_network(
         weights: safetensors, or a checkpoint that `torch.load(weights_only=True)` reads.
         role: "teacher" or "student", for messages. A student is trained, which rules out programs.
         num_classes, channels, image_size: of the images and their labels, handed to whatever can
-            be built for them; None leaves the network's own default.
+            be built for them; None leaves the network's own default. The size is height and
+            width, or one number for both, which is what a network gets for squares.
 
     Raises:
         UserError: there is no such network, it does not fit the weights or the channels, a package
@@ -228,21 +245,22 @@ def bundled_teacher() -> nn.Module:
     return load_network("LeNet5", bundled_weights("mnist"), role="teacher")
 
 
-def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
-    """The teacher with its weights and the student that `config` names.
+def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
+    """The teacher with its weights and the student that `config` names; and `config`, completed by
+    what the teacher's file tells of its images where nothing else does.
 
     Raises:
         UserError: one is not named, not to be had, or does not fit its weights.
     """
-    name, weights = config.teacher, config.teacher_weights
-    if name is None or config.student is None:
+    name, weights, student_name = config.teacher, config.teacher_weights, config.student
+    if name is None or student_name is None:
         role = "teacher" if name is None else "student"
         raise UserError(
             f"--{role} must name a network for the preset {config.preset}: see docs/networks.md"
         )
-    if Path(config.student).is_dir():  # the run would not say which network its student is
+    if Path(student_name).is_dir():  # the run would not say which network its student is
         raise UserError(
-            f"--student must name a network, got the folder {config.student}; to go on with the "
+            f"--student must name a network, got the folder {student_name}; to go on with the "
             "student in it, name its network, and its student.safetensors with --student-weights"
         )
     usual = PRESETS[config.preset].networks.get("teacher")
@@ -255,8 +273,9 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
             )
     if weights is None and knows_nothing(name):
         raise UserError(f"--teacher-weights is needed: without weights {name} knows nothing")
-    channels, size, _ = config.image_shape
     opened = open_network(name, weights, "teacher", usual)
+    config = _completed(config, opened)
+    channels, size = config.shape[0], config.shape[1:]
     teacher = opened.built(config.num_classes, channels, size)
     if opened.network is None and opened.file is None:  # the user's own code
         again = functools.partial(opened.built, config.num_classes, channels, size)
@@ -265,12 +284,49 @@ def load_networks(config: Config) -> tuple[nn.Module, nn.Module]:
                 f"--teacher-weights is needed: {name} draws its weights anew each time it is "
                 "called, so it has learned nothing"
             )
-    example = torch.zeros(2, *config.image_shape)
+    example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
-    classes = outputs_of(teacher, config.image_shape, config.teacher_output)
+    classes = outputs_of(teacher, config.shape, config.teacher_output)
     torch.manual_seed(config.seed)
-    student = open_network(config.student, config.student_weights, "student")
-    return teacher, student.built(classes, channels, size)
+    opened = open_network(student_name, config.student_weights, "student")
+    student = opened.built(classes, channels, size)
+    return config, teacher, _student_for_pixels(config, student)
+
+
+def is_for_mnist(teacher: str) -> bool:
+    """Whether a teacher that is named without a preset belongs to the preset mnist: a network of
+    its kind, or weights without a network."""
+    if Path(teacher).is_file():
+        return recognise(Path(teacher), "teacher").weights is not None
+    return teacher in GREY_SIZES
+
+
+def _completed(config: Config, teacher: Opened) -> Config:
+    """`config` with what is known of the teacher's images in place of what is not."""
+    told: dict[str, Any] = {}
+    convention = getattr(teacher.network, "convention", Convention())
+    size = GREY_SIZES.get(teacher.name) or teacher.image_size
+    if config.image_shape is None:
+        channels = teacher.channels or (1 if teacher.name in GREY_SIZES else None)
+        known = None if channels is None or size is None else (channels, *sides(size))
+        told["image_shape"] = convention.image_shape or known
+    if config.mean is None and config.std is None and config.pixels == "normalised":
+        told |= {"mean": teacher.mean, "std": teacher.std}
+    if convention.dtype == "uint8" and config.pixels == "normalised":
+        told["pixels"] = "0..255"  # nothing else is a whole number
+    return replace(config, **{name: value for name, value in told.items() if value is not None})
+
+
+def _student_for_pixels(config: Config, student: nn.Module) -> nn.Module:
+    """The named student that `config` needs: of pixels in 0..255 a network made for normalised
+    images learns badly, so it gets a layer in front that normalises them. The user's own code is
+    left to do what it wants."""
+    assert config.student is not None
+    own = not knows_nothing(config.student) and not config.student.startswith(huggingface.PREFIX)
+    if config.pixels != "0..255" or own:
+        return student
+    assert config.from_generated is not None
+    return Taking(student, *config.from_generated)
 
 
 def outputs_of(
