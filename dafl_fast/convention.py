@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from torch import Tensor
+
 OutputKind = Literal[
     "logits", "probabilities", "log-probabilities", "sigmoids", "binary-logit", "binary-probability"
 ]
@@ -52,3 +54,24 @@ class Convention:
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         return cls(**values)
+
+
+def as_answers(logits: Tensor, kind: OutputKind, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A student's logits [N, C] in its teacher's form.
+
+    For "sigmoids" these are the probabilities of a softmax, because a student's logits are known
+    but for a number that is added to all of them.
+
+    Args:
+        shape: of the answer for one image; by default [C], or [1] of one number.
+    """
+    if kind.startswith("binary"):
+        x = logits[:, 1:] - logits[:, :1]
+        x = x.sigmoid() if kind == "binary-probability" else x
+    elif kind == "logits":
+        x = logits
+    else:
+        x = logits.log_softmax(1) if kind == "log-probabilities" else logits.softmax(1)
+    if shape is None or len(shape) == 1:
+        return x
+    return x.unflatten(1, shape) if shape else x.squeeze(1)

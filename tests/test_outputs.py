@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from dafl_fast import FrozenTeacher
 from dafl_fast.config import Config
-from dafl_fast.convention import Convention
+from dafl_fast.convention import Convention, as_answers
 from dafl_fast.engine.outputs import (
     Reading,
-    as_answers,
     as_classifier,
     convention_of,
     reading_of,

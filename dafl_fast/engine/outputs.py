@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..convention import Convention, OutputKind
+from ..convention import Convention, OutputKind, as_answers
 from ..errors import UserError
 from .checks import answer_of
 from .evaluation import buffers_kept, evaluation_mode
@@ -181,27 +181,6 @@ class Reading:
 
 
 LOGITS = Reading(shape=(1,))  # of a network that nobody has looked at
-
-
-def as_answers(logits: Tensor, kind: OutputKind, shape: tuple[int, ...] | None = None) -> Tensor:
-    """A student's logits [N, C] in its teacher's form; the inverse of `Reading.logits`.
-
-    For "sigmoids" these are the probabilities of a softmax, because a student's logits are known
-    but for a number that is added to all of them.
-
-    Args:
-        shape: of the answer for one image; by default [C], or [1] of one number.
-    """
-    if kind.startswith("binary"):
-        x = logits[:, 1:] - logits[:, :1]
-        x = x.sigmoid() if kind == "binary-probability" else x
-    elif kind == "logits":
-        x = logits
-    else:
-        x = logits.log_softmax(1) if kind == "log-probabilities" else logits.softmax(1)
-    if shape is None or len(shape) == 1:
-        return x
-    return x.unflatten(1, shape) if shape else x.squeeze(1)
 
 
 class Classifier(nn.Module):
