@@ -10,16 +10,16 @@ import json
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..config import Config
-from ..convention import Convention
+from ..convention import Convention, OutputKind
 from ..data import ImageSize, sides, size_of
-from ..engine.checks import logits_of
 from ..engine.folder import read_config, read_summary
+from ..engine.outputs import reading_of
 from ..engine.precision import computed_in
 from ..errors import UserError
 from ..models import GREY_SIZES, NETWORKS, build, identify
@@ -299,7 +299,7 @@ def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
             )
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
-    classes = outputs_of(teacher, config.shape)
+    classes = outputs_of(teacher, config.shape, config.teacher_output)
     torch.manual_seed(config.seed)
     opened = open_network(student_name, config.student_weights, "student")
     student = opened.built(classes, channels, size)
@@ -342,7 +342,10 @@ def _student_for_pixels(config: Config, student: nn.Module) -> nn.Module:
     return Taking(student, *config.from_generated)
 
 
-@torch.no_grad()
-def outputs_of(teacher: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """The teacher's number of classes, found by asking it."""
-    return logits_of(teacher.eval(), torch.randn(2, *image_shape)).shape[1]
+def outputs_of(
+    teacher: nn.Module,
+    image_shape: tuple[int, int, int],
+    outputs: OutputKind | Literal["auto"] = "auto",
+) -> int:
+    """The teacher's number of classes, found by asking it; see `reading_of`."""
+    return reading_of(teacher.eval(), torch.randn(2, *image_shape), outputs).classes
