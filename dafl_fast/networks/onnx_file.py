@@ -179,7 +179,7 @@ def _converted(
     channels, *size = shape
     last = convention.layout == "NHWC"
     whole = (batch or 11, *((*size, channels) if last else shape))
-    return opened(onnx2torch.convert(fixed(prepared(model), whole, output)), whole, last).float()
+    return opened(onnx2torch.convert(fixed(prepared(model), whole, output)), whole, last)
 
 
 class _Session:

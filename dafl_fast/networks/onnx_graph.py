@@ -167,7 +167,11 @@ def opened(network: fx.GraphModule, shape: tuple[int, ...], channels_last: bool)
         channels_last: it takes [N, H, W, C]; what is returned takes [N, C, H, W] all the same.
     """
     graph, count = network.graph, shape[0]
-    ShapeProp(network.eval()).propagate(torch.zeros(shape))
+    layer: Any
+    for layer in network.float().eval().modules():
+        if type(layer).__name__ == "OnnxCast" and layer.torch_dtype.is_floating_point:
+            layer.torch_dtype = torch.float32
+    ShapeProp(network).propagate(torch.zeros(shape))
     images = next(iter(graph.nodes))
     with graph.inserting_after(images):
         size = graph.call_method("size", (images, 0))
@@ -175,7 +179,7 @@ def opened(network: fx.GraphModule, shape: tuple[int, ...], channels_last: bool)
         if node.op != "call_module":
             continue
         made = _shape(node)
-        layer: Any = network.get_submodule(str(node.target))
+        layer = network.get_submodule(str(node.target))
         kind = type(layer).__name__
         if made is None:
             continue
@@ -201,8 +205,6 @@ def opened(network: fx.GraphModule, shape: tuple[int, ...], channels_last: bool)
         elif kind == "OnnxConcat":
             for constant in node.args:
                 _repeat(network, node, constant, count, size)
-        elif kind == "OnnxCast" and layer.torch_dtype.is_floating_point:
-            layer.torch_dtype = torch.float32
     if not size.users:
         graph.erase_node(size)
     if channels_last:
