@@ -212,7 +212,7 @@ def reading_of(
 
     Args:
         network: a classifier; it is run in evaluation mode, and not changed.
-        images: random ones of variance 1, [N, C, H, W], on its device.
+        images: random ones [N, C, H, W], on its device.
         wanted: the kind of its numbers, if that is known.
         role: names it in messages.
 
@@ -222,14 +222,15 @@ def reading_of(
     """
     seen = []
     reading = function = None
-    with evaluation_mode(network), buffers_kept(network), torch.enable_grad():
+    with evaluation_mode(network), buffers_kept(network):
         for amplitude in _AMPLITUDES:
-            count = len(images) if amplitude == 1 else (len(images) + 1) // 2
-            batch = (amplitude * images[:count]).detach()
-            answer = answer_of(network, batch.clone().requires_grad_(), role)
-            if reading is None:
-                reading = _found(answer, count, role)
-                function = _last_function(reading.numbers(answer))
+            some = images if amplitude == 1 else images[: max(2, len(images) // 4)]
+            batch = (amplitude * some).detach()
+            with torch.set_grad_enabled(reading is None):  # autograd tells what computed them
+                answer = answer_of(network, batch.clone().requires_grad_(), role)
+                if reading is None:
+                    reading = _found(answer, len(batch), role)
+                    function = _last_function(reading.numbers(answer))
             seen.append((batch, reading.numbers(answer).detach()))
     assert reading is not None
     rows = torch.cat([numbers for _, numbers in seen])
@@ -238,7 +239,7 @@ def reading_of(
     doubts = reading.doubts
     if kind not in possible:
         raise UserError(
-            f"--{role}-output says {kind}, which are {_MUST_BE[kind]}, but the {role} returns "
+            f"--teacher-output says {kind}, which are {_MUST_BE[kind]}, but the {role} returns "
             f"{rows.shape[1]} for each image, from {rows.min():.3g} to {rows.max():.3g}"
         )
     if wanted == "auto" and kind == "logits" and "sigmoids" in possible:
@@ -282,13 +283,14 @@ def convention_of(
     network: nn.Module, reading: Reading, image_shape: tuple[int, int, int]
 ) -> Convention:
     """What `network` takes and returns: its own attribute `convention`, if a reader of files has
-    set one, and what was found out."""
+    set one, and what was found out. A key under which its numbers are is the output's name."""
     own = getattr(network, "convention", None)
     named = next((str(key) for key in reversed(reading.path) if isinstance(key, str)), None)
     if not isinstance(own, Convention):
-        own = Convention(output_name=named or reading.kind.replace("-", "_"))
+        own = Convention(output_name=reading.kind.replace("-", "_"))
     return replace(
         own,
+        output_name=named or own.output_name,
         outputs=reading.kind,
         answer_shape=None if len(reading.shape) == 1 else reading.shape,
         image_shape=image_shape,
