@@ -481,6 +481,21 @@ def test_logits_between_0_and_1_stay_logits(caplog):
     torch.testing.assert_close(frozen.network(images_for()).sigmoid(), teacher(images_for()))
 
 
+@pytest.mark.parametrize("way", ["function", "program", "torchscript"])
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_what_comes_straight_from_a_layer_is_logits(way):
+    """Even if it lies between 0 and 1, or adds up to 1."""
+    images = images_for()
+    one = as_given(Network(1, lambda z: z, bias=0.5, scale=0.01).eval(), way)
+    assert reading_of(one, images).kind == "binary-logit"
+    several = Network(4, lambda z: z, scale=0.0).eval()
+    nn.init.constant_(several.head.bias, 0.25)
+    reading = reading_of(as_given(several, way), images)
+    assert (reading.kind, reading.doubts) == ("logits", ())
+    several.end = lambda z: z.relu()  # as before
+    assert reading_of(several, images).kind == "probabilities"
+
+
 def test_a_plain_teacher_is_not_worth_a_warning(caplog):
     with caplog.at_level(logging.INFO):
         freeze(network("logits"), Config(image_shape=(2, 8, 8), steps=1), images_for())

@@ -58,6 +58,10 @@ _SIGMOID = Squash(
     frozenset({nn.Sigmoid, F.sigmoid, torch.sigmoid, torch.special.expit, torch.sigmoid_,
                _aten.sigmoid.default, _aten.sigmoid_.default, "sigmoid", "sigmoid_"}),
 )  # fmt: skip
+# What comes straight from a layer of products is nothing but logits.
+_LINEAR = Squash(
+    lambda z: z, "(Addmm|Mm|Bmm|Baddbmm|Linear|(Mkldnn|Cudnn)?Convolution)Backward", frozenset()
+)
 # By what a network with such a function at its end returns.
 SQUASHED: dict[str, Squash] = {
     "probabilities": _SOFTMAX,
@@ -242,7 +246,8 @@ def reading_of(
             f"--teacher-output says {kind}, which are {_MUST_BE[kind]}, but the {role} returns "
             f"{rows.shape[1]} for each image, from {rows.min():.3g} to {rows.max():.3g}"
         )
-    if wanted == "auto" and kind == "logits" and "sigmoids" in possible:
+    unsure = "sigmoids" in possible and function is not _LINEAR
+    if wanted == "auto" and kind == "logits" and unsure:
         doubts += (
             "they all lie between 0 and 1, as those of a sigmoid: if they are probabilities of "
             "classes that exclude each other, give --teacher-output sigmoids",
@@ -254,14 +259,14 @@ def reading_of(
 def demand_logits(logits: Tensor) -> None:
     """Raises UserError if these numbers [N, K] of a teacher are not logits of two classes or more.
     Others between 0 and 1 only cause a warning: logits may lie there too."""
-    possible = _possible(logits.detach())
-    kind = _likeliest(possible, _last_function(logits))
+    possible, function = _possible(logits.detach()), _last_function(logits)
+    kind = _likeliest(possible, function)
     if kind != "logits":
         raise UserError(
             f"the teacher returns {_WORDS[kind].format(logits.shape[1])}; the losses need logits: "
             "give FrozenTeacher a reading, dafl_fast.engine.outputs.reading_of(network, images)"
         )
-    if "sigmoids" in possible:
+    if "sigmoids" in possible and function is not _LINEAR:
         log.warning(
             "the teacher's outputs all lie between 0 and 1, as those of a sigmoid; the losses need "
             "logits"
@@ -371,6 +376,9 @@ def _possible(numbers: Tensor) -> set[OutputKind]:
 
 
 def _likeliest(possible: set[OutputKind], function: Squash | None) -> OutputKind:
+    """The kind of numbers that `function` has computed."""
+    if function is _LINEAR:
+        return "logits" if "logits" in possible else "binary-logit"
     order: tuple[OutputKind, ...] = (
         "binary-probability", "binary-logit", "probabilities", "log-probabilities",
     )  # fmt: skip
@@ -381,10 +389,11 @@ def _likeliest(possible: set[OutputKind], function: Squash | None) -> OutputKind
 
 
 def _last_function(numbers: Tensor) -> Squash | None:
-    """The softmax, log-softmax or sigmoid that has computed a tensor, by what autograd recorded."""
+    """The function that has computed a tensor, by what autograd recorded, if it is one of those
+    above."""
     node = numbers.grad_fn
     while node is not None:
-        for squash in (_SOFTMAX, _LOG_SOFTMAX, _SIGMOID):
+        for squash in (_SOFTMAX, _LOG_SOFTMAX, _SIGMOID, _LINEAR):
             if re.fullmatch(squash.backward + r"\d*", node.name()):
                 return squash
         if not _FORM.fullmatch(node.name()):
