@@ -136,7 +136,8 @@ def _thawed(layer: Any) -> nn.Module | None:
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Hooks, such as that of the feature layer, must get tensors, not symbols.
-        return has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+        whole = type(m).__module__.startswith("onnx2torch")  # its code branches on shapes
+        return whole or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _BatchNorm(NamedTuple):
