@@ -25,7 +25,7 @@ from dafl_fast.engine.outputs import (
 )
 from dafl_fast.engine.prepare import freeze, prepare
 from dafl_fast.errors import UserError
-from dafl_fast.networks import from_export, outputs_of
+from dafl_fast.networks import from_export, load_network, outputs_of
 from dafl_fast.recipes import make_config
 
 SHAPE = (2, 8, 8)
@@ -421,6 +421,28 @@ def test_a_program_that_returns_a_dict():
     frozen = FrozenTeacher(program, reading=reading)
     assert frozen.read_as.kind == "logits"
     torch.testing.assert_close(frozen.network(images), teacher.z(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("opset", [11, 13])
+@pytest.mark.parametrize("kind", SQUASHED)
+def test_the_end_of_an_onnx_file_is_taken_off(kind, opset, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx2torch")
+    teacher, images = network(kind), images_for()
+    torch.onnx.export(
+        teacher, (images,), tmp_path / "t.onnx", dynamo=False, opset_version=opset,
+        input_names=["x"], output_names=["y"], dynamic_axes={"x": {0: "N"}},
+    )  # fmt: skip
+    program = load_network(tmp_path / "t.onnx", role="teacher")
+    reading = reading_of(program, images)
+    frozen = FrozenTeacher(program, reading=reading)
+    assert reading.kind == kind
+    assert frozen.read_as.kind == ("binary-logit" if kind.startswith("binary") else "logits")
+    torch.testing.assert_close(frozen.network(images).log_softmax(1),
+                               true_logits(teacher, images).log_softmax(1))  # fmt: skip
+    convention = convention_of(program, reading, SHAPE)
+    assert (convention.input_name, convention.output_name) == ("x", "y")
 
 
 def test_of_tensors_that_could_all_be_meant_it_takes_the_first_and_says_so():
