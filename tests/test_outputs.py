@@ -25,7 +25,7 @@ from dafl_fast.engine.outputs import (
 )
 from dafl_fast.engine.prepare import freeze, prepare
 from dafl_fast.errors import UserError
-from dafl_fast.networks import from_export, outputs_of
+from dafl_fast.networks import from_export, load_network, outputs_of
 from dafl_fast.recipes import make_config
 
 SHAPE = (2, 8, 8)
@@ -423,6 +423,28 @@ def test_a_program_that_returns_a_dict():
     torch.testing.assert_close(frozen.network(images), teacher.z(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("opset", [11, 13])
+@pytest.mark.parametrize("kind", SQUASHED)
+def test_the_end_of_an_onnx_file_is_taken_off(kind, opset, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx2torch")
+    teacher, images = network(kind), images_for()
+    torch.onnx.export(
+        teacher, (images,), tmp_path / "t.onnx", dynamo=False, opset_version=opset,
+        input_names=["x"], output_names=["y"], dynamic_axes={"x": {0: "N"}},
+    )  # fmt: skip
+    program = load_network(tmp_path / "t.onnx", role="teacher")
+    reading = reading_of(program, images)
+    frozen = FrozenTeacher(program, reading=reading)
+    assert reading.kind == kind
+    assert frozen.read_as.kind == ("binary-logit" if kind.startswith("binary") else "logits")
+    torch.testing.assert_close(frozen.network(images).log_softmax(1),
+                               true_logits(teacher, images).log_softmax(1))  # fmt: skip
+    convention = convention_of(program, reading, SHAPE)
+    assert (convention.input_name, convention.output_name) == ("x", "y")
+
+
 def test_of_tensors_that_could_all_be_meant_it_takes_the_first_and_says_so():
     teacher, images = Network(5, lambda z: (z, 2 * z)).eval(), images_for()
     reading = reading_of(teacher, images)
@@ -479,6 +501,21 @@ def test_logits_between_0_and_1_stay_logits(caplog):
     frozen = freeze(teacher, config, images_for())
     assert frozen.read_as.kind == "sigmoids"
     torch.testing.assert_close(frozen.network(images_for()).sigmoid(), teacher(images_for()))
+
+
+@pytest.mark.parametrize("way", ["function", "program", "torchscript"])
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_what_comes_straight_from_a_layer_is_logits(way):
+    """Even if it lies between 0 and 1, or adds up to 1."""
+    images = images_for()
+    one = as_given(Network(1, lambda z: z, bias=0.5, scale=0.01).eval(), way)
+    assert reading_of(one, images).kind == "binary-logit"
+    several = Network(4, lambda z: z, scale=0.0).eval()
+    nn.init.constant_(several.head.bias, 0.25)
+    reading = reading_of(as_given(several, way), images)
+    assert (reading.kind, reading.doubts) == ("logits", ())
+    several.end = lambda z: z.relu()  # as before
+    assert reading_of(several, images).kind == "probabilities"
 
 
 def test_a_plain_teacher_is_not_worth_a_warning(caplog):

@@ -58,6 +58,10 @@ _SIGMOID = Squash(
     frozenset({nn.Sigmoid, F.sigmoid, torch.sigmoid, torch.special.expit, torch.sigmoid_,
                _aten.sigmoid.default, _aten.sigmoid_.default, "sigmoid", "sigmoid_"}),
 )  # fmt: skip
+# What comes straight from a layer of products is nothing but logits.
+_LINEAR = Squash(
+    lambda z: z, "(Addmm|Mm|Bmm|Baddbmm|Linear|(Mkldnn|Cudnn)?Convolution)Backward", frozenset()
+)
 # By what a network with such a function at its end returns.
 SQUASHED: dict[str, Squash] = {
     "probabilities": _SOFTMAX,
@@ -212,7 +216,7 @@ def reading_of(
 
     Args:
         network: a classifier; it is run in evaluation mode, and not changed.
-        images: random ones of variance 1, [N, C, H, W], on its device.
+        images: random ones [N, C, H, W], on its device.
         wanted: the kind of its numbers, if that is known.
         role: names it in messages.
 
@@ -222,14 +226,15 @@ def reading_of(
     """
     seen = []
     reading = function = None
-    with evaluation_mode(network), buffers_kept(network), torch.enable_grad():
+    with evaluation_mode(network), buffers_kept(network):
         for amplitude in _AMPLITUDES:
-            count = len(images) if amplitude == 1 else (len(images) + 1) // 2
-            batch = (amplitude * images[:count]).detach()
-            answer = answer_of(network, batch.clone().requires_grad_(), role)
-            if reading is None:
-                reading = _found(answer, count, role)
-                function = _last_function(reading.numbers(answer))
+            some = images if amplitude == 1 else images[: max(2, len(images) // 4)]
+            batch = (amplitude * some).detach()
+            with torch.set_grad_enabled(reading is None):  # autograd tells what computed them
+                answer = answer_of(network, batch.clone().requires_grad_(), role)
+                if reading is None:
+                    reading = _found(answer, len(batch), role)
+                    function = _last_function(reading.numbers(answer))
             seen.append((batch, reading.numbers(answer).detach()))
     assert reading is not None
     rows = torch.cat([numbers for _, numbers in seen])
@@ -238,10 +243,11 @@ def reading_of(
     doubts = reading.doubts
     if kind not in possible:
         raise UserError(
-            f"--{role}-output says {kind}, which are {_MUST_BE[kind]}, but the {role} returns "
+            f"--teacher-output says {kind}, which are {_MUST_BE[kind]}, but the {role} returns "
             f"{rows.shape[1]} for each image, from {rows.min():.3g} to {rows.max():.3g}"
         )
-    if wanted == "auto" and kind == "logits" and "sigmoids" in possible:
+    unsure = "sigmoids" in possible and function is not _LINEAR
+    if wanted == "auto" and kind == "logits" and unsure:
         doubts += (
             "they all lie between 0 and 1, as those of a sigmoid: if they are probabilities of "
             "classes that exclude each other, give --teacher-output sigmoids",
@@ -253,14 +259,14 @@ def reading_of(
 def demand_logits(logits: Tensor) -> None:
     """Raises UserError if these numbers [N, K] of a teacher are not logits of two classes or more.
     Others between 0 and 1 only cause a warning: logits may lie there too."""
-    possible = _possible(logits.detach())
-    kind = _likeliest(possible, _last_function(logits))
+    possible, function = _possible(logits.detach()), _last_function(logits)
+    kind = _likeliest(possible, function)
     if kind != "logits":
         raise UserError(
             f"the teacher returns {_WORDS[kind].format(logits.shape[1])}; the losses need logits: "
             "give FrozenTeacher a reading, dafl_fast.engine.outputs.reading_of(network, images)"
         )
-    if "sigmoids" in possible:
+    if "sigmoids" in possible and function is not _LINEAR:
         log.warning(
             "the teacher's outputs all lie between 0 and 1, as those of a sigmoid; the losses need "
             "logits"
@@ -282,13 +288,14 @@ def convention_of(
     network: nn.Module, reading: Reading, image_shape: tuple[int, int, int]
 ) -> Convention:
     """What `network` takes and returns: its own attribute `convention`, if a reader of files has
-    set one, and what was found out."""
+    set one, and what was found out. A key under which its numbers are is the output's name."""
     own = getattr(network, "convention", None)
     named = next((str(key) for key in reversed(reading.path) if isinstance(key, str)), None)
     if not isinstance(own, Convention):
-        own = Convention(output_name=named or reading.kind.replace("-", "_"))
+        own = Convention(output_name=reading.kind.replace("-", "_"))
     return replace(
         own,
+        output_name=named or own.output_name,
         outputs=reading.kind,
         answer_shape=None if len(reading.shape) == 1 else reading.shape,
         image_shape=image_shape,
@@ -369,6 +376,9 @@ def _possible(numbers: Tensor) -> set[OutputKind]:
 
 
 def _likeliest(possible: set[OutputKind], function: Squash | None) -> OutputKind:
+    """The kind of numbers that `function` has computed."""
+    if function is _LINEAR:
+        return "logits" if "logits" in possible else "binary-logit"
     order: tuple[OutputKind, ...] = (
         "binary-probability", "binary-logit", "probabilities", "log-probabilities",
     )  # fmt: skip
@@ -379,10 +389,11 @@ def _likeliest(possible: set[OutputKind], function: Squash | None) -> OutputKind
 
 
 def _last_function(numbers: Tensor) -> Squash | None:
-    """The softmax, log-softmax or sigmoid that has computed a tensor, by what autograd recorded."""
+    """The function that has computed a tensor, by what autograd recorded, if it is one of those
+    above."""
     node = numbers.grad_fn
     while node is not None:
-        for squash in (_SOFTMAX, _LOG_SOFTMAX, _SIGMOID):
+        for squash in (_SOFTMAX, _LOG_SOFTMAX, _SIGMOID, _LINEAR):
             if re.fullmatch(squash.backward + r"\d*", node.name()):
                 return squash
         if not _FORM.fullmatch(node.name()):
