@@ -212,7 +212,7 @@ def test_the_network_to_propose():
     assert smaller_network(2 * parameters["ResNet8"] - 1, 10, (3, 32, 32)) == "ResNet8Slim"
     assert smaller_network(parameters["ResNet8Slim"] + 1, 10, (3, 32, 32)) == "ResNet8Slim"
     assert smaller_network(parameters["ResNet8Slim"], 10, (3, 32, 32)) is None
-    assert smaller_network(61_706, 10, (1, 32, 32)) == "LeNet5Half"
+    assert smaller_network(61_706, 10, (1, 32, 32)) == "ResNet8Slim"
     assert smaller_network(61_706, 10, (1, 64, 64)) == "ResNet8Slim"
     assert smaller_network(10**7, 1000, (4, 32, 32)) == "WRN-40-2"
 
