@@ -25,6 +25,7 @@ from .evaluation import accuracy_on
 from .folder import RunFolder
 from .graph import compile_and_capture
 from .step import STATISTICS, Step
+from .threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Loop:
         self.lost_contact = False
         self.watchdog = Watchdog(config.stall_seconds)
         self.no_graph = compile_and_capture(step)
+        self.threads = Threads.for_run(config, step)
         self.clock = Clock(
             progress.get("train_seconds", 0.0), step.device, progress.get("seconds_apart")
         )
@@ -122,6 +124,8 @@ class Loop:
             self.watchdog.beat(f"step {step.steps + 1}")
             step.set_student_lr(config.student_lr * self._schedule(done))
             step()
+            if self.threads is not None:
+                self.threads.after_step(self.clock.seconds)
             # After a stop, the resumed run must write its rows at the same steps.
             if step.steps % config.log_every == 0:
                 self._log(done)
