@@ -35,8 +35,8 @@ PROGRAMS = {"nothing": None, "busy": BUSY, "compiler": COMPILER}
 
 def steps(arguments: list[str], beside: str) -> tuple[int, str]:
     """The steps of a run beside that program, and what it said of its threads."""
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
-    environ["PYTHONPATH"] = str(ROOT)
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environ.pop("OMP_NUM_THREADS", None)  # it would be the number
     program = PROGRAMS[beside]
     other = None
     if program is not None:  # a group of its own, as a compiler starts programs too
