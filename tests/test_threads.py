@@ -12,6 +12,7 @@ from dafl_fast.device import cpu_quota, pick_threads, usable_cores
 from dafl_fast.distill import distill, train
 from dafl_fast.engine import threads as module
 from dafl_fast.engine.folder import read_json
+from dafl_fast.engine.loop import Loop
 from dafl_fast.engine.threads import Load, Threads, threads_of_run
 from dafl_fast.errors import UserError
 from dafl_fast.evaluate import EvaluateConfig
@@ -185,7 +186,7 @@ def test_when_the_number_may_change(eight_cores, monkeypatch):
         device, world = torch.device("cpu"), World
 
     def changes(**settings) -> bool:
-        return Threads.for_run(make_config("mnist", **settings), Step) is not None
+        return Threads.for_run(make_config("mnist", **settings), Step, 0.0) is not None
 
     assert changes()
     assert changes(max_seconds=5)
@@ -248,7 +249,7 @@ class Machine:
 
 
 def controller(machine, seconds=120.0):
-    return Threads(machine.threads, seconds, machine.use, machine.load)
+    return Threads(machine.threads, seconds, machine.seconds, machine.use, machine.load)
 
 
 def lines(caplog):
@@ -295,6 +296,28 @@ def test_beside_it_from_the_beginning():
     machine.others = 1
     machine.run(controller(machine, 20), 20)
     assert machine.used[1] > 0.9 * 20
+
+
+def test_a_resumed_run(caplog):
+    """Its clock goes on: the first step has not taken all the time before it."""
+    machine = Machine()
+    machine.seconds = 1000.0
+    under = controller(machine, 1060)
+    machine.run(under, 1060)
+    assert under.number == 2
+    assert machine.used.get(1, 0.0) < 1.0
+    assert lines(caplog) == []
+
+
+def test_a_slow_beginning_is_no_reason(caplog):
+    machine = Machine()
+    under = controller(machine)
+    machine.work *= 2.5  # as long as memory is new
+    machine.run(under, 0.8)
+    machine.work /= 2.5
+    machine.run(under, 10)
+    assert under.number == 2
+    assert lines(caplog) == []
 
 
 def test_as_many_fewer_as_wait(caplog):
@@ -370,9 +393,10 @@ def test_the_run_of_a_config_changes_its_threads(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("dafl_fast.device.usable_cores", lambda: 2)
     monkeypatch.setattr(module, "SHORTEST", 0.0)
     monkeypatch.setattr(module, "FASTER", 1e9)
+    monkeypatch.setattr(Loop, "_done", lambda self: self.step.steps / 12)  # on any machine
     monkeypatch.setattr(Threads, "_consider", lambda self, look: self._try(1, look, ", so"))
     torch.set_num_threads(2)
     settings = {**SMALL, "image_shape": (1, 32, 32), "eval": "none"}
-    train(make_config("mnist", max_seconds=0.3, out_dir=tmp_path, **settings), progress="off")
+    train(make_config("mnist", max_seconds=9, out_dir=tmp_path, **settings), progress="off")
     assert torch.get_num_threads() == 2
     assert any("going on with 1 thread" in line for line in lines(caplog))

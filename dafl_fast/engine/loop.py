@@ -80,10 +80,10 @@ class Loop:
         self.lost_contact = False
         self.watchdog = Watchdog(config.stall_seconds)
         self.no_graph = compile_and_capture(step)
-        self.threads = Threads.for_run(config, step)
         self.clock = Clock(
             progress.get("train_seconds", 0.0), step.device, progress.get("seconds_apart")
         )
+        self.threads = Threads.for_run(config, step, self.clock.seconds)
         self.logged_at = self.saved_at = self.evaluated_at = self.clock.seconds
 
     def run(self) -> dict[str, Any]:

@@ -91,15 +91,10 @@ def threads_of_run(config: Config) -> int:
     """The number of threads that a run begins with. A resumed one with `--steps` has those that it
     was begun with, so that it goes on exactly, unless several processes share the cores now."""
     threads = pick_threads(config.threads)
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if (
-        config.resume is not None
-        and config.steps is not None
-        and config.threads == "auto"
-        and alone
-    ):
-        return int(read_json(config.resume / "environment.json").get("threads", threads))
-    return threads
+    folder = config.resume if config.steps is not None and config.threads == "auto" else None
+    if folder is None or os.environ.get("WORLD_SIZE", "1") != "1":
+        return threads
+    return int(read_json(folder / "environment.json").get("threads", threads))
 
 
 @dataclass(frozen=True)
@@ -135,6 +130,7 @@ class Threads:
         most: the number that the run begins with.
         seconds: how long the run is. It tries fewer threads without a reason if the trial is short
             against that.
+        begun: the seconds of training so far.
         use: sets the number of threads.
         load: reads how busy the machine is.
     """
@@ -143,6 +139,7 @@ class Threads:
         self,
         most: int,
         seconds: float,
+        begun: float = 0.0,
         use: Callable[[int], None] = torch.set_num_threads,
         load: Callable[[], Load] = Load.read,
     ) -> None:
@@ -154,20 +151,22 @@ class Threads:
         self._fewer_after = self._more_after = 0.0  # seconds of training
         self._times: list[float] = []
         self._settling = True  # the next step is the first one with this number: it may prepare
-        self._last = 0.0
+        self._last = begun
         self._before = load()
 
     @classmethod
-    def for_run(cls, config: Config, step: Step) -> Threads | None:
-        """None if the number must stay as it is: with `--steps`, so that the run can be resumed
-        exactly; in several processes, which wait for each other; with compiled networks, which are
-        compiled for a number."""
+    def for_run(cls, config: Config, step: Step, begun: float) -> Threads | None:
+        """For a run that has trained for `begun` seconds. None if the number must stay as it is:
+        with `--steps`, so that the run can be resumed exactly; in several processes, which wait for
+        each other; with compiled networks, which are compiled for a number."""
         threads = torch.get_num_threads()
         if config.steps is not None or config.max_seconds is None or config.compile:
             return None
         if step.device.type != "cpu" or step.world.size > 1 or threads == 1:
             return None
-        return cls(threads, config.max_seconds) if may_change_threads(config.threads) else None
+        if not may_change_threads(config.threads):
+            return None
+        return cls(threads, config.max_seconds, begun)
 
     def after_step(self, seconds: float) -> None:
         """Called after each step, with the seconds of training so far."""
@@ -190,17 +189,15 @@ class Threads:
 
     def _consider(self, look: Look) -> None:
         """Begins a trial with another number of threads if there is a reason."""
-        usual = look.step if self._usual is None else self._usual
-        self._usual = min(usual, look.step)
         now, waiting = self._last, look.waiting or 0.0
         contended = waiting > WAITING
-        # A first trial only looks whether the network is too small for so many threads.
-        exploring = self._exploring and self._takes(look) <= COST * self._seconds
-        if (
-            self.number > 1
-            and now >= self._fewer_after
-            and (contended or look.step > SLOWER * usual or exploring)
-        ):
+        slow = self._usual is not None and look.step > SLOWER * self._usual
+        # One trial only looks whether the network is too small for so many threads. The first
+        # steps are no measure for it.
+        cheap = self._takes(look) <= COST * self._seconds
+        exploring = self._exploring and cheap and self._usual is not None
+        self._usual = look.step if self._usual is None else min(self._usual, look.step)
+        if self.number > 1 and now >= self._fewer_after and (contended or slow or exploring):
             fewer = self.number - math.ceil(waiting) if contended else self.number // 2
             reason = ", because other programs use the cores" if contended else ""
             self._try(max(1, fewer), look, reason)
