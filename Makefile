@@ -15,14 +15,16 @@ ifneq ($(strip $(VENV)),)
   BIN := $(abspath $(VENV))/bin/
   PY := $(BIN)python
   STAMPS := $(VENV)/stamps
-  INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
-  BUILD := $(INSTALL) --no-build-isolation --editable .
+  PIP := $(PY) -m pip install --disable-pip-version-check
+  INSTALL := $(PIP) --quiet
+  BUILD := $(PY) tools/build.py --install
 else
   BIN :=
   PY := $(PYTHON)
   STAMPS := build/stamps
-  INSTALL := @: nothing to install:
-  BUILD := $(PY) setup.py --quiet build_ext --inplace
+  PIP := @: nothing to install:
+  INSTALL := $(PIP)
+  BUILD := $(PY) tools/build.py
 endif
 
 # For what must run offline: the environment's Python if there is one already, else the machine's.
@@ -39,6 +41,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMPS)/build ## distil a student from the bundled MNIST teacher, without data
+	@$(PY) tools/demo.py
 	$(PY) -m dafl_fast.train $(ARGS)
 
 test: $(STAMPS)/test ## run the tests
@@ -116,8 +119,10 @@ endif
 $(STAMPS)/torch: $(STAMPS)/python
 ifneq ($(strip $(VENV)),)
 	@echo '== Installing torch and torchvision (up to 3 GB, some minutes; once)'
+	@command -v nvidia-smi > /dev/null || echo '   One without CUDA has a tenth of that:' \
+	    'make TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"'
 endif
-	$(INSTALL) 'setuptools>=77' ninja $(TORCH)
+	$(PIP) 'setuptools>=77' ninja $(TORCH)
 	@touch $@
 
 $(STAMPS)/build: $(BUILD_FILES) | $(STAMPS)/torch

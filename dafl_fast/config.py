@@ -18,6 +18,7 @@ from .settings import (
     BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
+    THREADS,
     Bound,
     Mark,
     at_least,
@@ -62,6 +63,10 @@ class Config:
     """Continue the run in this folder with its own settings."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Mark.RESUMABLE] = "auto"
     """auto: the GPU if there is one."""
+    threads: Annotated[Literal["auto"] | int, THREADS, Mark.RESUMABLE] = "auto"
+    """Threads of the CPU. auto: one for each core, shared between the processes of torchrun, or as
+    OMP_NUM_THREADS says. A run on a CPU that only --max-seconds bounds changes the number when
+    another is faster, as beside other programs; one with --steps keeps it, also when resumed."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the networks. Losses are always accumulated in fp32. auto: bf16 where the
     processor has it, else fp32."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import Config
 from .data import eval_set
-from .device import free_memory, keep_freed_memory, pick_device, pick_precision
+from .device import free_memory, keep_freed_memory, pick_device, pick_precision, threads
 from .engine.bank import bytes_of_entry
 from .engine.distributed import World
 from .engine.evaluation import buffers_kept, evaluation_mode, modes_kept
@@ -28,6 +28,7 @@ from .engine.loop import Loop
 from .engine.precision import computed_in
 from .engine.prepare import prepare
 from .engine.tensorboard import TensorBoard
+from .engine.threads import threads_of_run
 from .errors import UserError, require
 from .models.twin import answers_alike, duplicate, give_back
 from .networks import load_networks, outputs_of
@@ -197,7 +198,7 @@ def _run(
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     board = step = None
     with (
-        Progress(progress if world.first else "off") as shown,
+        Progress(progress if world.first else "off") as shown, threads(threads_of_run(config)),
         modes_kept(student), layout_kept(student), layout_kept(generator or nn.Identity()),
     ):  # fmt: skip
         try:

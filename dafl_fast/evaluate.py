@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import data
 from .data import ImageSize
-from .device import keep_freed_memory, pick_device
+from .device import keep_freed_memory, pick_device, pick_threads, threads
 from .engine.evaluation import predictions
 from .engine.layout import use_channels_last
 from .engine.outputs import Reading, as_classifier, reading_of
@@ -29,6 +29,7 @@ from .errors import UserError, command
 from .models import GREY_SIZES, NETWORKS
 from .networks import open_file
 from .networks.opener import Opened
+from .settings import THREADS, check
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,13 @@ class EvaluateConfig:
     own, when not given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when there is one."""
+    threads: Annotated[Literal["auto"] | int, THREADS] = "auto"
+    """Threads of the CPU. auto: one for each core, or as OMP_NUM_THREADS says."""
     json: bool = False
     """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def _open(path: Path, network: str | None, role: str) -> Opened:
@@ -278,7 +284,8 @@ def show(result: dict[str, Any]) -> None:
 @command
 def main() -> None:
     config = tyro.cli(EvaluateConfig, prog="python -m dafl_fast.evaluate")
-    result = evaluate(config)
+    with threads(pick_threads(config.threads)):
+        result = evaluate(config)
     if config.json:
         print(json.dumps(result, indent=2))
     else:

@@ -26,6 +26,7 @@ from .folder import RunFolder
 from .graph import compile_and_capture
 from .outputs import as_classifier, convention_of
 from .step import STATISTICS, Step
+from .threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Loop:
         self.clock = Clock(
             progress.get("train_seconds", 0.0), step.device, progress.get("seconds_apart")
         )
+        self.threads = Threads.for_run(config, step, self.clock.seconds)
         self.logged_at = self.saved_at = self.evaluated_at = self.clock.seconds
 
     def run(self) -> dict[str, Any]:
@@ -123,6 +125,8 @@ class Loop:
             self.watchdog.beat(f"step {step.steps + 1}")
             step.set_student_lr(config.student_lr * self._schedule(done))
             step()
+            if self.threads is not None:
+                self.threads.after_step(self.clock.seconds)
             # After a stop, the resumed run must write its rows at the same steps.
             if step.steps % config.log_every == 0:
                 self._log(done)
