@@ -25,7 +25,7 @@ M_PERTURB = -6  # glibc's mallopt(3): what memory is filled with, inverted
 
 @contextlib.contextmanager
 def fresh_memory_of(byte):
-    """glibc fills what it allocates with `byte`; None: PyTorch fills new tensors with NaN or 255."""
+    """glibc fills what it allocates with `byte`; None: PyTorch fills tensors with NaN or 255."""
     if byte is None:
         torch.use_deterministic_algorithms(True)  # fill_uninitialized_memory is its default
     else:

@@ -1,5 +1,5 @@
-// Products of bf16 units (pairs) by ARM's bfmmla, which multiplies 2 x 4 values with 4 x 2: two rows,
-// two columns, and two steps of the sum at a time. Included by winograd.inl.
+// Products of bf16 units (pairs) by ARM's bfmmla, which multiplies 2 x 4 values with 4 x 2: two
+// rows, two columns, and two steps of the sum at a time. Included by winograd.inl.
 
 template <class M, int R>
 DAFL_HD void multiply_rows(Operand<M> a, Operand<M> b, int64_t steps, bool add, float* sums) {
@@ -14,7 +14,8 @@ DAFL_HD void multiply_rows(Operand<M> a, Operand<M> b, int64_t steps, bool add, 
   };
   DAFL_UNROLL
   for (int p = 0; p < kPairs; ++p) {
-    const float* rows[2] = {sums + 2 * p * width, sums + (2 * p + 1 < R ? 2 * p + 1 : 2 * p) * width};
+    const float* rows[2] = {sums + 2 * p * width,
+                            sums + (2 * p + 1 < R ? 2 * p + 1 : 2 * p) * width};
     DAFL_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const F32 first = add ? load<F32>(rows[0] + v * M::lanes) : F32{};

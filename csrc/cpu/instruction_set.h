@@ -5,8 +5,8 @@
 #include "losses.h"
 #include "winograd.h"
 
-// Those compiled here, each in the file of its name. Narrowest first: each takes from the one before
-// it what it does not have itself.
+// Those compiled here, each in the file of its name. Narrowest first: each takes from the one
+// before it what it does not have itself.
 #if defined(__x86_64__)
 #define DAFL_INSTRUCTION_SETS(DO) DO(baseline) DO(avx2) DO(avx512) DO(avx512_bf16)
 #elif defined(__aarch64__)

@@ -44,8 +44,8 @@ struct Pair : Access<Memory> {
     return bit_cast<V>(vzip1q_u16(low_half(values[0]), low_half(values[1])));
   }
   static DAFL_HD V along(const V* values) {
-    return bit_cast<V>(vcombine_u16(vget_low_u16(low_half(values[0])),
-                                    vget_low_u16(low_half(values[1]))));
+    return bit_cast<V>(
+        vcombine_u16(vget_low_u16(low_half(values[0])), vget_low_u16(low_half(values[1]))));
   }
   static DAFL_HD uint16x8_t low_half(V values) {
     return bit_cast<uint16x8_t>(vcvtq_low_bf16_f32(bit_cast<float32x4_t>(values)));

@@ -3,12 +3,12 @@
 //
 //   check exact|close NAME...    fails unless the instruction sets of this processor are these
 //
-// exact: bit for bit, for the order of all operations is the same; NaNs are equal to each other. Only
-// the bf16 products of neon_bf16, which that instruction rounds in its own way, have a tolerance.
-// close: all floating-point values have a tolerance, because the compiler was free to fuse
-// multiplications with additions, and need not choose the same ones. Every kernel runs twice into
-// memory full of different junk, between guards: a byte that it does not write, or writes outside, is
-// found.
+// exact: bit for bit, for the order of all operations is the same; NaNs are equal to each other.
+// Only the bf16 products of neon_bf16, which that instruction rounds in its own way, have a
+// tolerance. close: all floating-point values have a tolerance, because the compiler was free to
+// fuse multiplications with additions, and need not choose the same ones. Every kernel runs twice
+// into memory full of different junk, between guards: a byte that it does not write, or writes
+// outside, is found.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -33,7 +33,10 @@ constexpr size_t kGuard = 64;
 
 // Of the largest value.
 double tolerance_of(Dtype dtype) {
-  return dtype == Dtype::f64 ? 1e-13 : dtype == Dtype::f32 ? 1e-5 : dtype == Dtype::f16 ? 2e-3 : 0.01;
+  return dtype == Dtype::f64   ? 1e-13
+         : dtype == Dtype::f32 ? 1e-5
+         : dtype == Dtype::f16 ? 2e-3
+                               : 0.01;
 }
 
 Dtype compute_of(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
@@ -137,7 +140,9 @@ struct Run {
     std::memset(values, 0, count * sizeof(double));
     return static_cast<double*>(values);
   }
-  Bytes scratch(int64_t count, Dtype dtype) const { return Bytes(count * size_of(dtype) + 64, junk); }
+  Bytes scratch(int64_t count, Dtype dtype) const {
+    return Bytes(count * size_of(dtype) + 64, junk);
+  }
 
  private:
   void* add(Result result) {
@@ -175,7 +180,8 @@ struct Check {
   void written(const std::string& what, const Result& result, const Result& other) {
     for (size_t i = 0; i < result.size(); ++i) {
       if (result.values()[i] != other.values()[i]) {
-        return fail(what, result, "byte " + std::to_string(i) + " is not written, or read from junk");
+        return fail(what, result,
+                    "byte " + std::to_string(i) + " is not written, or read from junk");
       }
     }
   }
@@ -259,7 +265,12 @@ void losses(Check& check, const InstructionSet& set, Dtype dtype, const Rows& ro
     void* stats = run.fresh("generator's row_stats", compute, 3 * N);
     k.generator_forward({N, C, rows.matrix(t, dtype), stats}, 0, N,
                         run.zeros("generator's sums", C + kGeneratorSums), aligned(scratch));
-    k.generator_backward({N, C, rows.matrix(t, dtype), stats, slope.data(), {0.3, 0.2, 0.1},
+    k.generator_backward({N,
+                          C,
+                          rows.matrix(t, dtype),
+                          stats,
+                          slope.data(),
+                          {0.3, 0.2, 0.1},
                           run.fresh("generator's gradient", dtype, N * C)},
                          0, N, aligned(scratch));
     stats = run.fresh("distill's row_stats", compute, 4 * N);
@@ -285,16 +296,20 @@ void upsample(Check& check, const InstructionSet& set, Dtype dtype, int64_t N, i
               int64_t C) {
   const Upsample a{N, H, W, C};
   Random source;
-  const Bytes x = random(source, dtype, N * H * W * C), y = random(source, dtype, 4 * N * H * W * C);
+  const Bytes x = random(source, dtype, N * H * W * C),
+              y = random(source, dtype, 4 * N * H * W * C);
   const Bytes data = random(source, dtype, 16 * a.tiles() * C);
   const Bytes products = random(source, dtype, 25 * a.tiles() * C);
-  check(set, dtype, named("upsample", dtype, {N, H, W, C}), [&](const InstructionSet& of, Run& run) {
-    const LayerKernels& k = *of.layers[static_cast<int>(dtype)];
-    k.differences(a, x.data(), run.fresh("differences", dtype, 16 * a.tiles() * C));
-    k.differences_adjoint(a, data.data(), run.fresh("differences_adjoint", dtype, N * H * W * C));
-    k.interleave(a, products.data(), run.fresh("interleave", dtype, 4 * N * H * W * C));
-    k.interleave_adjoint(a, y.data(), run.fresh("interleave_adjoint", dtype, 25 * a.tiles() * C));
-  });
+  check(set, dtype, named("upsample", dtype, {N, H, W, C}),
+        [&](const InstructionSet& of, Run& run) {
+          const LayerKernels& k = *of.layers[static_cast<int>(dtype)];
+          k.differences(a, x.data(), run.fresh("differences", dtype, 16 * a.tiles() * C));
+          k.differences_adjoint(a, data.data(),
+                                run.fresh("differences_adjoint", dtype, N * H * W * C));
+          k.interleave(a, products.data(), run.fresh("interleave", dtype, 4 * N * H * W * C));
+          k.interleave_adjoint(a, y.data(),
+                               run.fresh("interleave_adjoint", dtype, 25 * a.tiles() * C));
+        });
 }
 
 void norm(Check& check, const InstructionSet& set, Dtype dtype, int64_t rows, int64_t C) {
@@ -323,13 +338,14 @@ void image_conv(Check& check, const InstructionSet& set, Dtype dtype, int64_t N,
   Random source;
   const Bytes planes = random(source, dtype, 9 * C * N * H * W);
   const Bytes y = random(source, dtype, C * N * H * W), bias = random(source, compute, C);
-  check(set, dtype, named("image_conv", dtype, {N, H, W, C}), [&](const InstructionSet& of, Run& run) {
-    const LayerKernels& k = *of.layers[static_cast<int>(dtype)];
-    Bytes scratch = run.scratch(3 * (W + 32), compute);
-    k.sum_shifted({N, H, W, C}, planes.data(), bias.data(),
-                  run.fresh("sum_shifted", dtype, C * N * H * W), aligned(scratch));
-    k.shift_apart({N, H, W, C}, y.data(), run.fresh("shift_apart", dtype, 9 * C * N * H * W));
-  });
+  check(set, dtype, named("image_conv", dtype, {N, H, W, C}),
+        [&](const InstructionSet& of, Run& run) {
+          const LayerKernels& k = *of.layers[static_cast<int>(dtype)];
+          Bytes scratch = run.scratch(3 * (W + 32), compute);
+          k.sum_shifted({N, H, W, C}, planes.data(), bias.data(),
+                        run.fresh("sum_shifted", dtype, C * N * H * W), aligned(scratch));
+          k.shift_apart({N, H, W, C}, y.data(), run.fresh("shift_apart", dtype, 9 * C * N * H * W));
+        });
 }
 
 void pool(Check& check, const InstructionSet& set, Dtype dtype, int64_t N, int64_t in, int64_t H,
@@ -341,17 +357,19 @@ void pool(Check& check, const InstructionSet& set, Dtype dtype, int64_t N, int64
   ConvPool a{N, in, H, W, out, x.data(), weight.data(), bias.data(), nullptr};
   const int64_t pooled = out * a.pooled_height() * a.pooled_width();
   const Bytes grad = random(source, dtype, N * pooled);
-  check(set, dtype, named("conv_pool", dtype, {N, in, H, W, out}), [&](const InstructionSet& of, Run& run) {
-    const LayerKernels& k = *of.layers[static_cast<int>(dtype)];
-    const int64_t room = (N + kConvPoolImages - 1) / kConvPoolImages * kConvPoolImages;
-    a.index = run.fresh_bytes("index", room * pooled);
-    Bytes scratch = run.scratch(k.conv_pool_scratch(a), compute);
-    k.conv_pool(a, 0, N, run.fresh("y", dtype, N * pooled), aligned(scratch));
-    Bytes again = run.scratch(k.conv_pool_scratch(a), compute);
-    void* grad_x = run.fresh("grad_x", dtype, N * in * H * W);
-    void* sums = run.fresh("gradients of weight and bias", Dtype::f64, out * in * 25 + out);
-    k.conv_pool_gradient(a, 0, N, grad.data(), grad_x, static_cast<double*>(sums), aligned(again));
-  });
+  check(set, dtype, named("conv_pool", dtype, {N, in, H, W, out}),
+        [&](const InstructionSet& of, Run& run) {
+          const LayerKernels& k = *of.layers[static_cast<int>(dtype)];
+          const int64_t room = (N + kConvPoolImages - 1) / kConvPoolImages * kConvPoolImages;
+          a.index = run.fresh_bytes("index", room * pooled);
+          Bytes scratch = run.scratch(k.conv_pool_scratch(a), compute);
+          k.conv_pool(a, 0, N, run.fresh("y", dtype, N * pooled), aligned(scratch));
+          Bytes again = run.scratch(k.conv_pool_scratch(a), compute);
+          void* grad_x = run.fresh("grad_x", dtype, N * in * H * W);
+          void* sums = run.fresh("gradients of weight and bias", Dtype::f64, out * in * 25 + out);
+          k.conv_pool_gradient(a, 0, N, grad.data(), grad_x, static_cast<double*>(sums),
+                               aligned(again));
+        });
 }
 
 // ---- 3x3 convolution ---------------------------------------------------------------------------
@@ -362,40 +380,43 @@ void conv3x3(Check& check, const InstructionSet& set, Dtype dtype, int64_t N, in
   const Tiles tiles{N, H, W};
   const int64_t count = tiles.count();
   Random source;
-  const Bytes x = random(source, dtype, N * H * W * Ci), grad = random(source, dtype, N * H * W * Co);
+  const Bytes x = random(source, dtype, N * H * W * Ci),
+              grad = random(source, dtype, N * H * W * Co);
   const Bytes weight = random(source, compute, Co * 9 * Ci), bias = random(source, compute, Co);
   const bool exact = std::string(set.name) != "neon_bf16";
-  check(set, dtype, named("conv3x3", dtype, {N, H, W, Ci, Co}), [&](const InstructionSet& of, Run& run) {
-    const WinogradKernels& k = *of.winograd[static_cast<int>(dtype)];
-    const auto padded = [&](int64_t C) { return (C + k.panel - 1) / k.panel * k.panel; };
-    const int64_t in = padded(Ci), out = padded(Co);
-    void* forward = run.fresh("forward factors", dtype, 16 * in * out);
-    void* backward = run.fresh("backward factors", dtype, 16 * in * out);
-    k.factors(Co, Ci, weight.data(), 0, out, forward, backward);
+  check(set, dtype, named("conv3x3", dtype, {N, H, W, Ci, Co}),
+        [&](const InstructionSet& of, Run& run) {
+          const WinogradKernels& k = *of.winograd[static_cast<int>(dtype)];
+          const auto padded = [&](int64_t C) { return (C + k.panel - 1) / k.panel * k.panel; };
+          const int64_t in = padded(Ci), out = padded(Co);
+          void* forward = run.fresh("forward factors", dtype, 16 * in * out);
+          void* backward = run.fresh("backward factors", dtype, 16 * in * out);
+          k.factors(Co, Ci, weight.data(), 0, out, forward, backward);
 
-    Bytes data = run.scratch(16 * plane_of(count, in), dtype);
-    Bytes products = run.scratch(16 * plane_of(count, k.panel), compute);
-    k.inputs(tiles, Ci, x.data(), 0, count, aligned(data));
-    k.outputs(tiles, Ci, Co, aligned(data), forward, bias.data(), 0, count, aligned(products),
-              run.fresh("y", dtype, N * H * W * Co, exact));
+          Bytes data = run.scratch(16 * plane_of(count, in), dtype);
+          Bytes products = run.scratch(16 * plane_of(count, k.panel), compute);
+          k.inputs(tiles, Ci, x.data(), 0, count, aligned(data));
+          k.outputs(tiles, Ci, Co, aligned(data), forward, bias.data(), 0, count, aligned(products),
+                    run.fresh("y", dtype, N * H * W * Co, exact));
 
-    // The weight's gradient in two calls, whose sums are kept between.
-    const int64_t most = count > 2 ? (count + 3) / 4 * 2 : count;
-    const int64_t items = in / k.panel * ((Co + k.lanes - 1) / k.lanes);
-    Bytes sums = run.scratch(items * 16 * k.lanes * k.panel, compute);
-    void* to = run.fresh("gradient of weight", compute, Co * 9 * Ci, exact);
-    for (int64_t first = 0, last; first < count; first = last) {
-      last = std::min(first + most, count);
-      const int64_t row = row_of_steps(last - first, k.unit) * k.unit;
-      Bytes by_tile = run.scratch(16 * row * in, dtype), grads = run.scratch(16 * row * out, dtype);
-      const TileRange range{first, last, first, last};
-      k.inputs_by_tile(tiles, Ci, x.data(), range, aligned(by_tile));
-      k.output_grads(tiles, Co, grad.data(), range, aligned(grads));
-      k.weight_gradient({last - first, Co, Ci, first == 0, last == count, aligned(grads),
-                         aligned(by_tile), aligned(sums), to},
-                        0, items);
-    }
-  });
+          // The weight's gradient in two calls, whose sums are kept between.
+          const int64_t most = count > 2 ? (count + 3) / 4 * 2 : count;
+          const int64_t items = in / k.panel * ((Co + k.lanes - 1) / k.lanes);
+          Bytes sums = run.scratch(items * 16 * k.lanes * k.panel, compute);
+          void* to = run.fresh("gradient of weight", compute, Co * 9 * Ci, exact);
+          for (int64_t first = 0, last; first < count; first = last) {
+            last = std::min(first + most, count);
+            const int64_t row = row_of_steps(last - first, k.unit) * k.unit;
+            Bytes by_tile = run.scratch(16 * row * in, dtype),
+                  grads = run.scratch(16 * row * out, dtype);
+            const TileRange range{first, last, first, last};
+            k.inputs_by_tile(tiles, Ci, x.data(), range, aligned(by_tile));
+            k.output_grads(tiles, Co, grad.data(), range, aligned(grads));
+            k.weight_gradient({last - first, Co, Ci, first == 0, last == count, aligned(grads),
+                               aligned(by_tile), aligned(sums), to},
+                              0, items);
+          }
+        });
 }
 
 // ---- All of them -------------------------------------------------------------------------------

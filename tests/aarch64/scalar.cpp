@@ -1,6 +1,6 @@
 // The kernels once more, for a processor without vector instructions: what check.cpp compares with.
-// Compiled with -march=armv8-a+nosimd, where a "vector" is four values one after the other, so lanes
-// and the order of all sums are those of NEON.
+// Compiled with -march=armv8-a+nosimd, where a "vector" is four values one after the other, so
+// lanes and the order of all sums are those of NEON.
 #include "cpu/instruction_set.h"
 
 namespace dafl::cpu::scalar {
