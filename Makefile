@@ -54,7 +54,8 @@ test: $(STAMPS)/test ## run the tests
 
 test-isa: $(STAMPS)/test ## run the tests that compute, capped at ISA=avx2, baseline or avx512
 	$(if $(CAP_$(ISA)),,$(error ISA must be baseline, avx2 or avx512, got $(ISA)))
-	DAFL_FAST_ISA=$(ISA) $(CAP_$(ISA)) $(PY) -m pytest -m 'not slow' \
+	DAFL_FAST_ISA=$(ISA) $(CAP_$(ISA)) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-$(ISA) \
+	    $(PY) -m pytest -m 'not slow' \
 	    $(ANY_ISA:%=--ignore=tests/test_%.py) $(ARGS)
 
 bench: $(STAMPS)/test ## run the benchmarks (5 to 15 minutes); figures, table and plots in bench/out

@@ -125,7 +125,7 @@ def test_fresh_memory_is_full_of_junk(byte):
     if byte is not None and not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
         pytest.skip("only glibc can fill what it allocates")
     with fresh_memory_of(byte):
-        for size in (1, 24, 1000, 100_000):
+        for size in (2000, 100_000):  # glibc may take smaller blocks from a cache, as they are
             values = torch.empty(size, dtype=torch.uint8).unique().tolist()
             assert values == [0xFF if byte is None else byte]
 
