@@ -36,8 +36,9 @@ CAP_baseline := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_
 CAP_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 CAP_avx512 := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512
 ISA ?= avx2
-# Tests that compute nothing with an instruction set of the CPU.
-ANY_ISA := architecture bench cuda cuda_emulated docs gpu_check notices packaging report reproduce
+# Tests whose results are no matter of the CPU's instructions, or that only start other commands.
+ANY_ISA := architecture bench config cuda cuda_emulated docs files gpu_check info notices \
+    packaging progress report reproduce
 
 .PHONY: help demo test test-isa bench lint format build cuda-check cuda-build-check gpu-check \
     sanitize arm-check arm-wheel dist dist-check clean
