@@ -305,7 +305,7 @@ def scripted(network: nn.Module, path) -> nn.Module:
         (lambda: timm_network("test_resnet"), 150, as_is, 200, 1.0),
         (lambda: timm_network("test_vit", img_size=32), 150, as_is, 200, 0.0),
         # Of 34 BatchNorm layers: they need updates to know their statistics, and the loss is a sum.
-        (mobilenet, 300, as_is, 300, 0.1),
+        pytest.param(mobilenet, 300, as_is, 300, 0.1, marks=pytest.mark.slow),
         (LeNet5, 150, exported, 100, 0.0),
         (LeNet5, 150, scripted, 100, 0.0),
     ],
