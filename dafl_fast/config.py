@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Literal
 
+from .convention import OutputKind
 from .data import UNITS, Format, size_of
 from .errors import UserError
 from .settings import (
@@ -89,6 +90,10 @@ class Config:
     """The student: a network's name, as for --teacher."""
     student_weights: Annotated[Path | None, Mark.ON_CARD] = None
     """Weights that the student starts from; random ones when not given."""
+    teacher_output: Literal["auto", OutputKind] = "auto"
+    """What the teacher returns; all but logits are turned into logits. sigmoids: one for each of
+    several classes that exclude each other. binary-...: one number, which is about the second of
+    two classes. auto: found out by looking at its answers."""
     feature_layer: str | None = None
     """The teacher's layer whose input feeds the activation loss; by default its last linear one."""
     num_classes: Annotated[int | None, at_least(2), Mark.ON_CARD] = None

@@ -103,8 +103,9 @@ def distill(
 
     Args:
         teacher: any classifier, images [N, C, H, W] as the setting `pixels` says, by default
-            normalised -> logits [N, num_classes]. A copy is used; the teacher itself may be moved
-            to another device, but is not changed otherwise.
+            normalised -> logits [N, num_classes] or what else `teacher_output` names, alone or in a
+            dict, tuple or object. A copy is used; the teacher itself may be moved to another
+            device, but is not changed otherwise.
         student: any network from such images to as many logits. It gets pixels of 0..255 as they
             are, if the teacher takes those, and should divide them itself. Its weights are trained
             in place; its layers keep their classes, hooks and modes. If it is in training mode, its
@@ -165,7 +166,7 @@ def train(
     config, teacher, student = load_networks(config)
     held_out = None
     if config.eval != "none" and os.environ.get("RANK", "0") == "0":
-        classes = outputs_of(teacher, config.shape)
+        classes = outputs_of(teacher, config.shape, config.teacher_output)
         images, labels = eval_set(
             config.eval, config.image_format, classes, config.data_dir, config.download
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -240,7 +241,7 @@ def test_the_orientation_of_text_lines(here, monkeypatch, capsys):
     if found is None:
         pytest.skip("pip install --no-deps rapidocr")
     file = Path(found.origin).parent / "models" / "ch_ppocr_mobile_v2.0_cls_mobile.onnx"
-    summary = distilled(monkeypatch, capsys, "--teacher", file)
+    summary = distilled(monkeypatch, capsys, "--teacher", file, shape=(3, 48, 192))
     convention = summary["convention"]
     assert convention["image_shape"] == [3, 48, 192]
     assert convention["outputs"] == "probabilities"
@@ -255,6 +256,10 @@ def test_the_orientation_of_text_lines(here, monkeypatch, capsys):
     got = answers_of_export(monkeypatch, capsys, {names[0]: images}, names[1])
     assert got.shape == wanted.shape
     np.testing.assert_allclose(got.sum(1), 1, atol=1e-5)
+    # The file leaves height and width open; with nothing said, some are taken, which one line says.
+    shutil.rmtree("run")
+    summary = distilled(monkeypatch, capsys, "--teacher", file)
+    assert summary["convention"]["image_shape"] == [3, 64, 64]
 
 
 def test_a_digit_classifier_from_a_package(here, monkeypatch, capsys):

@@ -24,6 +24,7 @@ from .distributed import is_lost_contact
 from .evaluation import accuracy_on
 from .folder import RunFolder
 from .graph import compile_and_capture
+from .outputs import as_classifier, convention_of
 from .step import STATISTICS, Step
 from .threads import Threads
 
@@ -289,7 +290,8 @@ class Loop:
             student = self._evaluate()
             folder.flush()
             if self.held_out is not None:
-                teacher, count = accuracy_on(self.teacher.to(step.device), self.held_out)
+                network = as_classifier(self.teacher.to(step.device), step.teacher.reading)
+                teacher, count = accuracy_on(network, self.held_out)
         generator_images = step.steps * config.batch_size
         images = step.steps * self._images_per_step()
         summary = {
@@ -315,6 +317,7 @@ class Loop:
             "eval_set": config.eval,
             "eval_count": count,
             "num_classes": step.num_classes,
+            "convention": convention_of(self.teacher, step.teacher.reading, config.shape).as_json(),
             "teacher_parameters": parameters_of(self.teacher),
             "student_parameters": parameters_of(step.student),
             "bank_bytes": step.bank.bytes if step.bank is not None else 0,
