@@ -63,5 +63,5 @@ def test_what_to_expect_of_the_demo():
     assert said.startswith("A CPU, 1 thread, instructions baseline, no GPU\n")
     assert said.endswith("has not been measured.")
     said = demo.text("avx2", "A CPU", 16, "A GPU")
-    assert said.startswith("A GPU in A CPU, 16 threads, instructions avx2\n")
+    assert said.startswith("A GPU; A CPU, 16 threads, instructions avx2\n")
     assert "an H100 takes 2 s" in said
