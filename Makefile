@@ -50,7 +50,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMPS)/build ## distil a student from the bundled MNIST teacher, without data
-	@$(PY) tools/demo.py
+	@$(PY) -m tools.demo
 	$(PY) -m dafl_fast.train $(ARGS)
 
 test: $(STAMPS)/test ## run the tests

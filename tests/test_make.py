@@ -55,13 +55,13 @@ def test_what_to_expect_of_the_demo():
     assert said == [
         "A CPU, 2 threads, instructions avx512_bf16, no GPU",
         "The demo trains for 2 minutes; make demo ARGS='--max-seconds 30' for 30 s.",
-        "With two threads of this kind expect 98 % after 10 s and 98.6 % after 60 s, later beside "
-        "other programs.",
+        "With two threads of this kind expect about 98 % after 10 s and 98.6 % after 60 s, later "
+        "beside other programs.",
     ]
     assert "98 % after 10 s" not in demo.text("avx2", "A CPU", 2, None)
     said = demo.text("baseline", "A CPU", 1, None)
     assert said.startswith("A CPU, 1 thread, instructions baseline, no GPU\n")
     assert said.endswith("has not been measured.")
     said = demo.text("avx2", "A CPU", 16, "A GPU")
-    assert said.startswith("A GPU in A CPU, 16 threads, instructions avx2\n")
+    assert said.startswith("A GPU; A CPU, 16 threads, instructions avx2\n")
     assert "an H100 takes 2 s" in said

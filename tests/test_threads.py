@@ -220,14 +220,14 @@ class Machine:
     def __init__(self, cores=2, work=0.1, parallel=0.8, tells=True):
         self.cores, self.work, self.parallel, self.tells = cores, work, parallel, tells
         self.others = 0
-        self.seconds = self.waited = self.idle = 0.0
+        self.seconds = self.waited = self.idle = self.used_by_others = 0.0
         self.threads, self.steps, self.used = cores, 0, {}
 
     def use(self, threads):
         self.threads = threads
 
     def load(self):
-        told = (self.waited, self.idle) if self.tells else (None, None)
+        told = (self.waited, self.idle, self.used_by_others) if self.tells else (None,) * 3
         return Load(self.seconds, *told)
 
     def step_seconds(self, threads):
@@ -243,6 +243,7 @@ class Machine:
             self.seconds += took
             self.waited += took * max(0, running - self.cores) * self.threads / running
             self.idle += took * max(0, self.cores - running)
+            self.used_by_others += took * self.others * min(1, self.cores / running)
             self.steps += 1
             self.used[self.threads] = self.used.get(self.threads, 0.0) + took
             controller.after_step(self.seconds)
@@ -320,6 +321,15 @@ def test_a_slow_beginning_is_no_reason(caplog):
     assert lines(caplog) == []
 
 
+def test_threads_of_its_own_are_no_reason(caplog):
+    """While a checkpoint is written, threads wait, but not for other programs."""
+    machine = Machine()
+    machine.load = lambda: Load(machine.seconds, machine.seconds, 0.0, 0.0)
+    under = controller(machine, 20)
+    machine.run(under, 20)
+    assert machine.used.keys() == {2}
+
+
 def test_as_many_fewer_as_wait(caplog):
     machine = Machine(cores=16, work=1.0, parallel=0.99)
     machine.others = 3
@@ -378,13 +388,13 @@ def test_an_unlucky_trial_is_repeated():
 
 def test_what_this_machine_tells():
     first, second = Load.read(), Load.read()
-    waiting, idle = second.since(first)
-    for told in (waiting, idle):
+    for told in second.since(first):
         assert told is None or told >= 0
     if Path("/proc/self/schedstat").exists():
         assert second.waited >= 0
-    assert Load(2.0, None, 3.0).since(Load(1.0, 5.0, 1.0)) == (None, 2.0)
-    assert Load(3.0, 1.0, 3.0).since(Load(1.0, 5.0, 1.0)) == (0.0, 1.0), "a thread has ended"
+    before = Load(1.0, 5.0, 1.0, 2.0)
+    assert Load(2.0, None, 3.0, 2.5).since(before) == (None, 2.0, 0.5)
+    assert Load(3.0, 1.0, 3.0, 2.0).since(before) == (0.0, 1.0, 0.0), "a thread has ended"
 
 
 def test_the_run_of_a_config_changes_its_threads(tmp_path, monkeypatch, caplog):

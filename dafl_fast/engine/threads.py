@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 # A look at the steps takes this many and this long; it ends after LONGEST seconds anyway.
 STEPS, SHORTEST, LONGEST = 3, 0.5, 2.0
 # What makes it try another number: steps that take so much longer than they did; so many threads
-# that wait for a core, on average; so many cores that nobody uses.
+# that wait for a core, on average, while others use as much; so many cores that nobody uses.
 SLOWER, WAITING, IDLE = 1.5, 0.25, 0.75
 # It goes on with the other number if steps take less than this share of the time.
 FASTER = 0.9
@@ -46,25 +46,31 @@ class Load:
         waited: what the threads of this process have waited for a core, all together; None if the
             system does not tell.
         idle: what the processors that this process may use have been idle, likewise.
+        others: what other programs have used of them, likewise.
     """
 
     at: float
     waited: float | None
     idle: float | None
+    others: float | None
 
     @classmethod
     def read(cls) -> Load:
-        return cls(time.monotonic(), _waited(), _idle())
+        return cls(time.monotonic(), _waited(), *_idle_and_others())
 
-    def since(self, before: Load) -> tuple[float | None, float | None]:
-        """Threads that waited and cores that were idle since `before`, on average."""
+    def since(self, before: Load) -> tuple[float | None, float | None, float | None]:
+        """Threads that waited, cores that were idle and cores that others used since `before`, on
+        average."""
         seconds = max(self.at - before.at, 1e-9)
-        pairs = ((self.waited, before.waited), (self.idle, before.idle))
-        waiting, idle = (
-            None if new is None or old is None else max(0.0, (new - old) / seconds)
-            for new, old in pairs
+
+        def rate(new: float | None, old: float | None) -> float | None:
+            return None if new is None or old is None else max(0.0, (new - old) / seconds)
+
+        return (
+            rate(self.waited, before.waited),
+            rate(self.idle, before.idle),
+            rate(self.others, before.others),
         )
-        return waiting, idle
 
 
 def _waited() -> float | None:
@@ -77,14 +83,20 @@ def _waited() -> float | None:
     return sum(nanoseconds) / 1e9 if nanoseconds else None
 
 
-def _idle() -> float | None:
-    ticks, usable = [], {f"cpu{cpu}" for cpu in usable_cpus()}
-    with contextlib.suppress(OSError, IndexError, ValueError):
+def _idle_and_others() -> tuple[float | None, float | None]:
+    idle, busy, usable = 0, 0, {f"cpu{cpu}" for cpu in usable_cpus()}
+    with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/stat").read_text().splitlines():
             name, *counts = line.split()
-            if name in usable and any(map(int, counts)):  # a sandbox may show zeros
-                ticks.append(int(counts[3]) + int(counts[4]))
-    return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
+            if name in usable:
+                # user, nice, system, idle, iowait, irq, softirq, steal
+                ticks = [int(count) for count in counts[:8]]
+                idle += sum(ticks[3:5])
+                busy += sum(ticks[:3] + ticks[5:])
+    if idle + busy == 0:  # no Linux, or a sandbox that shows zeros
+        return None, None
+    second = os.sysconf("SC_CLK_TCK")
+    return idle / second, busy / second - time.process_time()
 
 
 def threads_of_run(config: Config) -> int:
@@ -104,6 +116,7 @@ class Look:
     step: float
     waiting: float | None
     idle: float | None
+    others: float | None
 
 
 @dataclass(frozen=True)
@@ -190,7 +203,8 @@ class Threads:
     def _consider(self, look: Look) -> None:
         """Begins a trial with another number of threads if there is a reason."""
         now, waiting = self._last, look.waiting or 0.0
-        contended = waiting > WAITING
+        # A thread of this process that writes a file also makes the others wait, but not for long.
+        contended = waiting > WAITING and (look.others is None or look.others > WAITING)
         slow = self._usual is not None and look.step > SLOWER * self._usual
         # One trial only looks whether the network is too small for so many threads. The first
         # steps are no measure for it.
