@@ -194,6 +194,8 @@ def _run(
     config = _with_bank_that_fits(config, device, world)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
+    if teacher is student:
+        raise UserError("teacher and student must be two networks, got the same twice")
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     board = step = None

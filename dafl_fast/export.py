@@ -34,6 +34,7 @@ from .engine.folder import read_config, read_summary
 from .errors import UserError, command, first_line, require
 from .files import save_weights, write_atomically, write_text
 from .models.pixels import Affine, Taking
+from .models.twin import duplicate
 from .networks import load_weights, open_run
 from .recipes import make_config
 from .settings import Mark, marked
@@ -119,7 +120,7 @@ def export_student(
             raise UserError("image_shape is needed, (C, H, W), where no run tells it")
         image_shape = config.shape
     # A copy, since the student's mode and device are the caller's.
-    student = copy.deepcopy(student).cpu().eval().requires_grad_(False)
+    student = duplicate(student).cpu().eval().requires_grad_(False)
     random = torch.randn(256, *image_shape, generator=torch.Generator().manual_seed(0))
     if config is not None and config.from_generated is not None:
         generated = random[:, :1] if config.grey else random

@@ -327,3 +327,12 @@ def test_teachers_from_elsewhere_teach(tmp_path, make, updates, hand_over, steps
     assert last["entropy"] < -1.5, "the images' classes differ: ln 10 is 2.3"
     assert result.history[0]["agreement_training"] < 0.5
     assert result.summary["agreement_fresh"] > 0.6
+
+
+def test_students_that_cannot_be(tmp_path):
+    network = Residual()
+    with pytest.raises(UserError, match="teacher and student must be two networks"):
+        distill(network, network, **settings(tmp_path))
+    student = nn.Sequential(Residual(), nn.Softmax(1))
+    with pytest.raises(UserError, match="must return logits, its outputs .* add up to 1"):
+        distill(network, student, **settings(tmp_path))

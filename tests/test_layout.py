@@ -148,6 +148,15 @@ def test_the_step_has_the_teachers_answers(kind, precision, tmp_path):
     step()
 
 
+def test_nothing_is_printed_of_what_was_tried(tmp_path, capfd):
+    class Ends(Viewed):
+        def forward(self, x):
+            return super().forward(x).softmax(1)  # taken off, in a module of torch.fx
+
+    distill(Ends(), Viewed(), progress="off", **settings(tmp_path))
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_only_the_place_that_needs_it_is_contiguous():
     network = Viewed()
     expected = network.eval()(IMAGES)

@@ -218,6 +218,17 @@ def test_channels_last_and_whole_numbers(tmp_path):
     np.testing.assert_allclose(linear.bias.detach(), numpy_helper.to_array(weights[7]))
 
 
+@pytest.mark.parametrize("how", ["SAME_UPPER", "SAME_LOWER"])
+def test_padding_that_follows_from_the_size(how, tmp_path):
+    nodes, weights = plain()
+    nodes[0] = helper.make_node("Conv", ["x", "w", "b"], ["c"], auto_pad=how, strides=[2, 2])
+    nodes[2] = helper.make_node("MaxPool", ["n"], ["r"], auto_pad=how, kernel_shape=[2, 3])
+    path = written(tmp_path / "t.onnx", nodes, weights, [1, 3, 9, 12])
+    images = torch.randn(1, 3, 9, 12)
+    got = load_network(path, role="teacher")(images)
+    torch.testing.assert_close(got, runs(path, images), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("text", ["{0: 'cat', 1: 'dog', 2: 'a', 3: 'b', 4: 'c'}",
                                   '["cat", "dog", "a", "b", "c"]', "cat,dog,a,b,c",
                                   "cat\ndog\na\nb\nc"])  # fmt: skip
@@ -291,6 +302,24 @@ def test_more_outputs_than_one(tmp_path):
         2,
         5,
     )
+
+
+def test_the_logits_among_several_outputs(tmp_path, caplog):
+    nodes, weights = plain()
+    nodes[5].output[0] = nodes[6].input[0] = "my_logits"
+    nodes.append(helper.make_node("ArgMax", ["my_logits"], ["label"], axis=1, keepdims=0))
+    outputs = [
+        helper.make_tensor_value_info("label", onnx.TensorProto.INT64, [1]),
+        helper.make_tensor_value_info("y", 1, [1, 5]),
+        helper.make_tensor_value_info("my_logits", 1, [1, 5]),
+    ]
+    path = written(tmp_path / "t.onnx", nodes, weights, [1, 3, 8, 8], outputs=outputs)
+    teacher = load_network(path, role="teacher")
+    assert teacher.convention.output_name == "my_logits"
+    assert "has the outputs y, my_logits: my_logits is learned" in caplog.text
+    images = torch.randn(1, 3, 8, 8)
+    wanted = onnxruntime.InferenceSession(str(path)).run(["my_logits"], {"x": images.numpy()})[0]
+    np.testing.assert_allclose(teacher(images).detach(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def refused(name: str, folder: Path) -> tuple[Path, str]:

@@ -60,6 +60,11 @@ def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
             f"the student must return logits {[len(images), num_classes]} for images "
             f"{list(images.shape)}, as many classes as the teacher, got {list(logits.shape)}"
         )
+    if bool((logits >= 0).all()) and bool(((logits.float().sum(1) - 1).abs() < 1e-3).all()):
+        raise UserError(
+            "the student must return logits, its outputs for each image add up to 1 as those of a "
+            "softmax do; leave that out, an export can end in it"
+        )
 
 
 @torch.no_grad()

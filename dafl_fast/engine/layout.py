@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -60,7 +62,8 @@ def use_channels_last(network: nn.Module, inputs: Tensor, role: str, trained: bo
     while len(places) <= _MOST_PLACES:
         finished: list[nn.Module] = []
         try:
-            with _noting_scattered_outputs(network, finished):
+            # torch.fx prints what its modules raise.
+            with _noting_scattered_outputs(network, finished), redirect_stderr(StringIO()):
                 got = try_out(network, inputs, trained)
         except Exception:  # whatever its code says of such activations
             # The layer before the code that failed, most probably.

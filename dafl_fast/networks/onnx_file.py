@@ -196,14 +196,24 @@ class _Session:
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def choose(self, shape: Shape) -> str:
-        """The name of the first output that has a row for each image."""
+        """The name of the output that has a row of numbers for each image; the logits if they are
+        named, else the first."""
         count = self.batch or 3
         answers = self._run(torch.zeros(count, *shape), self._outputs)
+        found = []
         for name, answer in zip(self._outputs, answers):
-            shape_of_row = getattr(answer, "shape", (0, 0, 0))[1:]
-            if len(answer) == count and all(size == 1 for size in shape_of_row[1:]):
-                self._outputs = [name]
-                return name
+            numbers = getattr(answer, "dtype", None) is not None and answer.dtype.kind == "f"
+            if numbers and len(answer) == count and all(n == 1 for n in answer.shape[2:]):
+                found.append(name)
+        if found:
+            name = next((name for name in found if "logit" in name.lower()), found[0])
+            if len(found) > 1:
+                log.warning(
+                    "the %s %s has the outputs %s: %s is learned",
+                    self.role, self.path, ", ".join(found), name,
+                )  # fmt: skip
+            self._outputs = [name]
+            return name
         raise UserError(
             f"the {self.role} {self.path} is no classifier: none of its outputs is [N, classes]"
         )

@@ -143,8 +143,18 @@ def _in_older_form(model: Any) -> None:
     import onnx
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    sizes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim][2:]
+        for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    }
     for node in model.graph.node:
         named = {attribute.name: attribute for attribute in node.attribute}
+        how = named["auto_pad"].s if "auto_pad" in named else b"NOTSET"
+        if how in (b"SAME_UPPER", b"SAME_LOWER"):
+            weights = constants[node.input[1]].dims[2:] if node.op_type == "Conv" else None
+            pads = _pads(named, sizes[node.input[0]], weights, how)
+            node.attribute.remove(named["auto_pad"])
+            node.attribute.append(onnx.helper.make_attribute("pads", pads))
         axes = constants.get(node.input[1]) if len(node.input) > 1 else None
         if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and axes is not None:
             values = onnx.numpy_helper.to_array(axes).tolist()
@@ -156,6 +166,24 @@ def _in_older_form(model: Any) -> None:
     for entry in model.opset_import:
         if not entry.domain:
             entry.version = min(entry.version, _OPSET)
+
+
+def _pads(
+    named: dict[str, Any], size: list[int], kernel: list[int] | None, how: bytes
+) -> list[int]:
+    """The padding of a convolution or pooling whose outputs are as many as its inputs, divided by
+    the stride and rounded up: at the beginning of each dimension, then at the end."""
+    ones = [1] * len(size)
+    kernel = list(named["kernel_shape"].ints) if "kernel_shape" in named else list(kernel or ones)
+    strides, dilations = (
+        list(named[name].ints) if name in named else ones for name in ("strides", "dilations")
+    )
+    less, more = [], []
+    for n, k, s, d in zip(size, kernel, strides, dilations, strict=True):
+        total = max(0, (-(-n // s) - 1) * s + (k - 1) * d + 1 - n)
+        less.append(total // 2)
+        more.append(total - total // 2)
+    return more + less if how == b"SAME_LOWER" else less + more
 
 
 def opened(network: fx.GraphModule, shape: tuple[int, ...], channels_last: bool) -> fx.GraphModule:

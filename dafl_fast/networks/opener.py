@@ -133,6 +133,7 @@ def open_file(
             )
         return Opened(recognise(path, role).name, role, path, program, **note)
     if weights_for is not None:
+        read_weights(path, role)  # weights in truth, or a pickled module?
         return Opened(weights_for, role, path, **note)
     found = identify(read_weights(path, role))
     if found is None:
@@ -327,6 +328,10 @@ def _completed(config: Config, teacher: Opened) -> Config:
         told |= {"mean": teacher.mean, "std": teacher.std}
     if convention.dtype == "uint8" and config.pixels == "normalised":
         told["pixels"] = "0..255"  # nothing else is a whole number
+    elif convention.dtype == "uint8" and config.pixels != "0..255":
+        raise UserError(
+            f"--pixels must be 0..255 for {config.teacher}, which takes uint8, got {config.pixels}"
+        )
     return replace(config, **{name: value for name, value in told.items() if value is not None})
 
 
