@@ -43,6 +43,8 @@ def test_gpus_and_a_missing_folder(monkeypatch, capsys, tmp_path):
     class Properties:
         name, total_memory, major, minor = "NVIDIA H100", 80 * 2**30, 9, 0
 
+    # Another package may have told PyTorch to go by the number of devices.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: Properties)
     monkeypatch.setenv("DAFL_DATA", str(tmp_path / "none"))
