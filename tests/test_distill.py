@@ -302,7 +302,7 @@ def scripted(network: nn.Module, path) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "updates", "hand_over", "steps", "bn_statistics"),
     [
-        (lambda: timm_network("test_resnet"), 150, as_is, 200, 1.0),
+        (lambda: timm_network("test_resnet"), 150, as_is, 300, 1.0),
         (lambda: timm_network("test_vit", img_size=32), 150, as_is, 200, 0.0),
         # Of 34 BatchNorm layers: they need updates to know their statistics, and the loss is a sum.
         pytest.param(mobilenet, 300, as_is, 300, 0.1, marks=pytest.mark.slow),
