@@ -1,9 +1,8 @@
 """Reads ONNX files and turns them into networks of PyTorch's layers.
 
-onnx2torch converts. Of the three libraries that do, it computes what it converts exactly; what it
-does not convert, older and newer operators and weights that are constant nodes, is brought into its
-form here with onnx's own tools. No conversion is trusted: the network must answer as onnxruntime
-does.
+onnx2torch converts, because it makes PyTorch's own layers. What it does not know, older and newer
+operators and weights that are constant nodes, is brought into its form with onnx's own tools. No
+conversion is trusted: the network must answer as onnxruntime does.
 """
 
 from __future__ import annotations
