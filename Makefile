@@ -15,14 +15,16 @@ ifneq ($(strip $(VENV)),)
   BIN := $(abspath $(VENV))/bin/
   PY := $(BIN)python
   STAMPS := $(VENV)/stamps
-  INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
-  BUILD := $(INSTALL) --no-build-isolation --editable .
+  PIP := $(PY) -m pip install --disable-pip-version-check
+  INSTALL := $(PIP) --quiet
+  BUILD := $(PY) tools/build.py --install
 else
   BIN :=
   PY := $(PYTHON)
   STAMPS := build/stamps
-  INSTALL := @: nothing to install:
-  BUILD := $(PY) setup.py --quiet build_ext --inplace
+  PIP := @: nothing to install:
+  INSTALL := $(PIP)
+  BUILD := $(PY) tools/build.py
 endif
 
 # For what must run offline: the environment's Python if there is one already, else the machine's.
@@ -31,18 +33,34 @@ PY_AS_IS = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 CXX_FILES := $(shell find csrc -type f -name '*.[chi]*')
 BUILD_FILES := $(shell find csrc) setup.py pyproject.toml dafl_fast/_version.py
 
-.PHONY: help demo test bench lint format build cuda-check cuda-build-check gpu-check sanitize dist \
-    dist-check clean
+# What caps our kernels, PyTorch's own, oneDNN's and MKL's at one instruction set.
+CAP_baseline := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+CAP_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+CAP_avx512 := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512
+ISA ?= avx2
+# Tests whose results are no matter of the CPU's instructions, or that only start other commands.
+ANY_ISA := architecture bench config cuda cuda_emulated docs files gpu_check info notices \
+    packaging progress report reproduce
+
+.PHONY: help demo test test-isa bench lint format build cuda-check cuda-build-check gpu-check \
+    sanitize arm-check arm-wheel dist dist-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMPS)/build ## distil a student from the bundled MNIST teacher, without data
+	@$(PY) -m tools.demo
 	$(PY) -m dafl_fast.train $(ARGS)
 
 test: $(STAMPS)/test ## run the tests
 	$(PY) -m pytest $(ARGS)
+
+test-isa: $(STAMPS)/test ## run the tests that compute, capped at ISA=avx2, baseline or avx512
+	$(if $(CAP_$(ISA)),,$(error ISA must be baseline, avx2 or avx512, got $(ISA)))
+	DAFL_FAST_ISA=$(ISA) $(CAP_$(ISA)) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-$(ISA) \
+	    $(PY) -m pytest -m 'not slow' \
+	    $(ANY_ISA:%=--ignore=tests/test_%.py) $(ARGS)
 
 bench: $(STAMPS)/test ## run the benchmarks (5 to 15 minutes); figures, table and plots in bench/out
 	@mkdir -p bench/out
@@ -82,6 +100,14 @@ cuda-build-check: $(STAMPS)/torch ## compile with CUDA in a throw-away folder, w
 	grep '^dafl_fast' "$$folder/log" && cd "$$folder/lib" && \
 	$(PY) -c 'import dafl_fast; i = dafl_fast.build_info(); print(i); assert i["cuda"]'
 
+arm-check: ## cross-compile the CPU kernels for ARM, and compare each with scalar code under qemu
+	@echo '== Checking the kernels for ARM (1 to 3 minutes)'
+	@$(MAKE) --no-print-directory -C tests/aarch64
+
+arm-wheel: $(STAMPS)/python ## build a wheel for ARM with a cross-compiler, and run it under qemu
+	@echo '== Building a wheel for ARM (about 5 minutes; the first time also 500 MB to fetch)'
+	$(PY) tools/arm_wheel.py $(ARGS)
+
 dist: $(STAMPS)/torch ## build the source distribution, and the wheel from it
 	@echo '== Building the source distribution and the wheel (about 2 minutes)'
 	rm -rf dist
@@ -116,8 +142,10 @@ endif
 $(STAMPS)/torch: $(STAMPS)/python
 ifneq ($(strip $(VENV)),)
 	@echo '== Installing torch and torchvision (up to 3 GB, some minutes; once)'
+	@command -v nvidia-smi > /dev/null || echo '   One without CUDA has a tenth of that:' \
+	    'make TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"'
 endif
-	$(INSTALL) 'setuptools>=77' ninja $(TORCH)
+	$(PIP) 'setuptools>=77' ninja $(TORCH)
 	@touch $@
 
 $(STAMPS)/build: $(BUILD_FILES) | $(STAMPS)/torch

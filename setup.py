@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,6 +139,19 @@ def architectures(toolkit: Toolkit, environ: Mapping[str, str] = os.environ) -> 
     return DEFAULT_ARCHS
 
 
+def openmp(platform: str, includes: Iterable[str]) -> list[str]:
+    """What to compile with, so that operators share torch's threads; nothing where that cannot be.
+
+    The extension is not linked to OpenMP: its symbols resolve to the one runtime that torch has
+    loaded. On macOS the compiler brings no omp.h, but torch does, along with that runtime.
+    """
+    if platform == "linux":
+        return ["-fopenmp"]
+    if platform == "darwin" and any((Path(folder) / "omp.h").is_file() for folder in includes):
+        return ["-Xpreprocessor", "-fopenmp"]
+    return []
+
+
 def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/{pattern}"))
 
@@ -175,12 +188,11 @@ def torch_build() -> tuple[Extension, type[build_ext]]:
     werror = os.environ.get("DAFL_FAST_WERROR") == "1"
     cxx = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
     cxx += ["-Wall", "-Wextra", *(["-Werror"] if werror else [])]
-    link = []
-    if sys.platform == "linux":
-        # Compiled with OpenMP but not linked to it: its symbols then resolve to the one runtime
-        # that torch has loaded, so at::parallel_for shares torch's threads.
-        cxx.append("-fopenmp")
-        link.append("-Wl,--strip-all")
+    link = ["-Wl,--strip-all"] if sys.platform == "linux" else []
+    threads = openmp(sys.platform, cpp_extension.include_paths())
+    cxx += threads
+    if not threads:
+        said += "; without OpenMP, so operators run on one thread: torch brings no omp.h"
     nvcc = ["-O3", "-Xcompiler", "-Wall,-fvisibility=hidden"]
     nvcc += ["-Werror", "all-warnings", "-Xcompiler", "-Werror"] if werror else []
 

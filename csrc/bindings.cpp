@@ -1,5 +1,5 @@
 // The Python module dafl_fast._C. The operators register themselves, each in its own file.
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <vector>
@@ -113,9 +113,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_losses(m, WeightIndices());
   m.def("plan", plan, py::arg("rows"), py::arg("classes"), py::arg("float64"),
         py::arg("multiprocessors"), py::arg("capability"));
-  m.def("conv3x3_pays", [](const py::object& dtype) {
-    return conv3x3_pays(torch::python::detail::py_object_to_dtype(dtype));
-  });
+  m.def("conv3x3_pays", [](at::ScalarType dtype) { return conv3x3_pays(dtype); });
   m.def("build_info", build_info);
 }
 

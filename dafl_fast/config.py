@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Literal
 
+from .convention import OutputKind
 from .data import UNITS, Format, size_of
 from .errors import UserError
 from .settings import (
@@ -17,6 +18,7 @@ from .settings import (
     BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
+    THREADS,
     Bound,
     Mark,
     at_least,
@@ -61,6 +63,10 @@ class Config:
     """Continue the run in this folder with its own settings."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Mark.RESUMABLE] = "auto"
     """auto: the GPU if there is one."""
+    threads: Annotated[Literal["auto"] | int, THREADS, Mark.RESUMABLE] = "auto"
+    """Threads of the CPU. auto: one for each core, shared between the processes of torchrun, or as
+    OMP_NUM_THREADS says. A run on a CPU that only --max-seconds bounds changes the number when
+    another is faster, as beside other programs; one with --steps keeps it, also when resumed."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the networks. Losses are always accumulated in fp32. auto: bf16 where the
     processor has it, else fp32."""
@@ -84,6 +90,10 @@ class Config:
     """The student: a network's name, as for --teacher."""
     student_weights: Annotated[Path | None, Mark.ON_CARD] = None
     """Weights that the student starts from; random ones when not given."""
+    teacher_output: Literal["auto", OutputKind] = "auto"
+    """What the teacher returns; all but logits are turned into logits. sigmoids: one for each of
+    several classes that exclude each other. binary-...: one number, which is about the second of
+    two classes. auto: found out by looking at its answers."""
     feature_layer: str | None = None
     """The teacher's layer whose input feeds the activation loss; by default its last linear one."""
     num_classes: Annotated[int | None, at_least(2), Mark.ON_CARD] = None

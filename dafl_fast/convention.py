@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from torch import Tensor
+
 OutputKind = Literal[
     "logits", "probabilities", "log-probabilities", "sigmoids", "binary-logit", "binary-probability"
 ]
@@ -25,6 +27,8 @@ class Convention:
         dtype: of the input, as torch names it: "float32", "uint8", ...
         outputs: what the answers are. "sigmoids": a probability for each class by itself.
             "binary-...": one number, which is about the second of two classes.
+        answer_shape: of the answer for one image: () is a bare number; None: one number for each
+            class, or one in all.
         image_shape: channels, height and width, whatever the layout; None if they are not fixed.
         classes: their names, in the order of the outputs; empty if not known.
     """
@@ -34,6 +38,7 @@ class Convention:
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     dtype: str = "float32"
     outputs: OutputKind = "logits"
+    answer_shape: tuple[int, ...] | None = None
     image_shape: tuple[int, int, int] | None = None
     classes: tuple[str, ...] = ()
 
@@ -45,7 +50,28 @@ class Convention:
         """What `as_json` returned, also after a way through a JSON file."""
         known = {field.name for field in fields(cls)} & content.keys()
         values = {name: content[name] for name in known}
-        for name in ("image_shape", "classes"):
+        for name in ("answer_shape", "image_shape", "classes"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         return cls(**values)
+
+
+def as_answers(logits: Tensor, kind: OutputKind, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A student's logits [N, C] in its teacher's form.
+
+    For "sigmoids" these are the probabilities of a softmax, because a student's logits are known
+    but for a number that is added to all of them.
+
+    Args:
+        shape: of the answer for one image; by default [C], or [1] of one number.
+    """
+    if kind.startswith("binary"):
+        x = logits[:, 1:] - logits[:, :1]
+        x = x.sigmoid() if kind == "binary-probability" else x
+    elif kind == "logits":
+        x = logits
+    else:
+        x = logits.log_softmax(1) if kind == "log-probabilities" else logits.softmax(1)
+    if shape is None or len(shape) == 1:
+        return x
+    return x.unflatten(1, shape) if shape else x.squeeze(1)

@@ -9,8 +9,9 @@ import platform
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -53,6 +54,94 @@ def computes_in(precision: str, device: torch.device) -> bool:
             torch.ops.mkldnn._is_mkldnn_fp16_supported()
         )
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def usable_cpus() -> set[int]:
+    """The numbers of the logical processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def cpu_quota(
+    groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> float | None:
+    """How many processors' time the control groups of this process let it use, as for a container
+    with a limit; None without a limit. Both versions of control groups are read."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            for root in (mount, mount / "unified", mount / controllers, mount / "cpu"):
+                # A limit further up holds too. In a container only the root may be there.
+                own = root / path.lstrip("/")
+                found += [_quota_in(f) for f in (own, *own.parents) if f.is_relative_to(root)]
+    return min((quota for quota in found if quota is not None), default=None)
+
+
+def _quota_in(folder: Path) -> float | None:
+    """The limit of the control group `folder`; None if it has none, or is none."""
+    with contextlib.suppress(OSError, ValueError):  # version 2; "max" is no number
+        quota, period = (folder / "cpu.max").read_text().split()
+        return int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):  # version 1; -1 is no limit
+        quota, period = (
+            (folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+        )
+        return int(quota) / int(period) if int(quota) > 0 else None
+    return None
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: those of `usable_cpus`, and not more than its quota."""
+    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    cores = set()
+    for cpu in usable_cpus():
+        path = Path(topology.format(cpu))
+        cores.add(path.read_text() if path.exists() else str(cpu))
+    # With half a core more it is faster to use one thread more and to be stopped now and then.
+    quota = cpu_quota() or len(cores)
+    return max(1, min(len(cores), int(quota + 0.5)))
+
+
+def pick_threads(wish: int | Literal["auto"]) -> int:
+    """The number of threads for `--threads`.
+
+    "auto": as many as OMP_NUM_THREADS says; else one for each usable core, and not more than
+    PyTorch has. The processes that torchrun starts on a machine share its cores.
+    """
+    if wish != "auto":
+        return wish
+    if "OMP_NUM_THREADS" in os.environ and not _set_by_torchrun():
+        return torch.get_num_threads()
+    share = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return share if _set_by_torchrun() else min(share, torch.get_num_threads())
+
+
+def may_change_threads(wish: int | Literal["auto"]) -> bool:
+    """Whether neither `--threads` nor OMP_NUM_THREADS says how many there are to be."""
+    return wish == "auto" and ("OMP_NUM_THREADS" not in os.environ or _set_by_torchrun())
+
+
+def _set_by_torchrun() -> bool:
+    """Whether OMP_NUM_THREADS=1 is torchrun's doing: it says so to each of several processes."""
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+    started = several and "TORCHELASTIC_RUN_ID" in os.environ
+    return started and os.environ.get("OMP_NUM_THREADS") == "1"
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """A context in which PyTorch computes with `number` threads. Afterwards it has as many as
+    before, also if that changed inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import Config
 from .data import eval_set
-from .device import free_memory, keep_freed_memory, pick_device, pick_precision
+from .device import free_memory, keep_freed_memory, pick_device, pick_precision, threads
 from .engine.bank import bytes_of_entry
 from .engine.distributed import World
 from .engine.evaluation import buffers_kept, evaluation_mode, modes_kept
@@ -28,6 +28,7 @@ from .engine.loop import Loop
 from .engine.precision import computed_in
 from .engine.prepare import prepare
 from .engine.tensorboard import TensorBoard
+from .engine.threads import threads_of_run
 from .errors import UserError, require
 from .models.twin import answers_alike, duplicate, give_back
 from .networks import load_networks, outputs_of
@@ -102,8 +103,9 @@ def distill(
 
     Args:
         teacher: any classifier, images [N, C, H, W] as the setting `pixels` says, by default
-            normalised -> logits [N, num_classes]. A copy is used; the teacher itself may be moved
-            to another device, but is not changed otherwise.
+            normalised -> logits [N, num_classes] or what else `teacher_output` names, alone or in a
+            dict, tuple or object. A copy is used; the teacher itself may be moved to another
+            device, but is not changed otherwise.
         student: any network from such images to as many logits. It gets pixels of 0..255 as they
             are, if the teacher takes those, and should divide them itself. Its weights are trained
             in place; its layers keep their classes, hooks and modes. If it is in training mode, its
@@ -164,7 +166,7 @@ def train(
     config, teacher, student = load_networks(config)
     held_out = None
     if config.eval != "none" and os.environ.get("RANK", "0") == "0":
-        classes = outputs_of(teacher, config.shape)
+        classes = outputs_of(teacher, config.shape, config.teacher_output)
         images, labels = eval_set(
             config.eval, config.image_format, classes, config.data_dir, config.download
         )
@@ -192,11 +194,13 @@ def _run(
     config = _with_bank_that_fits(config, device, world)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
+    if teacher is student:
+        raise UserError("teacher and student must be two networks, got the same twice")
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     board = step = None
     with (
-        Progress(progress if world.first else "off") as shown,
+        Progress(progress if world.first else "off") as shown, threads(threads_of_run(config)),
         modes_kept(student), layout_kept(student), layout_kept(generator or nn.Identity()),
     ):  # fmt: skip
         try:

@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -20,15 +20,16 @@ from torch import Tensor, nn
 
 from . import data
 from .data import ImageSize
-from .device import keep_freed_memory, pick_device
-from .engine.checks import logits_of
+from .device import keep_freed_memory, pick_device, pick_threads, threads
 from .engine.evaluation import predictions
 from .engine.layout import use_channels_last
+from .engine.outputs import Reading, as_classifier, reading_of
 from .engine.precision import computed_in
 from .errors import UserError, command
 from .models import GREY_SIZES, NETWORKS
 from .networks import open_file
 from .networks.opener import Opened
+from .settings import THREADS, check
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,13 @@ class EvaluateConfig:
     own, when not given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when there is one."""
+    threads: Annotated[Literal["auto"] | int, THREADS] = "auto"
+    """Threads of the CPU. auto: one for each core, or as OMP_NUM_THREADS says."""
     json: bool = False
     """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def _open(path: Path, network: str | None, role: str) -> Opened:
@@ -106,11 +112,17 @@ def pick_size(network: nn.Module, channels: int, sizes: list[ImageSize]) -> Imag
     it takes none of them."""
     for size in sizes:
         try:
-            logits_of(network, torch.zeros(2, channels, *data.sides(size)), "model")
+            _read(network, (channels, *data.sides(size)), "model")
             return size
         except UserError as error:
             refused = error
     raise refused
+
+
+def _read(network: nn.Module, image_shape: tuple[int, ...], role: str) -> Reading:
+    """What the network returns for random images."""
+    draw = torch.Generator().manual_seed(0)
+    return reading_of(network, torch.randn(8, *image_shape, generator=draw), role=role)
 
 
 @torch.inference_mode()
@@ -169,18 +181,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if size is None:
         size = pick_size(network, channels, sizes)
     size = data.size_of(*data.sides(size))
-    probe = torch.zeros(2, channels, *data.sides(size))
-    classes = logits_of(network, probe, "model").shape[1]
+    reading = _read(network, (channels, *data.sides(size)), "model")
+    classes = reading.classes
     data.check_labels(labels, classes)
     images = data.resized(images, size)
     normaliser = data.Normaliser(data.Format(size, channels, mean, std)).to(device)
     batch = normaliser(images[torch.arange(256) % len(images)].to(device))
     batch = batch.contiguous(memory_format=torch.channels_last)
 
-    def measure(opened: Opened, network: nn.Module) -> tuple[dict[str, Any], Tensor]:
+    def measure(
+        opened: Opened, network: nn.Module, reading: Reading
+    ) -> tuple[dict[str, Any], Tensor]:
         assert opened.file is not None
         use_channels_last(network.to(device), batch[:4], opened.role)
-        predicted = predictions(nn.Sequential(normaliser, network), images)
+        classifier = as_classifier(network, reading)
+        predicted = predictions(nn.Sequential(normaliser, classifier), images)
         right = predicted == labels
         counts = labels.bincount(minlength=classes).tolist()
         hits = labels[right].bincount(minlength=classes).tolist()
@@ -200,7 +215,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         }
         return figures, predicted
 
-    figures, predicted = measure(model, network)
+    figures, predicted = measure(model, network, reading)
     result = {
         "data": config.data,
         "split": config.split,
@@ -221,13 +236,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if there == here:
             network = teacher.built(*here).eval()
             network = computed_in(torch.float32, network, "teacher", batch[:2].cpu())
-            there[0] = logits_of(network, batch[:2].cpu(), "teacher").shape[1]
+            reading = _read(network, tuple(batch.shape[1:]), "teacher")
+            there[0] = reading.classes
         if there != here:
             raise UserError(
                 f"the teacher, {teacher.name}, has [classes, image channels, image size] {there}, "
                 f"the model {here}: they must be for the same images and classes"
             )
-        result["teacher"], chosen = measure(teacher, network)
+        result["teacher"], chosen = measure(teacher, network, reading)
         result["agreement"] = (chosen == predicted).double().mean().item()
     return result
 
@@ -268,7 +284,8 @@ def show(result: dict[str, Any]) -> None:
 @command
 def main() -> None:
     config = tyro.cli(EvaluateConfig, prog="python -m dafl_fast.evaluate")
-    result = evaluate(config)
+    with threads(pick_threads(config.threads)):
+        result = evaluate(config)
     if config.json:
         print(json.dumps(result, indent=2))
     else:

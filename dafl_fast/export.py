@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 import tyro
@@ -25,13 +25,16 @@ from torch.export import ExportedProgram
 
 from . import data
 from .config import Config
+from .convention import Convention
 from .device import environment
 from .distill import Result
+from .drop_in import answer_shape, chosen, drop_in, given
 from .engine.checks import logits_of
 from .engine.folder import read_config, read_summary
 from .errors import UserError, command, first_line, require
 from .files import save_weights, write_atomically, write_text
 from .models.pixels import Affine, Taking
+from .models.twin import duplicate
 from .networks import load_weights, open_run
 from .recipes import make_config
 from .settings import Mark, marked
@@ -45,6 +48,8 @@ ROUNDING = 1e-4
 # Where a run took place and how it was watched is nobody else's business.
 _NOT_LISTED = marked(Config, Mark.RESUMABLE) | marked(Config, Mark.ON_CARD)
 
+Outputs = Literal["as-teacher", "logits"]
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -55,6 +60,9 @@ class ExportConfig:
     format: Annotated[FormatName, tyro.conf.arg(help=_HELP)] = "onnx"
     out: Path | None = None
     """The file; RUN/student.onnx and so on when not given. Its card is beside it, FILE.md."""
+    outputs: Outputs | None = None
+    """What a program answers with. as-teacher: what the teacher returned, such as probabilities.
+    logits: [N, classes]. By default as-teacher; a file of weights has logits only."""
     data_dir: Path | None = None
     """Where the held-out images lie that the run was evaluated on; as in the run when not given."""
 
@@ -68,10 +76,13 @@ def export_student(
     image_shape: tuple[int, int, int] | None = None,
     held_out: Tensor | None = None,
     classes: tuple[str, ...] = (),
+    outputs: Outputs | None = None,
 ) -> dict[str, Any]:
     """Writes a network and its model card, `path`.md, if the file computes what the network does.
 
-    A program takes "images" [N, C, H, W], N being open, and returns "logits" [N, num_classes].
+    A program takes the place of the run's teacher: its input has the teacher's name, order of
+    dimensions and dtype, and it answers as the teacher does. Where nothing else is known of the
+    teacher, it takes "images" [N, C, H, W], N being open, and returns "logits" [N, num_classes].
 
     Args:
         student: what distill() returned, or any classifier.
@@ -81,11 +92,13 @@ def export_student(
         image_shape: C, H and W of the images; the run's when not given.
         held_out: images [N, C, H, W], as the network takes them, on which the file is compared as
             well as on 256 random ones.
-        classes: names of the classes, for the card.
+        classes: names of the classes, for the card; the teacher's, if it has some, by default.
+        outputs: "as-teacher", or "logits" [N, num_classes] whatever the teacher returned. By
+            default as the teacher, if the file is a program; a file of weights has logits only.
 
     Returns:
         The check's figures: "random_images" and "held_out_images", on all of which the file chooses
-        the student's class, and "max_difference", the largest absolute one between their logits.
+        the student's class, and "max_difference", the largest absolute one between their outputs.
 
     Raises:
         UserError: the network cannot be exported, a package is missing, or the file does not
@@ -97,6 +110,8 @@ def export_student(
         student = student.student
     if format not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if outputs not in (None, *get_args(Outputs)):
+        raise UserError(f"--outputs must be as-teacher or logits, got {outputs!r}")
     if path.is_dir():
         raise UserError(f"--out must be a file, {path} is a folder")
     config = None if run is None else Config(**read_config(run))
@@ -105,37 +120,56 @@ def export_student(
             raise UserError("image_shape is needed, (C, H, W), where no run tells it")
         image_shape = config.shape
     # A copy, since the student's mode and device are the caller's.
-    student = copy.deepcopy(student).cpu().eval().requires_grad_(False)
+    student = duplicate(student).cpu().eval().requires_grad_(False)
     random = torch.randn(256, *image_shape, generator=torch.Generator().manual_seed(0))
     if config is not None and config.from_generated is not None:
         generated = random[:, :1] if config.grey else random
         random = Affine(*config.from_generated)(generated)
     example = random[:2].clone()  # two or more: one would fix the batch size
     num_classes = logits_of(student, example, "student").shape[1]
-    write, load = FORMATS[format].made(student, example)
-    check: dict[str, Any] = {}
     # Read now, so that a damaged one is told before there is a file without a card.
     summary = {} if run is None else read_summary(run)
+    convention = _convention(summary, format, outputs)
+    program = drop_in(student, convention)
+    write, load = FORMATS[format].made(program, given(example, convention), convention)
+    check: dict[str, Any] = {}
 
     def write_and_check(temporary: Path) -> None:
         write(temporary)
-        check.update(_compare(student, load, temporary, random, held_out))
+        check.update(_compare(program, load, temporary, random, held_out, convention))
 
     write_atomically(path, write_and_check)
     text = model_card(
         path, format, config, summary, name=type(student).__name__, image_shape=image_shape,
-        num_classes=num_classes, classes=classes, check=check,
+        num_classes=num_classes, classes=classes or convention.classes, check=check,
+        convention=convention, answer_shape=answer_shape(convention, num_classes),
         first=student[0] if isinstance(student, Taking) and format == "safetensors" else None,
     )  # fmt: skip
     write_text(path.with_name(f"{path.name}.md"), text)
     return check
 
 
+def _convention(summary: dict[str, Any], format: FormatName, outputs: Outputs | None) -> Convention:
+    """What the file that is to be written takes and returns."""
+    convention = Convention.from_json(summary.get("convention", {}))
+    if not FORMATS[format].program:
+        if outputs == "as-teacher":
+            raise UserError(
+                f"--outputs as-teacher needs a program, and {format} has the weights alone, with "
+                "which a network gives logits; choose another --format, or leave --outputs out"
+            )
+        return Convention(classes=convention.classes)
+    if outputs != "logits":
+        return convention
+    name = convention.output_name if convention.outputs == "logits" else "logits"
+    return replace(convention, outputs="logits", output_name=name, answer_shape=None)
+
+
 _Network = Callable[[Tensor], Tensor]
 _Made = tuple[Callable[[Path], object], Callable[[Path], _Network]]
 
 
-def _as_safetensors(student: nn.Module, images: Tensor) -> _Made:
+def _as_safetensors(student: nn.Module, images: Tensor, convention: Convention) -> _Made:
     def load(path: Path) -> _Network:
         fresh = copy.deepcopy(student)
         with torch.no_grad():
@@ -146,7 +180,7 @@ def _as_safetensors(student: nn.Module, images: Tensor) -> _Made:
     return lambda path: save_weights(path, student.state_dict()), load
 
 
-def _as_program(student: nn.Module, images: Tensor) -> _Made:
+def _as_program(student: nn.Module, images: Tensor, convention: Convention) -> _Made:
     program = _program(student, images)
 
     def write(path: Path) -> None:
@@ -160,27 +194,40 @@ def _as_program(student: nn.Module, images: Tensor) -> _Made:
     return write, load
 
 
-def _as_onnx(student: nn.Module, images: Tensor) -> _Made:
+def _as_onnx(student: nn.Module, images: Tensor, convention: Convention) -> _Made:
     for package in _ONNX_PACKAGES:
         require(package, "exporting to ONNX (the extra dafl_fast[export])")
     import onnxruntime
 
     try:
-        made = torch.onnx.export(
-            _program(student, images), dynamo=True, verbose=False,
-            input_names=["images"], output_names=["logits"],
-        )  # fmt: skip
+        made = torch.onnx.export(_program(student, images), dynamo=True, verbose=False)
     except torch.onnx.errors.OnnxExporterError as error:
         raise UserError(f"the student cannot be exported to ONNX: {first_line(error)}") from error
     assert made is not None
+    names = (convention.input_name, convention.output_name)
+    _name(made.model.graph, *names)
 
     def load(path: Path) -> _Network:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-        return lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
+        return lambda x: torch.from_numpy(session.run(names[1:], {names[0]: x.numpy()})[0])
 
     return lambda path: made.save(str(path), external_data=False), load
+
+
+def _name(graph: Any, input_name: str, output_name: str) -> None:
+    """Gives the input and the output of an ONNX graph their names, and what has one of these
+    already, such as the output of a layer, another."""
+    outputs = [value for node in graph for value in node.outputs]
+    inner = [*outputs, *graph.initializers.values()]
+    taken = {value.name for value in inner} | {input_name, output_name}
+    for value in inner:
+        if value.name in (input_name, output_name):
+            while value.name in taken:
+                value.name += "_"
+            taken.add(value.name)
+    graph.inputs[0].name, graph.outputs[0].name = input_name, output_name
 
 
 def _program(student: nn.Module, images: Tensor) -> ExportedProgram:
@@ -201,32 +248,37 @@ class ExportFormat(NamedTuple):
     """A format of exported files.
 
     Attributes:
-        made: from the student and two images, what writes a file and what loads it again.
+        made: from the student, two images and what they are named, what writes a file and what
+            loads it again.
         library: what the Hugging Face hub calls it.
-        use: Python that loads file {} and runs it on images, for the card.
+        use: Python that loads {file} and runs it on images named {input}, for the card.
         help: for the command line.
         packages: that it takes, whose versions the card tells.
+        program: whether it runs by itself, and so may take images and answer as the teacher.
     """
 
-    made: Callable[[nn.Module, Tensor], _Made]
+    made: Callable[[nn.Module, Tensor, Convention], _Made]
     library: str
     use: str
     help: str
     packages: tuple[str, ...] = ()
+    program: bool = True
 
 
 # A new format is a new row.
 FORMATS = {
     "safetensors": ExportFormat(
         _as_safetensors, "safetensors",
-        'network.load_state_dict(safetensors.torch.load_file("{}"))', "the weights alone",
+        'network.load_state_dict(safetensors.torch.load_file("{file}"))', "the weights alone",
+        program=False,
     ),
     "onnx": ExportFormat(
-        _as_onnx, "onnx", 'onnxruntime.InferenceSession("{}").run(None, {{"images": images}})[0]',
+        _as_onnx, "onnx",
+        'onnxruntime.InferenceSession("{file}").run(None, {{"{input}": images}})[0]',
         "runs in onnxruntime and most engines for inference", _ONNX_PACKAGES,
     ),
     "pt2": ExportFormat(
-        _as_program, "pytorch", 'torch.export.load("{}").module()(images)',
+        _as_program, "pytorch", 'torch.export.load("{file}").module()(images)',
         "a program for torch.export.load",
     ),
 }  # fmt: skip
@@ -244,6 +296,7 @@ def _compare(
     path: Path,
     random: Tensor,
     held_out: Tensor | None,
+    convention: Convention,
 ) -> dict[str, Any]:
     """The figures of `export_student`; raises UserError if the file computes something else."""
     # One image by itself, and a last batch of another size: any number must do.
@@ -253,9 +306,10 @@ def _compare(
     try:
         network = load(path)
         for images in batches:
+            images = given(images, convention)
             expected, got = student(images), network(images)
             count += len(images)
-            differ += int((got.argmax(1) != expected.argmax(1)).sum())
+            differ += int((chosen(got, convention) != chosen(expected, convention)).sum())
             largest = max(largest, expected.abs().max().item())
             gap = (got - expected).abs().max().nan_to_num(nan=float("inf")).item()
             difference = max(difference, gap)
@@ -266,7 +320,7 @@ def _compare(
     if differ or difference > ROUNDING * largest:
         raise UserError(
             f"the file that was written does not compute what the student does, and is not kept: "
-            f"other classes on {differ:,} of {count:,} images, logits differ by up to "
+            f"other classes on {differ:,} of {count:,} images, outputs differ by up to "
             f"{difference:.3g} (the largest is {largest:.3g})"
         )
     return {
@@ -280,8 +334,8 @@ def model_card(
     path: Path, format: FormatName, config: Config | None, summary: dict[str, Any], **student: Any
 ) -> str:
     """A model card in the style of the Hugging Face hub, from the run's settings and summary and
-    what else is known of the student: name, image_shape, num_classes, classes, check, and its
-    first layer if that is not in the file."""
+    what else is known of the student: name, image_shape, num_classes, classes, check, what it takes
+    and returns, and its first layer if that is not in the file."""
     teacher = summary.get("teacher", config and config.teacher)  # it may be a file
     content, here = path.read_bytes(), environment()
     versions = {name: here[name] for name in ("dafl_fast", "torch", "python")}
@@ -293,7 +347,7 @@ def model_card(
         "date": datetime.date.today(),
         "format": format,
         "library": FORMATS[format].library,
-        "use": FORMATS[format].use.format(path.name),
+        "use": FORMATS[format].use.format(file=path.name, input=student["convention"].input_name),
         "config": config,
         "changed": {} if config is None else _changed(config),
         "summary": summary,
@@ -339,12 +393,13 @@ def main() -> None:
     images, classes = _held_out(config)
     path = arguments.out or arguments.run / f"student.{arguments.format}"
     check = export_student(
-        student, path, arguments.format, run=arguments.run, held_out=images, classes=classes
-    )
+        student, path, arguments.format, run=arguments.run, held_out=images, classes=classes,
+        outputs=arguments.outputs,
+    )  # fmt: skip
     held_out = check["held_out_images"]
     print(
         f"{path}: the student's class on all of {check['random_images'] + held_out:,} images "
-        f"({held_out:,} held out), logits differ by at most {check['max_difference']:.2g}\n"
+        f"({held_out:,} held out), outputs differ by at most {check['max_difference']:.2g}\n"
         f"{path}.md: its model card"
     )
 

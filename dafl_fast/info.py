@@ -14,7 +14,14 @@ import torch
 import tyro
 
 from .data import find
-from .device import environment, pick_device, pick_precision
+from .device import (
+    cpu_quota,
+    environment,
+    pick_device,
+    pick_precision,
+    pick_threads,
+    usable_cpus,
+)
 from .errors import command
 
 # Extras for those who work on dafl_fast itself.
@@ -39,7 +46,9 @@ def collect() -> dict[str, Any]:
         requirements = []
     return {
         **environment(),
-        "usable_cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "usable_cpus": len(usable_cpus()),
+        "cpu_quota": cpu_quota(),
+        "auto_threads": pick_threads("auto"),
         "gpus": [
             {
                 "name": gpu.name,
@@ -84,16 +93,18 @@ def text(info: dict[str, Any]) -> str:
         for gpu in info["gpus"]
     ]
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    picked = f"{info['auto_threads']} thread{'s' * (info['auto_threads'] > 1)}"
+    quota = f", a quota of {info['cpu_quota']:g}" if info["cpu_quota"] else ""
     lines = {
         "dafl_fast": f"{info['dafl_fast']}, built with {cuda}, {build['compiler']}, "
         f"torch {build['torch']}, {'OpenMP' if build['openmp'] else 'no OpenMP'}",
         "torch": info["torch"],
         "python": f"{info['python']}, {info['system']}",
-        "CPU": f"{info['cpu']}, {info['cpus']} logical, {info['usable_cpus']} usable",
+        "CPU": f"{info['cpu']}, {info['cpus']} logical, {info['usable_cpus']} usable{quota}",
         "threads": f"{info['threads']} (OMP_NUM_THREADS {threads})",
         "instructions": f"{build['isa']}, of {', '.join(build['isa_available'])}",
         "GPUs": "; ".join(gpus) or "none",
-        "auto picks": f"{info['device']}, {info['precision']}",
+        "auto picks": f"{info['device']}, {info['precision']}, {picked}",
         "data sets": f"{info['data_dir']}: {', '.join(info['data']) or 'none'}",
         **{name: value for name, value in info["packages"].items() if name != "torch"},
     }

@@ -49,6 +49,7 @@ def at_least(least: int, reason: str = "") -> Bound:
 
 
 BATCH = at_least(2, "BatchNorm needs two images")
+THREADS = Bound("auto, or at least 1", lambda number: number == "auto" or number >= 1)
 
 
 class Mark(Enum):
@@ -146,6 +147,10 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
             return None
         options = tuple(option for option in options if option is not NoneType)
         several = isinstance(value, (list, tuple))
+        named = [option for option in options if get_origin(option) is Literal]
+        if any(value in get_args(option) for option in named):
+            return value
+        options = tuple(option for option in options if option not in named)
         fitting = [option for option in options if (get_origin(option) is tuple) == several]
         return _converted(name, value, (fitting or options)[0])
     if get_origin(kind) is Literal:

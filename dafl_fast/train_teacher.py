@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import data
 from .data import ImageSize
-from .device import keep_freed_memory, pick_device, pick_precision
+from .device import keep_freed_memory, pick_device, pick_precision, pick_threads, threads
 from .engine.ema import Average
 from .engine.evaluation import accuracy
 from .engine.layout import use_channels_last
@@ -35,6 +35,7 @@ from .settings import (
     BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
+    THREADS,
     Bound,
     Mark,
     check,
@@ -85,6 +86,8 @@ class TeacherConfig:
     """Stop after this many seconds of training; saving and evaluation are not counted."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Mark.RESUMABLE] = "auto"
     """auto: the GPU when there is one."""
+    threads: Annotated[Literal["auto"] | int, THREADS, Mark.RESUMABLE] = "auto"
+    """Threads of the CPU. auto: one for each core, or as OMP_NUM_THREADS says."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network. auto: bf16 where the processor has it."""
     seed: int = 0
@@ -364,7 +367,8 @@ def train(config: TeacherConfig) -> dict[str, Any]:
     if config.resume:
         training.load_state_dict(load_checkpoint(checkpoint))
     print(f"{config.network} on {len(images):,} images of {len(classes)} classes", flush=True)
-    training.run(checkpoint)
+    with threads(pick_threads(config.threads)):
+        training.run(checkpoint)
 
     network = training.average.module
     whole = nn.Sequential(training.normaliser, network)

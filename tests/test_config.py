@@ -32,6 +32,7 @@ BOUNDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "batch_size": ([2, 512], [1, 0, -2]),
         "student_batch_size": ([None, 2], [1, 0]),
     },
+    "auto, or at least 1": {"threads": (["auto", 1, 64], [0, -1])},
     "at least 2": {"num_classes": ([None, 2, 1000], [1, 0])},
     "positive": {
         "steps": ([None, 1], [0, -1]),
@@ -74,7 +75,7 @@ NUMBERS = {
     "a whole number": (
         "steps", "seed", "num_classes", "generator_width", "latent_dim", "batch_size",
         "generator_restart_every", "adversarial_after", "student_updates", "student_batch_size",
-        "bank_images", "bank_crop", "log_every",
+        "bank_images", "bank_crop", "log_every", "threads",
     ),
     "a finite number": (
         "max_seconds", "generator_lr", "generator_beta1", "one_hot", "entropy", "activation",
@@ -211,10 +212,11 @@ def test_what_may_change_when_a_run_is_resumed():
     assert marked(Config, Mark.RESUMABLE) == {
         "steps", "max_seconds", "out_dir", "resume", "device", "cuda_graph", "compile", "teacher",
         "teacher_weights", "eval", "data_dir", "download", "eval_every", "save_every", "log_every",
-        "tensorboard", "stall_seconds",
+        "tensorboard", "stall_seconds", "threads",
     }  # fmt: skip
     assert marked(TeacherConfig, Mark.RESUMABLE) == {
         "data_dir", "download", "eval", "out", "resume", "device", "save_every", "log_every",
+        "threads",
     }  # fmt: skip
 
 

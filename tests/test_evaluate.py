@@ -211,8 +211,8 @@ def test_programs_that_do_not_fit_are_one_sentence(monkeypatch, capsys, tmp_path
     resnet = save(tmp_path / "resnet.safetensors", build("ResNet8", 4, 1))
     as_mnist = ["--data", grey, "--normalise", "mnist"]
     for arguments, sentence in (
-        ([str(tmp_path / "lenet.pt"), *as_mnist], "the model does not take images of shape [2, 1,"),
-        ([str(tmp_path / "images.pt"), *as_mnist], "the model must return logits [N, C], got [2, "),
+        ([str(tmp_path / "lenet.pt"), *as_mnist], "the model does not take images of shape [8, 1,"),
+        ([str(tmp_path / "images.pt"), *as_mnist], "the model must return logits [N, C], got [8, "),
         ([resnet, *as_mnist, "--teacher", str(tmp_path / "lenet.pt")], "the teacher does not take"),
         ([str(tmp_path)], "there is no run in"),
     ):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -226,7 +227,10 @@ def test_an_onnx_file_with_channels_last(here, monkeypatch, capsys):
         Last().eval(), (images,), "teacher.onnx", dynamo=False, opset_version=13,
         input_names=["input_1"], output_names=["dense"], dynamic_axes={"input_1": {0: "N"}},
     )  # fmt: skip
-    summary = distilled(monkeypatch, capsys, "--teacher", "teacher.onnx", "--pixels", "0..255")
+    line = ["--teacher", "teacher.onnx", "--student", "nets.py:student", *TINY]
+    code, err = command(monkeypatch, capsys, train, *line, "--pixels", "0..1")
+    assert code == 2 and "--pixels must be 0..255 for teacher.onnx, which takes uint8" in err
+    summary = distilled(monkeypatch, capsys, "--teacher", "teacher.onnx")
     convention = summary["convention"]
     assert (convention["layout"], convention["dtype"]) == ("NHWC", "uint8")
     assert convention["image_shape"] == [3, 16, 20]
@@ -240,7 +244,7 @@ def test_the_orientation_of_text_lines(here, monkeypatch, capsys):
     if found is None:
         pytest.skip("pip install --no-deps rapidocr")
     file = Path(found.origin).parent / "models" / "ch_ppocr_mobile_v2.0_cls_mobile.onnx"
-    summary = distilled(monkeypatch, capsys, "--teacher", file)
+    summary = distilled(monkeypatch, capsys, "--teacher", file, shape=(3, 48, 192))
     convention = summary["convention"]
     assert convention["image_shape"] == [3, 48, 192]
     assert convention["outputs"] == "probabilities"
@@ -255,6 +259,27 @@ def test_the_orientation_of_text_lines(here, monkeypatch, capsys):
     got = answers_of_export(monkeypatch, capsys, {names[0]: images}, names[1])
     assert got.shape == wanted.shape
     np.testing.assert_allclose(got.sum(1), 1, atol=1e-5)
+    # The file leaves height and width open; with nothing said, some are taken, which one line says.
+    shutil.rmtree("run")
+    summary = distilled(monkeypatch, capsys, "--teacher", file)
+    assert summary["convention"]["image_shape"] == [3, 64, 64]
+
+
+def test_a_program_tells_its_images(here, monkeypatch, capsys):
+    program = torch.export.export(
+        module_of(here / "nets.py").View().eval(), (torch.randn(2, 3, 16, 20),),
+        dynamic_shapes=({0: torch.export.Dim("N")},),
+    )  # fmt: skip
+    torch.export.save(program, "teacher.pt2")
+    summary = distilled(monkeypatch, capsys, "--teacher", "teacher.pt2")
+    assert summary["convention"]["image_shape"] == [3, 16, 20]
+
+
+def test_a_pickled_network_is_not_loaded(here, monkeypatch, capsys):
+    torch.save(torch.nn.Linear(3, 2), "teacher.pt")
+    line = ["--teacher", "teacher.pt", "--image-shape", 3, 16, 16, "--student", "nets.py:student"]
+    code, err = command(monkeypatch, capsys, train, *line, *TINY)
+    assert code == 2 and "can run any code" in err
 
 
 def test_a_digit_classifier_from_a_package(here, monkeypatch, capsys):

@@ -25,15 +25,17 @@ def test_it_says_what_is_here(monkeypatch, capsys, tmp_path):
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     (tmp_path / "usps.bz2").touch()  # half of it
     monkeypatch.setenv("DAFL_DATA", str(tmp_path))
+    monkeypatch.setattr("dafl_fast.info.cpu_quota", lambda: 1.5)
     torch.set_num_threads(1)
     found = json.loads(run(monkeypatch, capsys, "--json"))
     assert found["build"] == dafl_fast.build_info()
-    assert found["threads"] == 1
+    assert found["threads"] == found["auto_threads"] == 1
     assert len(found["gpus"]) == torch.cuda.device_count()
     assert (found["data_dir"], found["data"]) == (str(tmp_path), ["mnist"])
     printed = run(monkeypatch, capsys)
     for said in (dafl_fast.__version__, torch.__version__, found["cpu"], found["build"]["isa"],
-                 f"{tmp_path}: mnist", f"{found['device']}, {found['precision']}"):  # fmt: skip
+                 f"{tmp_path}: mnist", f"{found['device']}, {found['precision']}, 1 thread\n",
+                 f"{found['usable_cpus']} usable, a quota of 1.5\n"):  # fmt: skip
         assert said in printed
 
 
@@ -41,6 +43,8 @@ def test_gpus_and_a_missing_folder(monkeypatch, capsys, tmp_path):
     class Properties:
         name, total_memory, major, minor = "NVIDIA H100", 80 * 2**30, 9, 0
 
+    # Another package may have told PyTorch to go by the number of devices.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: Properties)
     monkeypatch.setenv("DAFL_DATA", str(tmp_path / "none"))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from dafl_fast.models.winograd import WinogradConv2d, becomes_faster
 from dafl_fast.networks import from_export
 from dafl_fast.recipes import make_config
 
+from .conftest import ROOT
 from .test_distill import settings
 from .test_winograd import NEEDS_FP32
 
@@ -143,6 +146,15 @@ def test_the_step_has_the_teachers_answers(kind, precision, tmp_path):
     torch.testing.assert_close(logits.float(), teacher(IMAGES), rtol=tolerance, atol=tolerance)
     assert features.shape == (3, 192 if kind in (ViewsItsImages, ViewsOften) else 96)
     step()
+
+
+def test_nothing_is_printed_of_what_was_tried(tmp_path, capfd):
+    class Ends(Viewed):
+        def forward(self, x):
+            return super().forward(x).softmax(1)  # taken off, in a module of torch.fx
+
+    distill(Ends(), Viewed(), progress="off", **settings(tmp_path))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_only_the_place_that_needs_it_is_contiguous():
@@ -296,3 +308,26 @@ def test_layers_are_made_faster_one_by_one_where_all_at_once_is_wrong(tmp_path, 
         assert kinds["plain"] is nn.Conv2d and kinds["other"] is WinogradConv2d
     images = torch.randn(4, 3, 8, 8)
     torch.testing.assert_close(step.teacher(images)[0], teacher(images), rtol=1e-3, atol=1e-4)
+
+
+def gradients_of_narrow_strided_convolutions():
+    """In a process of its own: if oneDNN writes beyond its memory, the process ends."""
+    for channels in (3, 8, 12, 16):
+        network = nn.Sequential(nn.Conv2d(channels, 16, 1, 2), nn.BatchNorm2d(16))
+        exact = copy.deepcopy(network).double()
+        images = torch.randn(2, channels, 64, 64)
+        use_channels_last(network, images, "student", trained=True)
+        images = images.contiguous(memory_format=torch.channels_last)
+        for _ in range(10):
+            for one, x in ((network, images), (exact, images.double())):
+                one.zero_grad()
+                one(x)[:, :5].square().sum().backward()
+            torch.testing.assert_close(
+                network[0].weight.grad.double(), exact[0].weight.grad, rtol=1e-3, atol=1e-2
+            )
+
+
+def test_narrow_strided_convolutions():
+    code = f"import {__name__} as t; t.gradients_of_narrow_strided_convolutions()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -274,13 +274,13 @@ def test_a_new_file_format_is_one_row(tmp_path, monkeypatch):
     made = Own(7).eval()
     row = formats.FileFormat(
         "ours", "our own", (".own",), lambda head, members: head[:3] == b"OWN",
-        program=lambda path, role: made,
+        program=lambda path, role, image_shape: made,
     )  # fmt: skip
     monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, row))
     (tmp_path / "file").write_bytes(b"OWN")
     assert load_network(tmp_path / "file", role="teacher") is made
     (tmp_path / "file").write_bytes(b"other")
-    with pytest.raises(UserError, match="by torch.export.save, TorchScript, or our own$"):
+    with pytest.raises(UserError, match="by torch.export.save, TorchScript, ONNX, or our own$"):
         load_network(tmp_path / "file", role="teacher")
 
 

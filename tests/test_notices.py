@@ -203,15 +203,17 @@ def test_a_named_student_has_a_smaller_one_named_instead(caplog, preset, student
 
 def test_the_network_to_propose():
     parameters = {
-        name: sum(p.numel() for p in build(name).parameters()) for name in ("ResNet8", "WRN-16-1")
+        name: sum(p.numel() for p in build(name).parameters())
+        for name in ("ResNet8", "ResNet8Slim", "WRN-16-1")
     }
     # At most half as large, else at least smaller, else none; and for such images.
     assert smaller_network(2 * parameters["ResNet8"], 10, (3, 32, 32)) == "ResNet8"
     assert smaller_network(2 * parameters["WRN-16-1"], 10, (3, 64, 64)) == "WRN-16-1"
-    assert smaller_network(2 * parameters["ResNet8"] - 1, 10, (3, 32, 32)) == "ResNet8"
-    assert smaller_network(parameters["ResNet8"], 10, (3, 32, 32)) is None
-    assert smaller_network(61_706, 10, (1, 32, 32)) == "LeNet5Half"
-    assert smaller_network(61_706, 10, (1, 64, 64)) is None
+    assert smaller_network(2 * parameters["ResNet8"] - 1, 10, (3, 32, 32)) == "ResNet8Slim"
+    assert smaller_network(parameters["ResNet8Slim"] + 1, 10, (3, 32, 32)) == "ResNet8Slim"
+    assert smaller_network(parameters["ResNet8Slim"], 10, (3, 32, 32)) is None
+    assert smaller_network(61_706, 10, (1, 32, 32)) == "ResNet8Slim"
+    assert smaller_network(61_706, 10, (1, 64, 64)) == "ResNet8Slim"
     assert smaller_network(10**7, 1000, (4, 32, 32)) == "WRN-40-2"
 
 

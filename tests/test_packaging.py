@@ -133,6 +133,13 @@ def test_architectures(setup, system, monkeypatch, visible, asked, expected):
     assert setup.architectures(toolkit, {"TORCH_CUDA_ARCH_LIST": asked}) == expected
 
 
+def test_openmp_is_that_of_torch(setup, tmp_path):
+    assert setup.openmp("linux", [tmp_path]) == ["-fopenmp"]
+    assert setup.openmp("darwin", [tmp_path]) == []
+    (tmp_path / "omp.h").touch()
+    assert setup.openmp("darwin", ["/nowhere", tmp_path]) == ["-Xpreprocessor", "-fopenmp"]
+
+
 def test_forcing_cuda_without_a_toolkit_ends_with_one_sentence(tmp_path):
     hidden = f"""
 import setup, sys

@@ -677,17 +677,18 @@ class Call(nn.Module):
 @pytest.mark.parametrize(
     ("network", "sentence"),
     [
-        (sequential(nn.Softmax(1)), "ends in softmax; the losses need logits"),
-        (sequential(nn.Softmax(1), classes=2), "ends in softmax"),
-        (sequential(nn.Softmax(1), scale=1e4), "ends in softmax"),  # all of them 0 or 1
-        (sequential(nn.Softmax(1)).bfloat16(), "ends in softmax"),
-        (sequential(nn.LogSoftmax(1)), "ends in log-softmax; the losses need logits"),
-        (sequential(nn.LogSoftmax(1), classes=2), "ends in log-softmax"),
-        (sequential(nn.LogSoftmax(1), scale=1e4), "ends in log-softmax"),
-        (sequential(nn.LogSoftmax(1), classes=1000).bfloat16(), "ends in log-softmax"),
-        (sequential(nn.LogSoftmax(1)).half(), "ends in log-softmax"),
+        (sequential(nn.Softmax(1)), "returns probabilities of 10 classes; the losses need logits"),
+        (sequential(nn.Softmax(1), classes=2), "returns probabilities of"),
+        (sequential(nn.Softmax(1), scale=1e4), "returns probabilities of"),  # all of them 0 or 1
+        (sequential(nn.Softmax(1)).bfloat16(), "returns probabilities of"),
+        (sequential(nn.LogSoftmax(1)), "returns log-probabilities of 10 classes; the losses need"),
+        (sequential(nn.LogSoftmax(1), classes=2), "returns log-probabilities of"),
+        (sequential(nn.LogSoftmax(1), scale=1e4), "returns log-probabilities of"),
+        (sequential(nn.LogSoftmax(1), classes=1000).bfloat16(), "returns log-probabilities of"),
+        (sequential(nn.LogSoftmax(1)).half(), "returns log-probabilities of"),
         (sequential(nn.Unflatten(1, (2, 5))), r"must return logits \[N, C\], got \[16, 2, 5\]"),
-        (sequential(classes=1), "has a single output"),
+        (sequential(nn.Sigmoid()), "returns a sigmoid for each of 10 classes, .*; the losses need"),
+        (sequential(classes=1), "returns one logit, of the second of two classes; the losses need"),
         (sequential(Call(torch.Tensor.detach)), "gives no gradient to its images"),
         (nn.Sequential(nn.Flatten(), nn.Linear(7, 10)), "does not take images of shape"),
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(4, 2)),
@@ -733,8 +734,9 @@ def test_check_accepts_an_honest_teacher(network, dtype, caplog):
     assert "sigmoid" not in caplog.text
 
 
-def test_check_warns_of_a_sigmoid(caplog):
-    FrozenTeacher(sequential(nn.Sigmoid())).check(torch.randn(16, 1, 32, 32))
+def test_check_warns_of_what_may_be_a_sigmoid(caplog):
+    handmade = sequential(Call(lambda t: 1 / (1 + torch.exp(-t))))
+    FrozenTeacher(handmade).check(torch.randn(16, 1, 32, 32))
     assert "between 0 and 1, as those of a sigmoid" in caplog.text
 
 

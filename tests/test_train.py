@@ -237,6 +237,7 @@ def run_in_process(config: Config) -> None:
     train(config)
 
 
+@pytest.mark.slow
 def test_kill_nine_at_twenty_random_moments(tmp_path):
     """The process is killed without warning, again and again, before the run gets through."""
     settings = dict(steps=150, generator_restart_every=25, eval_every=1e-9)

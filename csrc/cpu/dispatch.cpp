@@ -10,21 +10,8 @@
 
 #include "instruction_set.h"
 
-// Narrowest first: each takes from the one before it what it does not have itself.
-#if defined(__x86_64__)
-#define DAFL_INSTRUCTION_SETS(DO) DO(baseline) DO(avx2) DO(avx512) DO(avx512_bf16)
-#else
-#define DAFL_INSTRUCTION_SETS(DO) DO(baseline)
-#endif
-
 namespace dafl {
 namespace cpu {
-
-#define DAFL_DECLARE(name)                     \
-  namespace name {                             \
-  extern const InstructionSet instruction_set; \
-  }
-DAFL_INSTRUCTION_SETS(DAFL_DECLARE)
 
 namespace {
 

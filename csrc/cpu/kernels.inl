@@ -3,8 +3,8 @@
 //   DAFL_VECTOR_BYTES   a vector's width
 //   DAFL_TARGET         what the compiler may use, as in its attribute `target`; none: the default
 //   DAFL_ISA::supported whether the processor has it
-// and includes this file once. DAFL_AVX512_BF16: only what bf16 products make faster is compiled;
-// the rest would be the same code as AVX-512's again.
+// and includes this file once. DAFL_ONLY_BF16: only what bf16 products make faster is compiled; the
+// rest would be the same code as the set's before it again.
 //
 // One rule: nothing that has a linkage of its own may be compiled with wide instructions. An inline
 // function or a template's instance of the standard library could become the copy that the linker
@@ -31,7 +31,7 @@ namespace DAFL_ISA {
 namespace {
 
 #include "vectors.inl"
-#ifndef DAFL_AVX512_BF16
+#ifndef DAFL_ONLY_BF16
 #include "losses.inl"
 #include "generator_loss.inl"
 #include "distill_loss.inl"
@@ -43,7 +43,7 @@ namespace {
 #include "conv_pool.inl"
 #include "winograd.inl"
 
-#ifndef DAFL_AVX512_BF16
+#ifndef DAFL_ONLY_BF16
 template <class M>
 constexpr LossKernels kLosses = {generator_forward<M>, generator_backward<M>,
                                  distill_forward<M>,   distill_backward<M>,
@@ -114,11 +114,15 @@ extern const InstructionSet instruction_set;
 const InstructionSet instruction_set = {
     DAFL_STRING(DAFL_ISA),
     supported,
-#if defined(DAFL_AVX512_BF16)
+#if defined(DAFL_ONLY_BF16)
     {},
     {nullptr, nullptr, &kLayers<Access<MemoryBf16>>},
     {nullptr, nullptr, &kWinograd<Pair<MemoryBf16>>},
+#ifdef DAFL_AVX512_BF16
     {true, false, true, false},
+#else
+    {},  // on ARM nobody has measured it
+#endif
 #elif defined(DAFL_WITH_F64)
     {&kLosses<FloatMath>, &kLosses<DoubleMath>},
     {&kLayers<Access<MemoryF32>>, &kLayers<Access<MemoryF64>>, &kLayers<Access<MemoryBf16>>,

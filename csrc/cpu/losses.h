@@ -2,8 +2,7 @@
 // a time. The caller cuts [0, N) into chunks that depend on the shape only and adds their partial
 // sums in a fixed order, so results do not depend on the number of threads.
 //
-// Cross-compiles without torch, e.g. for arm64 (where only the baseline kernels are built):
-//   for f in csrc/cpu/*.cpp; do aarch64-linux-gnu-g++ -std=c++17 -O3 -c $f -o /dev/null; done
+// They compile for ARM without torch, and run there: `make arm-check`.
 #pragma once
 
 #include <cstdint>

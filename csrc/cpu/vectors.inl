@@ -189,6 +189,8 @@ struct MemoryBf16 : MemoryF32 {
   static DAFL_HD void encode(T* to, V value) {
 #ifdef DAFL_AVX512_BF16
     store(to, _mm512_cvtneps_pbh(value));
+#elif defined(DAFL_NEON_BF16)
+    store(to, vcvt_bf16_f32(bit_cast<float32x4_t>(value)));
 #else
     store(to, __builtin_convertvector(encode_bits(value), U16));
 #endif

@@ -39,6 +39,17 @@ struct Pair : Access<Memory> {
   static DAFL_HD V along(const V* values) {
     return bit_cast<V>(_mm512_cvtne2ps_pbh(values[1], values[0]));
   }
+#elif defined(DAFL_NEON_BF16)  // multiplied in bfmmla.inl
+  static DAFL_HD V across(const V* values) {
+    return bit_cast<V>(vzip1q_u16(low_half(values[0]), low_half(values[1])));
+  }
+  static DAFL_HD V along(const V* values) {
+    return bit_cast<V>(
+        vcombine_u16(vget_low_u16(low_half(values[0])), vget_low_u16(low_half(values[1]))));
+  }
+  static DAFL_HD uint16x8_t low_half(V values) {
+    return bit_cast<uint16x8_t>(vcvtq_low_bf16_f32(bit_cast<float32x4_t>(values)));
+  }
 #else
   static DAFL_HD V multiply_add(Unit a, const Unit* b, V sum) {
     const U32 first = U32{} + a, second = load<U32>(b);
@@ -57,9 +68,13 @@ struct Pair : Access<Memory> {
 #endif
 };
 
-// A block of a product that has its sums in registers: rows and vectors of columns. 24 of AVX-512's
-// 32 registers, 12 of 16 otherwise; the rest is for the operands.
-constexpr int kRows = 6, kVectors = DAFL_VECTOR_BYTES == 64 ? 4 : 2;
+// A block of a product that has its sums in registers: rows and vectors of columns. 24 of the 32
+// registers of AVX-512 and NEON, 12 of 16 otherwise; the rest is for the operands.
+#if DAFL_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kRows = 6, kVectors = 4;
+#else
+constexpr int kRows = 6, kVectors = 2;
+#endif
 
 template <class M>
 struct Panel {
@@ -76,6 +91,9 @@ struct Operand {
   int64_t apart, step;
 };
 
+#ifdef DAFL_NEON_BF16
+#include "bfmmla.inl"
+#else
 template <class M, int R>
 DAFL_HD void multiply_rows(Operand<M> a, Operand<M> b, int64_t steps, bool add,
                            typename M::Compute::T* sums) {
@@ -104,6 +122,7 @@ DAFL_HD void multiply_rows(Operand<M> a, Operand<M> b, int64_t steps, bool add,
     for (int v = 0; v < kVectors; ++v) store(sums + r * width + v * M::lanes, sum[r][v]);
   }
 }
+#endif
 
 // sums [rows, width] = a [rows, steps] b [steps, width], added to what they are where `add`
 template <class M>

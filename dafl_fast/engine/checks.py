@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +16,35 @@ from .evaluation import buffers_kept, evaluation_mode
 log = logging.getLogger(__name__)
 
 
+def answer_of(network: Callable[[Tensor], Any], images: Tensor, role: str = "teacher") -> Any:
+    """What a classifier returns for images [N, C, H, W]; `role` names it in messages.
+
+    Raises:
+        UserError: it does not take such images.
+    """
+    try:
+        return network(images)
+    except UserError:
+        raise
+    except Exception as error:  # a network may raise anything
+        raise UserError(
+            f"the {role} does not take images of shape {list(images.shape)}: {first_line(error)}"
+        ) from error
+
+
 def logits_of(network: Callable[[Tensor], Tensor], images: Tensor, role: str = "teacher") -> Tensor:
     """A classifier's logits for images [N, C, H, W]; `role` names it in messages.
 
     Raises:
         UserError: it does not take such images, or returns something else.
     """
-    shape = list(images.shape)
-    try:
-        logits = network(images)
-    except UserError:
-        raise
-    except Exception as error:  # a network may raise anything
-        raise UserError(
-            f"the {role} does not take images of shape {shape}: {first_line(error)}"
-        ) from error
+    logits = answer_of(network, images, role)
     if not isinstance(logits, Tensor):
         raise UserError(f"the {role} must return logits [N, C] alone, got {type(logits).__name__}")
     if logits.dim() != 2 or len(logits) != len(images):
         raise UserError(
-            f"the {role} must return logits [N, C], got {list(logits.shape)} for {shape}"
+            f"the {role} must return logits [N, C], got {list(logits.shape)} for "
+            f"{list(images.shape)}"
         )
     return logits
 
@@ -49,6 +59,11 @@ def check_student(student: nn.Module, images: Tensor, num_classes: int) -> None:
         raise UserError(
             f"the student must return logits {[len(images), num_classes]} for images "
             f"{list(images.shape)}, as many classes as the teacher, got {list(logits.shape)}"
+        )
+    if bool((logits >= 0).all()) and bool(((logits.float().sum(1) - 1).abs() < 1e-3).all()):
+        raise UserError(
+            "the student must return logits, its outputs for each image add up to 1 as those of a "
+            "softmax do; leave that out, an export can end in it"
         )
 
 
@@ -119,26 +134,4 @@ def check_generator(generator: nn.Module, noise: Tensor, image_shape: tuple[int,
         raise UserError(
             f"the generator must make images {[len(noise), *image_shape]} of noise "
             f"{list(noise.shape)}, got {list(images.shape)}"
-        )
-
-
-def refuse_probabilities(outputs: Tensor) -> None:
-    rows = outputs.float()
-    # Rounding changes the sum of C probabilities by at most half an epsilon of their dtype.
-    tolerance = max(1e-3, 4 * torch.finfo(outputs.dtype).eps)
-    positive = bool((rows >= 0).all())
-    kind = None
-    if positive and bool(((rows.sum(1) - 1).abs() < tolerance).all()):
-        kind = "softmax"
-    elif bool((rows.logsumexp(1).abs() < tolerance).all()):
-        kind = "log-softmax"
-    if kind is not None:
-        raise UserError(
-            f"the teacher ends in {kind}; the losses need logits: give the network "
-            f"without its last {kind} layer"
-        )
-    if positive and bool((rows <= 1).all()):
-        log.warning(
-            "the teacher's outputs all lie between 0 and 1, as those of a sigmoid; the losses need "
-            "logits"
         )

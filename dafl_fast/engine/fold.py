@@ -43,11 +43,8 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
     norms = sum(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
     if norms == 0:
         return network
-    # Inside a container the network is traced like any call of it: with its own hooks, and with
-    # the default values of all arguments except the images.
-    root = nn.Sequential(network)
     try:
-        graph = _Tracer().trace(root)
+        root, graph = traced(network)
     except Exception as error:  # the network's code may raise anything
         log.warning(
             "the teacher's BatchNorm is not folded, torch.fx cannot trace it: %s",
@@ -69,7 +66,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
         if (
             type(layer) in PRODUCTS
             and runs[layer] == 1
-            and not _has_hooks(layer)
+            and not has_hooks(layer)
             and _output_channels(layer) == len(norm.mean)
             and all(user is node or _reads_shape(user) for user in norm.source.users)
         ):
@@ -83,6 +80,15 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
             folded += 1
     log.info("folded %d of the teacher's %d BatchNorm layers", folded, norms)
     return fx.GraphModule(root, graph) if folded else network
+
+
+def traced(network: nn.Module) -> tuple[nn.Module, fx.Graph]:
+    """A container of `network`, and its graph for torch.fx. Raises whatever the network's code does
+    when it is run with symbols in place of tensors."""
+    # Inside a container the network is traced like any call of it: with its own hooks, and with
+    # the default values of all arguments except the images.
+    root = nn.Sequential(network)
+    return root, _Tracer().trace(root)
 
 
 def thaw_batch_norm(network: nn.Module) -> None:
@@ -106,7 +112,7 @@ def _thawed(layer: Any) -> nn.Module | None:
     """The layer as nn.BatchNorm2d, followed by what it runs then; None if it is no BatchNorm."""
     names = ("running_mean", "running_var", "weight", "bias")
     values: dict[str, Any] = {name: getattr(layer, name, None) for name in names}
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm) or _has_hooks(layer):
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) or has_hooks(layer):
         return None
     if not all(isinstance(value, Tensor) and value.dim() == 1 for value in values.values()):
         return None
@@ -130,7 +136,8 @@ def _thawed(layer: Any) -> nn.Module | None:
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Hooks, such as that of the feature layer, must get tensors, not symbols.
-        return _has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+        whole = type(m).__module__.startswith("onnx2torch")  # its code branches on shapes
+        return whole or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _BatchNorm(NamedTuple):
@@ -148,7 +155,7 @@ def _batch_norm(node: fx.Node, root: nn.Module) -> _BatchNorm | None:
     """The BatchNorm that `node` is, if it is one with fixed statistics."""
     if node.op == "call_module":
         layer: Any = root.get_submodule(str(node.target))
-        if type(layer) not in BATCH_NORMS or _has_hooks(layer) or layer.training:
+        if type(layer) not in BATCH_NORMS or has_hooks(layer) or layer.training:
             return None
         source = node.all_input_nodes[0]
         values = [layer.running_mean, layer.running_var, layer.weight, layer.bias]
@@ -205,7 +212,8 @@ def _demand_channels_second(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         )
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether calling a layer does more, or other things, than its class says."""
     return bool(layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer))
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # A network that needs more of them gets contiguous inputs and weights as a whole.
 _MOST_PLACES = 8
+# The largest number of channels that oneDNN handles together.
+_ONEDNN_BLOCK = 16
 
 
 def use_channels_last(network: nn.Module, inputs: Tensor, role: str, trained: bool = False) -> None:
@@ -50,13 +54,16 @@ def use_channels_last(network: nn.Module, inputs: Tensor, role: str, trained: bo
         ) from error
     before = _strides(network)
     network.to(memory_format=torch.channels_last)
+    if trained and inputs.device.type == "cpu":
+        _keep_from_corruption(network)
     if inputs.dim() == 4:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     places: set[nn.Module] = set()
     while len(places) <= _MOST_PLACES:
         finished: list[nn.Module] = []
         try:
-            with _noting_scattered_outputs(network, finished):
+            # torch.fx prints what its modules raise.
+            with _noting_scattered_outputs(network, finished), redirect_stderr(StringIO()):
                 got = try_out(network, inputs, trained)
         except Exception:  # whatever its code says of such activations
             # The layer before the code that failed, most probably.
@@ -175,6 +182,23 @@ def _noting_scattered_outputs(network: nn.Module, finished: list[nn.Module]) -> 
 
 def _contiguous_output(layer: nn.Module, inputs: Any, output: Any) -> Any:
     return output.contiguous() if isinstance(output, Tensor) else output
+
+
+def _keep_from_corruption(network: nn.Module) -> None:
+    """Leaves strided 1x1 convolutions of few channels contiguous, with their inputs. With channels
+    last, oneDNN writes beyond its memory when it computes the gradient to their weights in fp32:
+    github.com/uxlfoundation/oneDNN/issues/6035, seen in PyTorch 2.14 with AVX2 and AVX-512."""
+    for layer in network.modules():
+        if (
+            isinstance(layer, nn.Conv2d)
+            and layer.kernel_size == (1, 1)
+            and layer.stride != (1, 1)
+            and layer.in_channels // layer.groups < _ONEDNN_BLOCK
+        ):
+            # Not contiguous(), for which a 1x1 kernel is that in any order.
+            weight = layer.weight.detach()
+            layer.weight.data = torch.empty(weight.shape, dtype=weight.dtype).copy_(weight)
+            layer.register_forward_pre_hook(_contiguous_inputs)
 
 
 def _demand_contiguous_inputs(network: nn.Module) -> None:

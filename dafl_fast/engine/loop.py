@@ -24,7 +24,9 @@ from .distributed import is_lost_contact
 from .evaluation import accuracy_on
 from .folder import RunFolder
 from .graph import compile_and_capture
+from .outputs import as_classifier, convention_of
 from .step import STATISTICS, Step
+from .threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class Loop:
         self.clock = Clock(
             progress.get("train_seconds", 0.0), step.device, progress.get("seconds_apart")
         )
+        self.threads = Threads.for_run(config, step, self.clock.seconds)
         self.logged_at = self.saved_at = self.evaluated_at = self.clock.seconds
 
     def run(self) -> dict[str, Any]:
@@ -122,6 +125,8 @@ class Loop:
             self.watchdog.beat(f"step {step.steps + 1}")
             step.set_student_lr(config.student_lr * self._schedule(done))
             step()
+            if self.threads is not None:
+                self.threads.after_step(self.clock.seconds)
             # After a stop, the resumed run must write its rows at the same steps.
             if step.steps % config.log_every == 0:
                 self._log(done)
@@ -285,7 +290,8 @@ class Loop:
             student = self._evaluate()
             folder.flush()
             if self.held_out is not None:
-                teacher, count = accuracy_on(self.teacher.to(step.device), self.held_out)
+                network = as_classifier(self.teacher.to(step.device), step.teacher.reading)
+                teacher, count = accuracy_on(network, self.held_out)
         generator_images = step.steps * config.batch_size
         images = step.steps * self._images_per_step()
         summary = {
@@ -311,6 +317,7 @@ class Loop:
             "eval_set": config.eval,
             "eval_count": count,
             "num_classes": step.num_classes,
+            "convention": convention_of(self.teacher, step.teacher.reading, config.shape).as_json(),
             "teacher_parameters": parameters_of(self.teacher),
             "student_parameters": parameters_of(step.student),
             "bank_bytes": step.bank.bytes if step.bank is not None else 0,

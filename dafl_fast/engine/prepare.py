@@ -20,6 +20,7 @@ from .checks import check_answers, check_generator, check_student, run_lazy_laye
 from .distributed import World
 from .evaluation import buffers_kept, evaluation_mode
 from .layout import try_out, use_channels_last
+from .outputs import demand_exclusive_classes, reading_of
 from .precision import precision_of, refuse_low_precision
 from .step import Step
 from .teacher import Autocast, FrozenTeacher
@@ -134,7 +135,7 @@ def _cast(frozen: FrozenTeacher, dtype: torch.dtype, images: Tensor) -> None:
     """`frozen.cast(dtype)`, as far as the teacher then still answers as it does."""
     whole = frozen.network
     narrow, weights = Autocast(whole, dtype), [(p, p.data) for p in whole.parameters()]
-    if not answers_alike(whole, narrow, [images]):
+    if frozen.read_as.fine or not answers_alike(whole, narrow, [images]):
         frozen.network = Autocast(whole, dtype, enabled=False)
         log.warning(
             "the teacher computes in fp32: in %s it does not run, or answers otherwise",
@@ -180,14 +181,21 @@ def freeze(teacher: nn.Module, config: Config, images: Tensor) -> FrozenTeacher:
     They can differ if the network's code checks the type of its input: torch.fx then traces the
     wrong branch.
     """
-    frozen = FrozenTeacher(teacher, config.feature_layer, watch=config.bn_statistics != 0)
+    images = images.to(next(teacher.parameters(), images).device)
+    reading = reading_of(teacher, images, config.teacher_output)
+    if config.teacher_output == "auto":
+        demand_exclusive_classes(reading)
+    watch = config.bn_statistics != 0
+    frozen = FrozenTeacher(teacher, config.feature_layer, watch=watch, reading=reading)
+    ordinary = reading.plain and reading.kind == "logits" and not reading.doubts
+    log.log(logging.INFO if ordinary else logging.WARNING, reading.describe(frozen.read_as))
     if not frozen.folded:
         return frozen
     unfolded = copy.deepcopy(teacher).eval()
-    images = images.to(next(teacher.parameters(), images).device)
     with contextlib.suppress(RuntimeError):  # `FrozenTeacher.check` has a better message
-        expected, got = unfolded(images), frozen.network(images)
+        expected = reading.numbers(unfolded(images))
+        got = reading.repeated(frozen.network(images))
         if not torch.allclose(got, expected, 1e-3, 1e-3 * expected.abs().max().item(), True):
             log.warning("the teacher's BatchNorm is not folded: it would answer differently")
-            return FrozenTeacher(teacher, config.feature_layer, fold=False)
+            return FrozenTeacher(teacher, config.feature_layer, fold=False, reading=reading)
     return frozen

@@ -14,9 +14,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..errors import UserError, first_line
 from ..losses import batch_norm_loss
 from ..models.functional import with_moments
-from .checks import logits_of, refuse_probabilities
+from .checks import logits_of
 from .distributed import World
+from .ending import without_last_layer, without_last_node
 from .fold import BATCH_NORMS, PRODUCTS, fold_batch_norm, thaw_batch_norm
+from .outputs import LOGITS, Reading, as_classifier, demand_logits
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +34,17 @@ class FrozenTeacher(nn.Module):
     The attribute `network` is the copy: images -> logits.
 
     Args:
-        network: the classifier; used in evaluation mode. It must return logits [N, C].
+        network: the classifier; used in evaluation mode. Without a reading it must return logits
+            [N, C].
         feature_layer: dotted name of the layer whose input is the feature vector. By default the
             name in the network's attribute `feature_layer`, or else its last linear layer.
         fold: fold each BatchNorm that follows a convolution or linear layer into that layer; see
             `fold_batch_norm`.
         watch: record the statistics of the input of each BatchNorm, for `batch_norm_loss`. Then
             nothing is folded. Without any BatchNorm a warning is logged.
+        reading: what the network returns. A softmax, log-softmax or sigmoid at its end is taken
+            off the copy, or logits are computed back: the attribute `read_as` is what the copy
+            returns.
 
     Raises:
         UserError: there is no such layer, or the network cannot be copied.
@@ -50,8 +56,10 @@ class FrozenTeacher(nn.Module):
         feature_layer: str | None = None,
         fold: bool = True,
         watch: bool = False,
+        reading: Reading = LOGITS,
     ) -> None:
         super().__init__()
+        self.reading, self._looked_at = reading.forgotten(), bool(reading.seen)
         self._fingerprint = _fingerprint(network)
         try:
             network = copy.deepcopy(network)
@@ -64,6 +72,7 @@ class FrozenTeacher(nn.Module):
         for parameter in network.parameters():
             parameter.detach_()  # requires_grad_(False) fails for a copied TorchScript
         thaw_batch_norm(network)
+        read_as = without_last_layer(network, reading)
         self._features: Tensor | None = None
         own = getattr(network, "feature_layer", None)
         own = own if isinstance(own, str) else _last_linear(network)
@@ -98,6 +107,9 @@ class FrozenTeacher(nn.Module):
         self.watching = bool(watched)
         self.network = fold_batch_norm(network) if fold and not watched else network
         self.folded = self.network is not network
+        if fold:  # and so may be traced
+            self.network, read_as = without_last_node(self.network, read_as)
+        self.network, self.read_as = as_classifier(self.network, read_as), read_as.forgotten()
 
     @property
     def watched(self) -> list[Any]:
@@ -176,9 +188,9 @@ class FrozenTeacher(nn.Module):
             The number of classes.
 
         Raises:
-            UserError: the network does not take such images, its outputs are not [N, C] with
-                C > 1, hold NaN or infinity, are probabilities instead of logits, or give no
-                gradient to the images.
+            UserError: the network does not take such images, its outputs are not [N, C], hold NaN
+                or infinity, give no gradient to the images or, without a reading, are probabilities
+                or one number only.
         """
         features: Tensor | None = None
 
@@ -189,11 +201,6 @@ class FrozenTeacher(nn.Module):
 
         with torch.enable_grad():
             logits = logits_of(network, images.detach().requires_grad_())
-        if logits.shape[1] == 1:
-            raise UserError(
-                "the teacher has a single output, which leaves nothing to choose; give a binary "
-                "teacher two: torch.cat([torch.zeros_like(t), t], 1) of its logit t"
-            )
         for name, values in (("logits", logits), ("features", features)):
             if values is not None and not torch.isfinite(values).all():
                 raise UserError(
@@ -205,7 +212,8 @@ class FrozenTeacher(nn.Module):
                 "the teacher gives no gradient to its images, from which the generator learns; "
                 "look for torch.no_grad() or detach() in its forward"
             )
-        refuse_probabilities(logits.detach())
+        if not self._looked_at:
+            demand_logits(logits)
         if self.watching and not self._statistics:
             log.warning("the teacher runs none of its BatchNorm layers: the BatchNorm loss is off")
             self.watching = False

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ..convention import Convention
 from ..errors import UserError
 
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
@@ -73,7 +74,11 @@ def from_export(program: ExportedProgram, role: str = "teacher") -> nn.Module:
         call = _arguments(node)
         if call.get("training", call.get("train")) is True:
             raise UserError(f"the {role} was exported in training mode; use {_EXPORT_IT}")
-    return _with_layers(module)
+    network: Any = _with_layers(module)
+    channels, *sides = inputs[0].meta["val"].shape[1:]
+    if len(sides) == 2 and all(isinstance(n, int) for n in (channels, *sides)):
+        network.convention = Convention(image_shape=(channels, *sides))
+    return network
 
 
 def _with_layers(program: fx.GraphModule) -> fx.GraphModule:

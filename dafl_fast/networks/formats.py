@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from ..errors import UserError, first_line
 from ..files import load_tensors
 from .exported import NeedsCode, read_exported
+from .onnx_file import read_onnx
 
 log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
+Shape = tuple[int, int, int]
 # Under what a checkpoint keeps its state dict, besides the network's role.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "network", "net")
 _SAVE_IT = (
@@ -41,7 +43,8 @@ class FileFormat:
         wanted: what it is called to those whose file is of no format.
         endings: a name with one of these means a file, whether it exists or not.
         recognised: tells it by the first bytes and, of a zip archive, the names in its folder.
-        program: reads the whole network; like `weights` from the path and the network's role.
+        program: reads the whole network; like `weights` from the path and the network's role, and
+            from C, H and W of the images, which may be None.
         weights: reads a state dict.
     """
 
@@ -49,7 +52,7 @@ class FileFormat:
     wanted: str
     endings: tuple[str, ...]
     recognised: Callable[[bytes, set[str]], bool]
-    program: Callable[[Path, str], nn.Module] | None = None
+    program: Callable[[Path, str, Shape | None], nn.Module] | None = None
     weights: Callable[[Path, str], State] | None = None
 
 
@@ -77,14 +80,15 @@ def recognise(path: Path, role: str) -> FileFormat:
     )
 
 
-def read_program(path: Path, role: str) -> nn.Module | None:
-    """The network in a file, on the CPU; None if the file holds weights only.
+def read_program(path: Path, role: str, image_shape: Shape | None = None) -> nn.Module | None:
+    """The network in a file, on the CPU; None if the file holds weights only. `image_shape` is for
+    files that are for images of any size.
 
     Raises:
         UserError: the file cannot be read without running code that is in it, or see `from_export`.
     """
     program = recognise(path, role).program
-    return None if program is None else _read(program, path, role)
+    return None if program is None else _read(program, path, role, image_shape)
 
 
 def read_weights(path: Path, role: str) -> State:
@@ -98,9 +102,9 @@ def read_weights(path: Path, role: str) -> State:
     return _read(weights, path, role)
 
 
-def _read(read: Callable[[Path, str], Any], path: Path, role: str) -> Any:
+def _read(read: Callable[..., Any], path: Path, role: str, *more: Any) -> Any:
     try:
-        return read(path, role)
+        return read(path, role, *more)
     except UserError:
         raise
     except Exception as error:  # whatever torch says of a damaged file
@@ -254,7 +258,7 @@ def _find_state(content: Any, role: str) -> State | None:
     return None
 
 
-def _read_torchscript(path: Path, role: str) -> nn.Module:
+def _read_torchscript(path: Path, role: str, image_shape: Shape | None) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
         return torch.jit.load(path, map_location="cpu")
@@ -277,12 +281,18 @@ FORMATS = (
     FileFormat(
         "exported program", "a program saved by torch.export.save", (".pt2",),
         lambda head, members: "models/model.json" in members,
-        program=read_exported,
+        program=lambda path, role, image_shape: read_exported(path, role),
     ),
     FileFormat(
         "TorchScript", "TorchScript", (".pt",),
         lambda head, members: "constants.pkl" in members,
         program=_read_torchscript,
+    ),
+    FileFormat(
+        "ONNX", "ONNX", (".onnx",),
+        # Two numbered fields of its protobuf: the version, then one that may follow it.
+        lambda head, members: head[:1] == b"\x08" and head[2:3] in b"\x12\x1a\x22\x28\x32\x3a\x42",
+        program=read_onnx,
     ),
 )  # fmt: skip
 ENDINGS = tuple(ending for known in FORMATS for ending in known.endings)

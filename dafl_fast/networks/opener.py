@@ -10,16 +10,16 @@ import json
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..config import Config
-from ..convention import Convention
+from ..convention import Convention, OutputKind
 from ..data import ImageSize, sides, size_of
-from ..engine.checks import logits_of
 from ..engine.folder import read_config, read_summary
+from ..engine.outputs import reading_of
 from ..engine.precision import computed_in
 from ..errors import UserError
 from ..models import GREY_SIZES, NETWORKS, build, identify
@@ -73,10 +73,14 @@ class Opened:
 
 
 def open_network(
-    name: str | Path, weights: str | Path | None, role: str, weights_for: str | None = None
+    name: str | Path,
+    weights: str | Path | None,
+    role: str,
+    weights_for: str | None = None,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> Opened:
     """What `load_network` takes, opened; a file of weights alone is one of the network
-    `weights_for`, and refused without it.
+    `weights_for`, and refused without it. `image_shape` is for files that leave it open.
 
     Raises:
         UserError: a file cannot be read or does not suit the role.
@@ -99,10 +103,15 @@ def open_network(
             f"the {role} file {path} holds weights only; name their network as well: "
             f"--{role} NETWORK --{role}-weights {path}"
         )
-    return open_file(path, role, weights_for)
+    return open_file(path, role, weights_for, image_shape)
 
 
-def open_file(path: Path, role: str, weights_for: str | None = None) -> Opened:
+def open_file(
+    path: Path,
+    role: str,
+    weights_for: str | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+) -> Opened:
     """What `path` holds: a run's student, a program, or weights.
 
     Weights are of the network `weights_for`; those of `NETWORKS` are known by names and shapes.
@@ -115,7 +124,7 @@ def open_file(path: Path, role: str, weights_for: str | None = None) -> Opened:
     if path.is_dir():
         return open_run(path)
     note = _note_beside(path)
-    program = read_program(path, role)
+    program = read_program(path, role, image_shape)
     if program is not None:
         if role == "student":
             raise UserError(
@@ -124,6 +133,7 @@ def open_file(path: Path, role: str, weights_for: str | None = None) -> Opened:
             )
         return Opened(recognise(path, role).name, role, path, program, **note)
     if weights_for is not None:
+        read_weights(path, role)  # weights in truth, or a pickled module?
         return Opened(weights_for, role, path, **note)
     found = identify(read_weights(path, role))
     if found is None:
@@ -213,7 +223,7 @@ def load_network(
     | `package.module:callable`, `/path/nets.py:callable` | what your own function or class returns,
       called with those of num_classes, channels or in_chans, image_size or img_size that its
       signature names |
-    | a file of torch.export.save or TorchScript | the program in it, with its weights |
+    | a file of torch.export.save, TorchScript or ONNX | the program in it, with its weights |
     | the folder of a run | its student, with its weights |
 
     Args:
@@ -228,7 +238,11 @@ def load_network(
         UserError: there is no such network, it does not fit the weights or the channels, a package
             is missing, or a file is not readable without running code that is in it.
     """
-    return open_network(name, weights, role).built(num_classes, channels, image_size)
+    shape = None
+    if channels is not None and image_size is not None:
+        shape = (channels, *sides(image_size))
+    opened = open_network(name, weights, role, image_shape=shape)
+    return opened.built(num_classes, channels, image_size)
 
 
 def bundled_weights(preset: str) -> Path | None:
@@ -273,7 +287,7 @@ def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
             )
     if weights is None and knows_nothing(name):
         raise UserError(f"--teacher-weights is needed: without weights {name} knows nothing")
-    opened = open_network(name, weights, "teacher", usual)
+    opened = open_network(name, weights, "teacher", usual, config.image_shape)
     config = _completed(config, opened)
     channels, size = config.shape[0], config.shape[1:]
     teacher = opened.built(config.num_classes, channels, size)
@@ -286,7 +300,7 @@ def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
             )
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
-    classes = outputs_of(teacher, config.shape)
+    classes = outputs_of(teacher, config.shape, config.teacher_output)
     torch.manual_seed(config.seed)
     opened = open_network(student_name, config.student_weights, "student")
     student = opened.built(classes, channels, size)
@@ -314,6 +328,10 @@ def _completed(config: Config, teacher: Opened) -> Config:
         told |= {"mean": teacher.mean, "std": teacher.std}
     if convention.dtype == "uint8" and config.pixels == "normalised":
         told["pixels"] = "0..255"  # nothing else is a whole number
+    elif convention.dtype == "uint8" and config.pixels != "0..255":
+        raise UserError(
+            f"--pixels must be 0..255 for {config.teacher}, which takes uint8, got {config.pixels}"
+        )
     return replace(config, **{name: value for name, value in told.items() if value is not None})
 
 
@@ -329,7 +347,10 @@ def _student_for_pixels(config: Config, student: nn.Module) -> nn.Module:
     return Taking(student, *config.from_generated)
 
 
-@torch.no_grad()
-def outputs_of(teacher: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """The teacher's number of classes, found by asking it."""
-    return logits_of(teacher.eval(), torch.randn(2, *image_shape)).shape[1]
+def outputs_of(
+    teacher: nn.Module,
+    image_shape: tuple[int, int, int],
+    outputs: OutputKind | Literal["auto"] = "auto",
+) -> int:
+    """The teacher's number of classes, found by asking it; see `reading_of`."""
+    return reading_of(teacher.eval(), torch.randn(2, *image_shape), outputs).classes
