@@ -3,10 +3,15 @@
 // A lane is an image: the images of a block are transposed to [in, H, W][lanes] in scratch, after
 // which no operation crosses lanes and any number of channels is as good as any other.
 
-// Channels whose sums are in registers at a time, of 32 with AVX-512 and else of 16: in the
+// Channels whose sums are in registers at a time, of 32 with AVX-512 and on ARM, else of 16: in the
 // convolution and in the gradients of weights and inputs.
-constexpr int64_t kOutputs = DAFL_VECTOR_BYTES == 64 ? 4 : 3;
-constexpr int64_t kWeights = DAFL_VECTOR_BYTES == 64 ? 4 : 2;
+#ifdef __aarch64__
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = DAFL_VECTOR_BYTES == 64;
+#endif
+constexpr int64_t kOutputs = kManyRegisters ? 4 : 3;
+constexpr int64_t kWeights = kManyRegisters ? 4 : 2;
 constexpr int64_t kInputs = kOutputs;
 
 // [lanes images, size] of the activations' dtype to [size][lanes]; absent images become zeros.
