@@ -45,14 +45,17 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def computes_in(precision: str, device: torch.device) -> bool:
-    """Whether the device has arithmetic of its own for bf16 or fp16. Of a processor that
-    is not Intel's or AMD's it says no."""
+    """Whether the device has arithmetic of its own for bf16 or fp16. Of a processor that is not
+    Intel's or AMD's it says no, and for bf16 of one whose instructions DAFL_FAST_ISA limits."""
     if device.type == "cuda":
         return precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "fp16":
         return torch.backends.mkldnn.is_available() and bool(
             torch.ops.mkldnn._is_mkldnn_fp16_supported()
         )
+    info = build_info()
+    if info["isa"] != info["isa_available"][-1]:
+        return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dafl_fast import device as device_module
 from dafl_fast import distill, notices
 from dafl_fast.device import computes_in, pick_precision
 from dafl_fast.engine.checks import check_answers
@@ -253,11 +254,19 @@ def test_a_precision_that_the_processor_imitates(caplog, monkeypatch, precision)
 
 
 def test_auto_and_the_notice_ask_the_same(monkeypatch):
+    available = ["baseline", "avx2", "avx512"]
+    monkeypatch.setattr(
+        device_module, "build_info", lambda: {"isa": available[-1], "isa_available": available}
+    )
     for bf16, amx in ((False, False), (True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         assert computes_in("bf16", CPU) is (bf16 or amx)
         assert pick_precision("auto", CPU) == ("bf16" if bf16 or amx else "fp32")
+    monkeypatch.setattr(  # DAFL_FAST_ISA=avx2
+        device_module, "build_info", lambda: {"isa": "avx2", "isa_available": available}
+    )
+    assert not computes_in("bf16", CPU)
     assert computes_in("fp16", CPU) in (True, False)
     gpu = torch.device("cuda", 0)
     for native in (True, False):
