@@ -25,7 +25,11 @@ from dafl_fast.errors import UserError, command, require  # noqa: E402
 from dafl_fast.files import write_atomically, write_text  # noqa: E402
 
 README = ROOT / "README.md"
-README_RESULTS = ROOT / "bench" / "results" / "cpu-2x-amd-epyc.json"
+# One for each kind of machine; the first has all its columns there.
+README_RESULTS = (
+    ROOT / "bench" / "results" / "cpu-2x-amd-epyc-avx512-bf16.json",
+    ROOT / "bench" / "results" / "cpu-2x-amd-epyc-avx2.json",
+)
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 # The rows that README shows, in this order.
 README_ROWS = (
@@ -87,13 +91,13 @@ def seconds(row: Row) -> dict[str, float]:
 
 
 def machine(results: dict[str, Any]) -> str:
-    """The machine's name, which is also the name of its results file."""
+    """The machine's name, which is also the name of its results file. A processor's has the
+    instructions that were used: many have one brand, and any can be capped."""
     info = results["machine_info"]
     cpu = info.get("cpu", {})
     gpu = info.get("gpu")
-    name = (
-        f"gpu {gpu}" if gpu else f"cpu {cpu.get('count', 1)}x {cpu.get('brand_raw') or 'unknown'}"
-    )
+    brand, isa = cpu.get("brand_raw") or "unknown", info.get("isa", "")
+    name = f"gpu {gpu}" if gpu else f"cpu {cpu.get('count', 1)}x {brand} {isa}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -167,20 +171,29 @@ def table(columns: list[str], lines: list[list[str]]) -> str:
     )
 
 
-def readme_table(results: dict[str, Any]) -> str:
-    """The table for README, without the rows that the file lacks."""
-    known = rows(results)
+def readme_table(results: dict[str, Any], *others: dict[str, Any]) -> str:
+    """The table for README, without the rows that the first file lacks. Other machines' results
+    have fewer columns, with the instructions that they used in the heading."""
+    known, more = rows(results), [rows(other) for other in others]
     lines = []
     for name in README_ROWS:
         if name not in known or "ours" not in (found := seconds(known[name])):
             continue
         row = known[name]
-        others = [shown(row, role) for role in ("eager", "tuned", "compile")]
-        lines.append([label(row), f"**{duration(found['ours'])}**", *others, times(row, "eager")])
+        line = [label(row), f"**{duration(found['ours'])}**"]
+        line += [shown(row, role) for role in ("eager", "tuned", "compile")]
+        line.append(times(row, "eager"))
+        for there in more:
+            other = there.get(name)
+            line += [shown(other, "ours"), times(other, "eager")] if other else ["", ""]
+        lines.append(line)
     columns = [
         "what is timed", "dafl_fast", "plain PyTorch", "tuned PyTorch", "torch.compile",
         "speed-up over plain PyTorch",
     ]  # fmt: skip
+    for other in others:
+        isa = other["machine_info"].get("isa", "").upper()
+        columns += [f"{isa}: dafl_fast", f"{isa}: speed-up"]
     return table(columns, lines)
 
 
@@ -214,7 +227,7 @@ def full_table(results: dict[str, Any]) -> str:
     return table(columns, lines)
 
 
-def update_readme(results: dict[str, Any], path: Path = README) -> None:
+def update_readme(results: list[dict[str, Any]], path: Path = README) -> None:
     """Puts the table between README's markers.
 
     Raises:
@@ -225,7 +238,7 @@ def update_readme(results: dict[str, Any], path: Path = README) -> None:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{path} must have {BEGIN} and {END} around the table")
-    write_text(path, f"{head}{BEGIN}\n{readme_table(results)}\n{END}{tail}")
+    write_text(path, f"{head}{BEGIN}\n{readme_table(*results)}\n{END}{tail}")
 
 
 # ---- Plots --------------------------------------------------------------------------------------
@@ -434,7 +447,7 @@ def main() -> int:
     parser.add_argument("--readme", action="store_true", help="write README's table")
     options = parser.parse_args()
     if options.readme:
-        update_readme(load(options.results or README_RESULTS))
+        update_readme([load(path) for path in README_RESULTS])
         return 0
     if options.results is None:
         raise UserError("name the results file, or give --readme")

@@ -34,8 +34,8 @@ def sweep(classes):
     return row(f"test_sweep[1-distill_loss-{classes}]", params, **times, **limits)
 
 
-def results(*benchmarks, cpu="Some CPU", gpu=None):
-    info = {"cpu": {"brand_raw": cpu, "count": 2}, "gpu": gpu, "torch": "2.9"}
+def results(*benchmarks, cpu="Some CPU", gpu=None, isa="avx512"):
+    info = {"cpu": {"brand_raw": cpu, "count": 2}, "gpu": gpu, "isa": isa, "torch": "2.9"}
     return {"machine_info": info, "benchmarks": list(benchmarks), "datetime": "2030-01-02T03"}
 
 
@@ -107,7 +107,7 @@ def test_a_record_has_speeds_against_the_machines_limits(monkeypatch):
 def test_readmes_table_is_that_of_the_committed_results():
     text = report.README.read_text()
     between = text.partition(report.BEGIN)[2].partition(report.END)[0]
-    assert between == f"\n{report.readme_table(report.load(report.README_RESULTS))}\n"
+    assert between == f"\n{report.readme_table(*map(report.load, report.README_RESULTS))}\n"
 
 
 def test_readme_table_has_the_rows_there_are_in_its_own_order(tmp_path):
@@ -116,17 +116,19 @@ def test_readme_table_has_the_rows_there_are_in_its_own_order(tmp_path):
     made = results(losses(), row("test_unknown", ours_us=1.0), step(512), ours)
     path = tmp_path / "README.md"
     path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.update_readme(made, path)
+    slower = results(losses(100.0, 600.0), isa="avx2")
+    report.update_readme([made, slower], path)
     assert path.read_text() == (
         f"before\n{report.BEGIN}\n"
         "| what is timed | dafl_fast | plain PyTorch | tuned PyTorch | torch.compile "
-        "| speed-up over plain PyTorch |\n"
-        "| --- | --: | --: | --: | --: | --: |\n"
+        "| speed-up over plain PyTorch | AVX2: dafl_fast | AVX2: speed-up |\n"
+        "| --- | --: | --: | --: | --: | --: | --: | --: |\n"
         "| MNIST, training until the student reaches 98 % | **31.25 s** | 10.0 % in that time "
-        "| 11.2 % in that time | 50.0 % in that time | |\n"
+        "| 11.2 % in that time | 50.0 % in that time | | | |\n"
         "| MNIST training step, LeNet-5, batch 512 | **100 ms** | 1.00 s | 400 ms | 300 ms "
-        "| 10.0× |\n"
-        "| generator_loss, 1024 × 10 logits, 1 thread | **50 µs** | 500 µs | | 200 µs | 10.0× |\n"
+        "| 10.0× | | |\n"
+        "| generator_loss, 1024 × 10 logits, 1 thread | **50 µs** | 500 µs | | 200 µs | 10.0× "
+        "| 100 µs | 6.0× |\n"
         f"{report.END}\nafter\n"
     )
 
@@ -140,7 +142,7 @@ def test_a_readme_without_markers_is_refused(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("nothing here")
     with pytest.raises(report.UserError, match=r"must have <!-- bench:begin -->"):
-        report.update_readme(results(losses()), path)
+        report.update_readme([results(losses())], path)
     assert path.read_text() == "nothing here"
 
 
@@ -158,7 +160,9 @@ def test_full_table_shows_what_was_measured():
 
 
 def test_results_are_named_after_the_gpu_or_the_cpu():
-    assert report.machine(results(cpu="AMD EPYC")) == "cpu-2x-amd-epyc"
+    assert report.machine(results(cpu="AMD EPYC")) == "cpu-2x-amd-epyc-avx512"
+    capped = results(cpu="AMD EPYC", isa="avx2")
+    assert report.machine(capped) == "cpu-2x-amd-epyc-avx2"
     assert report.machine(results(gpu="NVIDIA H100 80GB HBM3")) == "gpu-nvidia-h100-80gb-hbm3"
 
 
@@ -202,7 +206,7 @@ def test_on_different_machines_the_ratio_to_eager_counts(call, file, capsys, eag
     old = file("old", results(losses(50.0, 500.0)))
     new = file("new", results(losses(100.0, eager), cpu="Slow CPU"))
     assert call(compare, old, new) == code
-    assert "cpu-2x-some-cpu, cpu-2x-slow-cpu" in capsys.readouterr().out
+    assert "cpu-2x-some-cpu-avx512, cpu-2x-slow-cpu-avx512" in capsys.readouterr().out
 
 
 def test_missing_and_new_benchmarks_are_named(call, file, capsys):

@@ -85,6 +85,7 @@ CASES = [
     ("stage", (2, 16, 3, 5), lambda: Stage(16, 33, 2)),
     ("stage", (40, 4, 8, 9), lambda: Stage(4, 16, 3, 1e-5)),
     ("stage", (5, 8, 16, 16), lambda: Stage(8, 24, 4)),
+    ("stage", (4, 3, 5, 4), lambda: Stage(3, 6, 1)),
     ("conv_pool", (1, 1, 6, 6), lambda: conv(1, 1, 5)),
     ("conv_pool", (16, 1, 32, 32), lambda: conv(1, 3, 5)),
     ("conv_pool", (35, 3, 14, 14), lambda: conv(3, 8, 5)),
@@ -167,6 +168,23 @@ def test_any_strides_and_a_second_backward(name):
     oracle = torch.autograd.grad(expected, x, upstream)[0]
     torch.testing.assert_close(first, oracle, rtol=1e-9, atol=1e-10)
     assert torch.equal(again, 2 * first)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_parameters_with_any_strides(case):
+    name, shape, make = case
+    fast, published = LAYERS[name]
+    module = make().float()
+    for layer in module.modules():
+        for key, p in list(layer.named_parameters(recurse=False)):
+            setattr(
+                layer, key, nn.Parameter(torch.randn(p.shape[::-1]).permute(*range(p.dim())[::-1]))
+            )
+    x = torch.randn(shape)
+    slope = {"slope": 1.0} if name == "stage" else {}  # no kink that rounding could cross
+    y = fast(x, copy.deepcopy(module), **slope)
+    expected = published(x, copy.deepcopy(module), **slope)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def test_an_empty_batch():

@@ -6,9 +6,9 @@ import dafl_fast
 from dafl_fast.device import environment, pick_threads
 from dafl_fast.recipes import make_config
 
-# How many times as long a step of the demo takes as with AVX-512 and bf16: measured on one core of
+# How many times as long a step of the demo takes as with AVX-512 and bf16: measured on two cores of
 # an AMD EPYC that was told to use no more than that (docs/cpu.md).
-SLOWER = {"avx512_bf16": 1.0, "avx512": 1.3, "avx2": 1.5}
+SLOWER = {"avx512_bf16": 1.0, "avx512": 1.15, "avx2": 1.15}
 # With AVX-512 and bf16 on two cores, the seconds of training to a student of that accuracy; see
 # README.md.
 SECONDS = {"98 %": 10, "98.6 %": 60}

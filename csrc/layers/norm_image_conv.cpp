@@ -32,7 +32,8 @@ struct Call {
       : x(x_.contiguous(kChannelsLast)),
         taps(weight.permute({0, 2, 3, 1})
                  .reshape({9 * weight.size(0), weight.size(1)})
-                 .to(x_.scalar_type())),
+                 .to(x_.scalar_type())
+                 .contiguous()),  // one output channel is a view so far
         N(x.size(0)),
         Ci(x.size(1)),
         H(x.size(2)),
