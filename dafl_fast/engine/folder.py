@@ -29,7 +29,7 @@ from ..files import (
     write_json,
     write_text,
 )
-from ..settings import Mark, check_unchanged, plain
+from ..settings import Mark, check_unchanged, marked, plain
 from .bank import ReplayBank
 from .live import copied, map_tensors
 from .step import Step
@@ -215,6 +215,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text())
         known = {field.name for field in dataclasses.fields(Config)}
+        known -= marked(Config, Mark.OWN_FOLDER)  # a folder does not say that it is to be trusted
         if not isinstance(values, dict) or not values.keys() <= known:
             raise ValueError("unknown settings")
     except (yaml.YAMLError, ValueError) as error:
