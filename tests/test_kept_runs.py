@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -128,6 +130,28 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     with pytest.raises(UserError, match="lock .* cannot be made"), locked(tmp_path / "run"):
         pass
     assert (tmp_path / "other").read_text() == "kept"
+
+
+def test_a_lock_that_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(UserError, match="lock .* is no file; remove it"), locked(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for process in (os.getppid(), 2**22 + 1, 2**70):  # one that lives, and two that there are not
+        (tmp_path / ".lock").write_text(json.dumps({"process": process}))
+        if process == os.getppid():
+            with pytest.raises(UserError, match=f"by process {process} on"), locked(tmp_path):
+                pass
+            continue
+        with locked(tmp_path):
+            assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
+    assert "has no locks (No locks available): see that nothing else trains this run" in caplog.text
 
 
 def test_a_new_run_holds_its_lock_while_it_lasts(tmp_path):

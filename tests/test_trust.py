@@ -92,6 +92,23 @@ def test_ordinary_programs_are_read(shapes, tmp_path):
     torch.testing.assert_close(network(x), expected(x))
 
 
+class Measured(nn.Module):
+    """A size that depends on the data gives the program assertions, with messages."""
+
+    def forward(self, x):
+        count = x[0, 0, 0, 0].round().to(torch.int64).item()
+        torch._check(count >= 2, lambda: 'it\'s "small"')
+        torch._check(count <= 4)
+        return torch.einsum("nchw->nc", x[:, :, :count]).softmax(1)
+
+
+def test_a_program_with_assertions_is_read(tmp_path):
+    x = torch.full((2, 3, 8, 8), 3.0)
+    made = torch.export.export(Measured(), (x,), dynamic_shapes=(BATCH,))
+    torch.export.save(made, tmp_path / "t.pt2")
+    torch.testing.assert_close(load_network(tmp_path / "t.pt2", role="teacher")(x), Measured()(x))
+
+
 def test_a_program_for_one_batch_size_is_read_and_refused_for_that(tmp_path):
     path = written(tmp_path / "t.pt2", None)
     with pytest.raises(UserError, match="was exported for batches of 2 only"):

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ def _opened(path: Path, folder: Path) -> Any:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise UserError(f"the run's lock {path} cannot be made: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise UserError(f"the run's lock {path} is no file; remove it")
         file = os.fdopen(handle, "r+")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,6 +63,8 @@ def _opened(path: Path, folder: Path) -> Any:
             with file:
                 raise _held(folder, _holder(file)) from error
         except OSError as error:
+            if (holder := _holder(file)) and _is_alive(holder):
+                raise _held(folder, holder) from error
             log.warning(
                 "the file system of %s has no locks (%s): see that nothing else trains this run",
                 folder, error.strerror,
@@ -75,11 +81,23 @@ def _is_at(path: Path, file: Any) -> bool:
 
 def _holder(file: Any) -> dict[str, Any]:
     """The process and its machine that the file names; empty if it names none."""
+    file.seek(0)
     with contextlib.suppress(OSError, ValueError):
         holder = json.loads(file.read(1000))
         if isinstance(holder, dict) and isinstance(holder.get("process"), int):
             return holder
     return {}
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    """Whether the holder, if it was on this machine, still runs."""
+    try:
+        os.kill(holder["process"], 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return holder["process"] not in (0, os.getpid())
 
 
 def _machine() -> str:

@@ -36,7 +36,7 @@ def read_exported(path: Path, role: str) -> nn.Module:
     # Without this, torch unpickles some parts of a file without restriction. And its own `load`
     # would try again, if something fails, as with the files of old versions.
     with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
-        program = load_pt2(path).exported_programs["model"]
+        program = load_pt2(str(path)).exported_programs["model"]
     return from_export(program, role)
 
 

@@ -28,7 +28,7 @@ _PAYLOAD = re.compile(r"(weight|tensor)_\d+")
 # Operators that compute. Those of other packages may do anything.
 _OPERATOR = re.compile(
     r"torch\.ops\.(aten|prims|quantized|quantized_decomposed|torchvision|dafl_fast)\.(\w+)(\.\w+)?"
-    r"|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)"
+    r"|torch\.ops\.higher_order\.(wrap_with_set_grad_enabled|wrap_with_autocast|cond)"
     r"|_operator\.(add|sub|mul|truediv|floordiv|mod|pow|neg|pos|abs|lt|le|gt|ge|eq|ne|and_|or_|not_"
     r"|xor|lshift|rshift|getitem)"
     r"|torch\.(_?sym_\w+)|math\.(ceil|floor|trunc|sqrt)"
@@ -129,8 +129,9 @@ def check_exported(path: Path) -> None:
                     raise NeedsCode(f"the deeply nested {name} in it") from None
 
 
-def _check(value: Any, key: str) -> None:
-    """Checks a part of a JSON file, which stands under `key`."""
+def _check(value: Any, key: str, in_node: bool = False) -> None:
+    """Checks a part of a JSON file, which stands under `key`, and inside of an operator's node."""
+    in_node = in_node or key == "nodes"
     if isinstance(value, dict):
         if key == "metadata":
             return  # where the code was from; torch looks up names in it
@@ -141,10 +142,10 @@ def _check(value: Any, key: str) -> None:
                 raise NeedsCode("a class in it")  # which torch would import
             else:
                 _match(_PLAIN, name, "the name")
-            _check(item, name)
+            _check(item, name, in_node)
     elif isinstance(value, list):
         for item in value:
-            _check(item, key)
+            _check(item, key, in_node)
     if key == "use_pickle" and value is not False:
         raise NeedsCode("pickled objects in it")
     if key in ("as_custom_obj", "custom_obj", "class_fqn") or (
@@ -152,10 +153,10 @@ def _check(value: Any, key: str) -> None:
     ):
         raise NeedsCode("the objects in it")
     if isinstance(value, str):
-        _check_text(value, key)
+        _check_text(value, key, in_node)
 
 
-def _check_text(text: str, key: str) -> None:
+def _check_text(text: str, key: str, in_node: bool) -> None:
     if key in ("expr_str", "guards_code"):
         check_formula(text)
     elif key in ("target", "as_operator"):
@@ -173,7 +174,8 @@ def _check_text(text: str, key: str) -> None:
     elif key in ("name", "as_name"):
         _match(_NAME, text, "the name")
     elif key in ("as_string", "as_strings"):
-        _match(_QUOTED, text, "the text")
+        if not in_node:  # there it is escaped, and is a message with quotes as often as not
+            _match(_QUOTED, text, "the text")
     else:
         _match(_PLAIN, text, "the name")
 
