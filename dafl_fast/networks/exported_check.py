@@ -39,70 +39,20 @@ _NAME = re.compile(r"\w*")
 _PLAIN = re.compile(r"[\w.\-+ :/,<>]*")
 _QUOTED = re.compile(r"[^'\"\\\x00-\x1f]*")  # between quotes it stays a string
 # What torch writes in formulas for sizes: sympy's classes, its own, and Python in guards.
-_FUNCTIONS = frozenset(
-    [
-        "Add",
-        "Mul",
-        "Max",
-        "Min",
-        "Mod",
-        "PythonMod",
-        "FloorDiv",
-        "CeilDiv",
-        "CleanDiv",
-        "IntTrueDiv",
-        "FloatTrueDiv",
-        "TruncToInt",
-        "TruncToFloat",
-        "CeilToInt",
-        "FloorToInt",
-        "RoundToInt",
-        "RoundDecimal",
-        "ToFloat",
-        "Identity",
-        "Where",
-        "ModularIndexing",
-        "IsNonOverlappingAndDenseIndicator",
-        "Abs",
-        "Eq",
-        "Ne",
-        "Lt",
-        "Le",
-        "Gt",
-        "Ge",
-        "Equality",
-        "Unequality",
-        "StrictLessThan",
-        "LessThan",
-        "StrictGreaterThan",
-        "GreaterThan",
-        "And",
-        "Or",
-        "Not",
-        "abs",
-        "max",
-        "min",
-        "int",
-        "float",
-        "round",
-        "torch.sym_max",
-        "torch.sym_min",
-        "torch.sym_ite",
-        "torch.sym_not",
-        "torch.sym_float",
-        "torch.sym_int",
-        "torch._sym_sqrt",
-        "math.ceil",
-        "math.floor",
-        "math.trunc",
-        "math.sqrt",
-        "math.isnan",
-    ]
-)
-_POWERS = frozenset(["Pow", "PowByNatural", "FloatPow", "LShift", "RShift"])
-_NUMBERS = frozenset(["Integer", "Float", "Rational"])
+_FUNCTIONS = frozenset((
+    "Add", "Mul", "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "IntTrueDiv",
+    "FloatTrueDiv", "TruncToInt", "TruncToFloat", "CeilToInt", "FloorToInt", "RoundToInt",
+    "RoundDecimal", "ToFloat", "Identity", "Where", "ModularIndexing",
+    "IsNonOverlappingAndDenseIndicator", "Abs", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Equality",
+    "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "And", "Or",
+    "Not", "floor", "ceiling", "abs", "max", "min", "int", "float", "round", "torch.sym_max",
+    "torch.sym_min", "torch.sym_ite", "torch.sym_not", "torch.sym_float", "torch.sym_int",
+    "torch._sym_sqrt", "math.ceil", "math.floor", "math.trunc", "math.sqrt", "math.isnan",
+))  # fmt: skip
+_POWERS = frozenset(("Pow", "PowByNatural", "FloatPow", "LShift", "RShift"))
+_NUMBERS = frozenset(("Integer", "Float", "Rational"))
 _SYMBOL = re.compile(r"[A-Za-z_]{1,9}\d+|oo|int_oo|inf|nan|pi|true|false")
-_SIZES = frozenset(["size", "stride", "storage_offset", "dim"])
+_SIZES = frozenset(("size", "stride", "storage_offset", "dim"))
 _LONGEST, _HIGHEST, _NESTED = 20_000, 16, 3  # formula, exponent, powers of powers
 _SYNTAX = (
     ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.USub, ast.UAdd, ast.Not,

@@ -16,24 +16,11 @@ from .exported_check import FILES
 from .trust import NeedsCode, opened_archive
 
 # Of ops.NAME; "torch" are those of aten.
-_OPERATORS = frozenset(
-    [
-        "aten",
-        "prim",
-        "prims",
-        "quantized",
-        "_quantized",
-        "quantized_decomposed",
-        "sparse",
-        "mkldnn",
-        "mkldnn_prepacked",
-        "prepacked",
-        "onednn",
-        "torchvision",
-        "dafl_fast",
-    ]
-)
-_CLASSES = frozenset(["quantized", "sparse", "rnn", "xnnpack", "mkldnn"])  # of torch.classes.NAME
+_OPERATORS = frozenset((
+    "aten", "prim", "prims", "quantized", "_quantized", "quantized_decomposed", "sparse", "mkldnn",
+    "mkldnn_prepacked", "prepacked", "onednn", "torchvision", "dafl_fast",
+))  # fmt: skip
+_CLASSES = frozenset(("quantized", "sparse", "rnn", "xnnpack", "mkldnn"))  # of torch.classes.NAME
 _DENIED = frozenset((*FILES, "fork", "awaitable", "rpc_sync", "rpc_async", "rpc_remote"))
 _ROOTS = frozenset(("torch", "ops", "__torch__"))
 # Quantised layers keep packed weights, and unpack them when they are loaded.
