@@ -90,6 +90,11 @@ class Config:
     """The student: a network's name, as for --teacher."""
     student_weights: Annotated[Path | None, Mark.ON_CARD] = None
     """Weights that the student starts from; random ones when not given."""
+    trust_run: Annotated[bool, Mark.RESUMABLE, Mark.OWN_FOLDER] = False
+    """Import the code that a run's folder names as its teacher or student, with --resume or as
+    --teacher. Without it, that takes the same name on the command line."""
+    trust_teacher: Annotated[bool, Mark.RESUMABLE, Mark.OWN_FOLDER] = False
+    """Load a teacher in TorchScript that does more than compute on tensors, as writing files."""
     teacher_output: Literal["auto", OutputKind] = "auto"
     """What the teacher returns; all but logits are turned into logits. sigmoids: one for each of
     several classes that exclude each other. binary-...: one number, which is about the second of

@@ -24,6 +24,7 @@ from .engine.evaluation import buffers_kept, evaluation_mode, modes_kept
 from .engine.folder import RunFolder, check_resumed, read_config
 from .engine.graph import reason_not_captured
 from .engine.layout import layout_kept
+from .engine.lock import locked
 from .engine.loop import Loop
 from .engine.precision import computed_in
 from .engine.prepare import prepare
@@ -202,6 +203,7 @@ def _run(
     with (
         Progress(progress if world.first else "off") as shown, threads(threads_of_run(config)),
         modes_kept(student), layout_kept(student), layout_kept(generator or nn.Identity()),
+        contextlib.ExitStack() as held,
     ):  # fmt: skip
         try:
             step = prepare(config, teacher, student, device, precision, generator, world)
@@ -212,6 +214,8 @@ def _run(
             if path is None and world.first:
                 path = RunFolder.create(config)
             folder = RunFolder(Path(world.decide_text(str(path))))
+            if world.first:
+                held.enter_context(locked(folder.path))
             report = functools.partial(_report, folder.path)
             loop = Loop(config, step, folder, teacher, held_out, [*callbacks, shown], report)
             if config.tensorboard and world.first:

@@ -29,6 +29,7 @@ from .errors import UserError, command
 from .models import GREY_SIZES, NETWORKS
 from .networks import open_file
 from .networks.opener import Opened
+from .networks.trust import Trust
 from .settings import THREADS, check
 
 
@@ -55,6 +56,11 @@ class EvaluateConfig:
     """A second model for the same images, to compare with: how often do both agree?"""
     teacher_network: str | None = None
     """The network that the teacher's weights are for, as --network."""
+    trust_run: bool = False
+    """Import the code that a run's folder names as its student. Without it, that takes the same
+    name as --network, or --teacher-network."""
+    trust_teacher: bool = False
+    """Load a model or teacher in TorchScript that does more than compute on tensors."""
     normalise: Literal["auto", "mnist", "cifar10", "cifar100", "0..1", "0..255", "-1..1"] = "auto"
     """Whose mean and standard deviation the images are normalised with, or the range of the pixels
     that the network takes instead. auto: what the run of the model or the teacher says, or the note
@@ -75,9 +81,10 @@ class EvaluateConfig:
         check(self)
 
 
-def _open(path: Path, network: str | None, role: str) -> Opened:
+def _open(path: Path, network: str | None, role: str, config: EvaluateConfig) -> Opened:
     # Weights of our own networks tell which one it is, and for how many classes.
-    return open_file(path, role, None if network in NETWORKS else network)
+    trust = Trust(config.trust_run, config.trust_teacher)
+    return open_file(path, role, None if network in NETWORKS else network, trust=trust)
 
 
 def pick_normalisation(
@@ -148,10 +155,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     keep_freed_memory()
     device = pick_device(config.device)
-    model = _open(config.model, config.network, "model")
+    model = _open(config.model, config.network, "model", config)
     teacher = None
     if config.teacher is not None:
-        teacher = _open(config.teacher, config.teacher_network, "teacher")
+        teacher = _open(config.teacher, config.teacher_network, "teacher", config)
     mean, std = pick_normalisation(config, [model, *([teacher] if teacher else [])])
     grey = config.grey or model.grey
     for_all = len(mean) == 1 and (grey or config.normalise in data.UNITS)

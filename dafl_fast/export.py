@@ -36,6 +36,7 @@ from .files import save_weights, write_atomically, write_text
 from .models.pixels import Affine, Taking
 from .models.twin import duplicate
 from .networks import load_weights, open_run
+from .networks.trust import Trust
 from .recipes import make_config
 from .settings import Mark, marked
 from .templates import render
@@ -65,6 +66,8 @@ class ExportConfig:
     logits: [N, classes]. By default as-teacher; a file of weights has logits only."""
     data_dir: Path | None = None
     """Where the held-out images lie that the run was evaluated on; as in the run when not given."""
+    trust_run: bool = False
+    """Import the code that the folder names as the run's student."""
 
 
 def export_student(
@@ -387,7 +390,8 @@ def _held_out(config: Config) -> tuple[Tensor | None, tuple[str, ...]]:
 def main() -> None:
     arguments = tyro.cli(ExportConfig, prog="python -m dafl_fast.export")
     logging.basicConfig(format="%(message)s")
-    student, config = open_run(arguments.run).built(), Config(**read_config(arguments.run))
+    student = open_run(arguments.run, Trust(run=arguments.trust_run)).built()
+    config = Config(**read_config(arguments.run))
     if arguments.data_dir is not None:
         config = replace(config, data_dir=arguments.data_dir)
     images, classes = _held_out(config)

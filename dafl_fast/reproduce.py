@@ -161,8 +161,9 @@ class Reproduction:
                 print(result.get("stopped") or f"accuracy {result['accuracy']:.2%}", flush=True)
             folder = self._folder(name, seed)  # without what only resuming needs
             folder.with_suffix(".checkpoint").unlink(missing_ok=True)
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
-            shutil.rmtree(folder / "bank", ignore_errors=True)
+            if not folder.is_symlink():  # another run's
+                (folder / "checkpoint.pt").unlink(missing_ok=True)
+                shutil.rmtree(folder / "bank", ignore_errors=True)  # nothing if it is a link
 
     def _result(self, name: str, seed: int) -> Path:
         return self.out / "results" / f"{name}-{seed}.json"

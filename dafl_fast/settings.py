@@ -56,7 +56,7 @@ class Mark(Enum):
     """What else there is to say of a setting."""
 
     RESUMABLE = "It may change when a run is resumed: how long, where, and how closely watched."
-    OWN_FOLDER = "It names the run's folder, and is therefore not written into it."
+    OWN_FOLDER = "It is about the run's folder, and is therefore not written into it."
     ON_CARD = "A student's model card tells it in words of its own."
 
 

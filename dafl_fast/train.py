@@ -12,7 +12,7 @@ from .config import Config
 from .distill import train
 from .engine.folder import check_resumed, read_config
 from .errors import UserError, command
-from .networks import is_for_mnist
+from .networks import is_code, is_for_mnist
 from .progress import describe
 from .recipes import make_config
 from .settings import from_arguments
@@ -44,7 +44,19 @@ def parse(arguments: list[str]) -> Config:
     config = from_arguments(Config, defaults, arguments, "python -m dafl_fast.train", _NOTE)
     if config.resume is not None:
         check_resumed(config)
+        config = dataclasses.replace(
+            config, trust_run=config.trust_run or _given(config, arguments)
+        )
     return config
+
+
+def _given(config: Config, arguments: list[str]) -> bool:
+    """Whether all code that the run in a folder names for its networks is on the command line."""
+    names = {"--teacher": config.teacher, "--student": config.student}
+    return all(
+        name is None or not is_code(name) or _value_of(arguments, flag) == name
+        for flag, name in names.items()
+    )
 
 
 def _value_of(arguments: list[str], flag: str) -> str | None:

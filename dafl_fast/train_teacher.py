@@ -127,6 +127,11 @@ class TeacherConfig:
         if self.network not in NETWORKS:
             names = ", ".join(NETWORKS)
             raise UserError(f"unknown network {self.network!r}: choose one of {names}")
+        if self.out.suffix.lower() in (".checkpoint", ".json"):
+            raise UserError(
+                f"--out must not end in {self.out.suffix}, as what is written beside the weights "
+                f"does; name them {self.out.with_suffix('.safetensors')}"
+            )
         if self.epochs is None and self.max_seconds is None:
             raise UserError("say how long to train: --epochs or --max-seconds")
 

@@ -212,7 +212,7 @@ def test_what_may_change_when_a_run_is_resumed():
     assert marked(Config, Mark.RESUMABLE) == {
         "steps", "max_seconds", "out_dir", "resume", "device", "cuda_graph", "compile", "teacher",
         "teacher_weights", "eval", "data_dir", "download", "eval_every", "save_every", "log_every",
-        "tensorboard", "stall_seconds", "threads",
+        "tensorboard", "stall_seconds", "threads", "trust_run", "trust_teacher",
     }  # fmt: skip
     assert marked(TeacherConfig, Mark.RESUMABLE) == {
         "data_dir", "download", "eval", "out", "resume", "device", "save_every", "log_every",
@@ -221,7 +221,9 @@ def test_what_may_change_when_a_run_is_resumed():
 
 
 def test_what_files_leave_out():
-    assert marked(Config, Mark.OWN_FOLDER) == {"out_dir", "resume"}
+    assert marked(Config, Mark.OWN_FOLDER) == {
+        "out_dir", "resume", "trust_run", "trust_teacher",
+    }  # fmt: skip
     assert marked(Config, Mark.ON_CARD) == {
         "preset", "recipe", "student", "student_weights", "num_classes", "image_shape", "pixels",
         "grey", "mean", "std",

@@ -1,7 +1,7 @@
 """The folder of a run: its files, and how they are written and read.
 
 config.yaml  metrics.jsonl  summary.json  environment.json  checkpoint.pt  bank/*.safetensors
-student.safetensors  samples/*.png  report.html  tensorboard/
+student.safetensors  samples/*.png  report.html  tensorboard/  .lock
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..files import (
     write_json,
     write_text,
 )
-from ..settings import Mark, check_unchanged, plain
+from ..settings import Mark, check_unchanged, marked, plain
 from .bank import ReplayBank
 from .live import copied, map_tensors
 from .step import Step
@@ -96,10 +96,17 @@ class RunFolder:
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Writes a JSON file of the run, atomically."""
+        self._check_it_is_there()
         write_json(self.path / name, value)
+
+    def save_student(self, state: dict[str, Tensor]) -> None:
+        """Writes the student's weights, atomically."""
+        self._check_it_is_there()
+        save_weights(self.path / "student.safetensors", state)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl."""
+        self._check_it_is_there()
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -111,15 +118,24 @@ class RunFolder:
 
         `write` may read only tensors that are never changed again.
         """
+
+        def write_if_there() -> None:
+            self._check_it_is_there()
+            try:
+                write()
+            except UserError:
+                self._check_it_is_there()  # which would be the reason
+                raise
+
         if device.type != "cuda":
-            self._pending.append(self._writer.submit(write))
+            self._pending.append(self._writer.submit(write_if_there))
             return
         queued = torch.cuda.current_stream(device).record_event()
 
         def write_on_side_stream() -> None:
             with torch.cuda.stream(torch.cuda.Stream(device)):
                 queued.wait()
-                write()
+                write_if_there()
 
         self._pending.append(self._writer.submit(write_on_side_stream))
 
@@ -148,20 +164,38 @@ class RunFolder:
         def write() -> None:
             for shard, tensors in entries.items():
                 save_weights(shard, tensors)
+            self._check_it_is_there()
             save_checkpoint(self.checkpoint, map_tensors(state, Tensor.cpu))
             self._remove_other_shards(state["bank_shards"])
 
         self.later(write, step.device)
 
     def restore(self, step: Step) -> dict[str, Any] | None:
-        """Loads the last checkpoint into `step`, and returns its progress; None without one."""
+        """Loads the last checkpoint into `step`, and returns its progress; None without one.
+
+        Raises:
+            UserError: there is none although the run has got further, it cannot be read, or a part
+                of the folder is a link to another place.
+        """
         first = step.world.first
+        for folder in (self.path / "bank", self.path / "samples"):
+            if folder.is_symlink():
+                raise UserError(
+                    f"{folder} is a link, and the run would change what it leads to; put a copy of "
+                    "that in its place"
+                )
         if first:
             for folder in (self.path, self.path / "bank", self.path / "samples"):
                 for path in folder.glob(".*"):
                     if _LEFTOVER.fullmatch(path.name) and path.is_file():
                         path.unlink()  # left by a killed process
         if not self.checkpoint.exists():
+            for name in ("student.safetensors", "summary.json"):
+                if (self.path / name).exists():
+                    raise UserError(
+                        f"the run in {self.path} cannot go on: it has no checkpoint.pt, and to "
+                        f"start again would replace its {name}; start a new one with --out-dir"
+                    )
             if first:
                 self.metrics.unlink(missing_ok=True)
             return None
@@ -179,6 +213,14 @@ class RunFolder:
             kept = [row for row in rows if json.loads(row)["step"] <= step.steps]
             write_text(self.metrics, "".join(row + "\n" for row in kept))
         return state["progress"]
+
+    def _check_it_is_there(self) -> None:
+        """Raises UserError if somebody has removed the folder, which would be made anew."""
+        if not (self.path / "config.yaml").is_file():
+            raise UserError(
+                f"the run's folder {self.path} was removed or moved while the run went on; nothing "
+                "more is written there"
+            )
 
     def _shard(self, start: int, stop: int) -> Path:
         return self.path / "bank" / f"{start:09d}-{stop:09d}.safetensors"
@@ -215,6 +257,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text())
         known = {field.name for field in dataclasses.fields(Config)}
+        known -= marked(Config, Mark.OWN_FOLDER)  # a folder does not say that it is to be trusted
         if not isinstance(values, dict) or not values.keys() <= known:
             raise ValueError("unknown settings")
     except (yaml.YAMLError, ValueError) as error:

@@ -17,7 +17,6 @@ from .. import __version__
 from ..config import Config
 from ..device import peak_memory
 from ..errors import TrainingStopped, UserError
-from ..files import save_weights
 from ..pictures import save_samples
 from .clock import Clock, Watchdog
 from .distributed import is_lost_contact
@@ -286,7 +285,7 @@ class Loop:
         student = teacher = None
         count = 0
         if self.world.first:
-            save_weights(folder.path / "student.safetensors", step.averaged_student.state_dict())
+            folder.save_student(step.averaged_student.state_dict())
             student = self._evaluate()
             folder.flush()
             if self.held_out is not None:

@@ -3,6 +3,7 @@
 
 from .exported import from_export
 from .formats import load_weights
+from .names import is_code
 from .opener import (
     bundled_teacher,
     bundled_weights,
@@ -15,6 +16,6 @@ from .opener import (
 )
 
 __all__ = [
-    "bundled_teacher", "bundled_weights", "from_export", "is_for_mnist", "load_network",
-    "load_networks", "load_weights", "open_file", "open_run", "outputs_of",
+    "bundled_teacher", "bundled_weights", "from_export", "is_code", "is_for_mnist",
+    "load_network", "load_networks", "load_weights", "open_file", "open_run", "outputs_of",
 ]  # fmt: skip

@@ -7,8 +7,6 @@ private classifier can pass it on. Gradients with respect to its images work as 
 from __future__ import annotations
 
 import os
-import re
-import zipfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,9 +14,11 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2
 
 from ..convention import Convention
 from ..errors import UserError
+from .exported_check import check_exported
 
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 # By the number of dimensions of the input.
@@ -29,19 +29,14 @@ _EXPORT_IT = (
 )
 
 
-class NeedsCode(Exception):
-    """The file can be read only by unrestricted unpickling, which can run any code."""
-
-
 def read_exported(path: Path, role: str) -> nn.Module:
     """The network that torch.export.save wrote to `path`; see `from_export`. Raises NeedsCode if
-    reading it would mean unpickling objects or running compiled code."""
-    with zipfile.ZipFile(path) as archive:
-        if any(re.search("/opaque_obj|/aotinductor/", name) for name in archive.namelist()):
-            raise NeedsCode
-    # Without this, torch.export.load unpickles some parts of a file without restriction.
+    reading it would mean running code that is in it; see `check_exported`."""
+    check_exported(path)
+    # Without this, torch unpickles some parts of a file without restriction. And its own `load`
+    # would try again, if something fails, as with the files of old versions.
     with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
-        program = torch.export.load(path)
+        program = load_pt2(str(path)).exported_programs["model"]
     return from_export(program, role)
 
 

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError, first_line
 from ..files import load_tensors
-from .exported import NeedsCode, read_exported
+from .exported import read_exported
 from .onnx_file import read_onnx
+from .script_check import check_script
+from .trust import NO_TRUST, NeedsCode, Trust
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class FileFormat:
         program: reads the whole network; like `weights` from the path and the network's role, and
             from C, H and W of the images, which may be None.
         weights: reads a state dict.
+        check: raises NeedsCode if a program does more than compute; asked unless its author is
+            trusted.
     """
 
     name: str
@@ -54,6 +58,7 @@ class FileFormat:
     recognised: Callable[[bytes, set[str]], bool]
     program: Callable[[Path, str, Shape | None], nn.Module] | None = None
     weights: Callable[[Path, str], State] | None = None
+    check: Callable[[Path], None] | None = None
 
 
 def recognise(path: Path, role: str) -> FileFormat:
@@ -80,15 +85,30 @@ def recognise(path: Path, role: str) -> FileFormat:
     )
 
 
-def read_program(path: Path, role: str, image_shape: Shape | None = None) -> nn.Module | None:
+def read_program(
+    path: Path, role: str, image_shape: Shape | None = None, trust: Trust = NO_TRUST
+) -> nn.Module | None:
     """The network in a file, on the CPU; None if the file holds weights only. `image_shape` is for
     files that are for images of any size.
 
     Raises:
-        UserError: the file cannot be read without running code that is in it, or see `from_export`.
+        UserError: the file cannot be read without running code that is in it, it does more than
+            compute, or see `from_export`.
     """
-    program = recognise(path, role).program
-    return None if program is None else _read(program, path, role, image_shape)
+    known = recognise(path, role)
+    if known.check is not None and not trust.program:
+        try:
+            known.check(path)
+        except NeedsCode as error:
+            raise UserError(
+                f"the {role} file {path} is not loaded, because its program {error}; if you trust "
+                "its author, add --trust-teacher"
+            ) from error
+        except RuntimeError as error:
+            raise UserError(
+                f"the {role} file {path} cannot be read: {first_line(error)}"
+            ) from error
+    return None if known.program is None else _read(known.program, path, role, image_shape)
 
 
 def read_weights(path: Path, role: str) -> State:
@@ -113,9 +133,10 @@ def _read(read: Callable[..., Any], path: Path, role: str, *more: Any) -> Any:
                 f"the {role} file {path} cannot be read: {first_line(error)}"
             ) from error
         named = re.search(r"GLOBAL (\S+)", str(error))
+        what = str(error) if isinstance(error, NeedsCode) else "the objects in it"
         raise UserError(
             f"the {role} file {path} is not loaded, because reading "
-            f"{named[1] if named else 'the objects in it'} can run any code; {_SAVE_IT}"
+            f"{named[1] if named else what} can run any code; {_SAVE_IT}"
         ) from error
 
 
@@ -287,6 +308,7 @@ FORMATS = (
         "TorchScript", "TorchScript", (".pt",),
         lambda head, members: "constants.pkl" in members,
         program=_read_torchscript,
+        check=check_script,
     ),
     FileFormat(
         "ONNX", "ONNX", (".onnx",),

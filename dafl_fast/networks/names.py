@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,13 @@ def build_named(name: str, role: str, sizes: Sizes) -> nn.Module:
 def knows_nothing(name: str) -> bool:
     """Whether `build_named` gives a network that has learned nothing yet."""
     return name in NETWORKS or name.partition(":")[0] in _PACKAGES
+
+
+def is_code(name: str) -> bool:
+    """Whether `build_named` imports a user's own code for it. A file of that name is no code."""
+    source, colon, _ = name.partition(":")
+    others = (*_PACKAGES, "transformers")
+    return bool(colon) and source not in others and not Path(name).exists()
 
 
 def draws_its_weights(network: nn.Module, again: Callable[[], nn.Module]) -> bool:

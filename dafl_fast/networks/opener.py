@@ -27,7 +27,8 @@ from ..models.pixels import Taking
 from ..recipes import PRESETS
 from . import huggingface
 from .formats import ENDINGS, load_weights, read_program, read_weights, recognise
-from .names import OTHERS, Sizes, build_named, draws_its_weights, knows_nothing
+from .names import OTHERS, Sizes, build_named, draws_its_weights, is_code, knows_nothing
+from .trust import NO_TRUST, Trust
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def open_network(
     role: str,
     weights_for: str | None = None,
     image_shape: tuple[int, int, int] | None = None,
+    trust: Trust = NO_TRUST,
 ) -> Opened:
     """What `load_network` takes, opened; a file of weights alone is one of the network
     `weights_for`, and refused without it. `image_shape` is for files that leave it open.
@@ -103,7 +105,7 @@ def open_network(
             f"the {role} file {path} holds weights only; name their network as well: "
             f"--{role} NETWORK --{role}-weights {path}"
         )
-    return open_file(path, role, weights_for, image_shape)
+    return open_file(path, role, weights_for, image_shape, trust)
 
 
 def open_file(
@@ -111,6 +113,7 @@ def open_file(
     role: str,
     weights_for: str | None = None,
     image_shape: tuple[int, int, int] | None = None,
+    trust: Trust = NO_TRUST,
 ) -> Opened:
     """What `path` holds: a run's student, a program, or weights.
 
@@ -122,9 +125,9 @@ def open_file(
     if str(path).startswith(huggingface.PREFIX):
         return open_folder(str(path), role)
     if path.is_dir():
-        return open_run(path)
+        return open_run(path, trust, weights_for)
     note = _note_beside(path)
-    program = read_program(path, role, image_shape)
+    program = read_program(path, role, image_shape, trust)
     if program is not None:
         if role == "student":
             raise UserError(
@@ -163,12 +166,13 @@ def open_folder(name: str, role: str, weights: str | Path | None = None) -> Open
     return Opened(name, role, file, network, *known)
 
 
-def open_run(path: Path) -> Opened:
-    """The student that the run in `path` has left.
+def open_run(path: Path, trust: Trust = NO_TRUST, same: str | None = None) -> Opened:
+    """The student that the run in `path` has left. If it is of code of its own, `trust` must allow
+    that, or the user has given the `same` name.
 
     Raises:
         UserError: there is no run, it has left no student yet, or no name says which network the
-            student is.
+            student is; or code would be run that only the folder names.
     """
     config = Config(**read_config(path))
     weights = path / "student.safetensors"
@@ -182,12 +186,21 @@ def open_run(path: Path) -> Opened:
             f"the run in {path} has left no student yet; go on with it: "
             f"python -m dafl_fast.train --resume {path}"
         )
+    if is_code(config.student) and not trust.run and config.student != same:
+        raise _only_named(path, "student", config.student)
     channels, *size = config.shape
     sizes = (read_summary(path).get("num_classes", config.num_classes), channels, size_of(*size))
     student = open_network(config.student, weights, "student").built(*sizes)
     student = _student_for_pixels(config, student).eval()
     known = (*sizes, *(config.units or (None, None)), config.grey)
     return Opened(config.student, "student", weights, student, *known)
+
+
+def _only_named(path: Path, role: str, name: str, remedy: str = "") -> UserError:
+    return UserError(
+        f"the {role} of the run in {path} is the code {name}, which is not imported just because a "
+        f"folder names it; if you trust that code, add {remedy}--trust-run"
+    )
 
 
 def _note_beside(path: Path) -> dict[str, Any]:
@@ -212,6 +225,8 @@ def load_network(
     num_classes: int | None = None,
     channels: int | None = None,
     image_size: ImageSize | None = None,
+    trust_run: bool = False,
+    trust_teacher: bool = False,
 ) -> nn.Module:
     """The network that `name` means, freshly initialised or with the weights given.
 
@@ -233,6 +248,8 @@ def load_network(
         num_classes, channels, image_size: of the images and their labels, handed to whatever can
             be built for them; None leaves the network's own default. The size is height and
             width, or one number for both, which is what a network gets for squares.
+        trust_run: import the code that the folder of a run names as its student.
+        trust_teacher: load TorchScript that does more than compute on tensors.
 
     Raises:
         UserError: there is no such network, it does not fit the weights or the channels, a package
@@ -241,7 +258,8 @@ def load_network(
     shape = None
     if channels is not None and image_size is not None:
         shape = (channels, *sides(image_size))
-    opened = open_network(name, weights, role, image_shape=shape)
+    trust = Trust(trust_run, trust_teacher)
+    opened = open_network(name, weights, role, image_shape=shape, trust=trust)
     return opened.built(num_classes, channels, image_size)
 
 
@@ -277,6 +295,11 @@ def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
             f"--student must name a network, got the folder {student_name}; to go on with the "
             "student in it, name its network, and its student.safetensors with --student-weights"
         )
+    trust = Trust(config.trust_run, config.trust_teacher)
+    if config.resume is not None and not trust.run:
+        for role, network in (("teacher", name), ("student", student_name)):
+            if is_code(network):
+                raise _only_named(config.resume, role, network, f"--{role} {network} or ")
     usual = PRESETS[config.preset].networks.get("teacher")
     if weights is None and name == usual:
         weights = bundled_weights(config.preset)
@@ -287,7 +310,7 @@ def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
             )
     if weights is None and knows_nothing(name):
         raise UserError(f"--teacher-weights is needed: without weights {name} knows nothing")
-    opened = open_network(name, weights, "teacher", usual, config.image_shape)
+    opened = open_network(name, weights, "teacher", usual, config.image_shape, trust)
     config = _completed(config, opened)
     channels, size = config.shape[0], config.shape[1:]
     teacher = opened.built(config.num_classes, channels, size)
