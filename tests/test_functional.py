@@ -310,7 +310,7 @@ def test_one_value_per_channel_is_refused_as_torch_does():
         ("upsample_conv", [(3, 4, 4), (2, 3, 3, 3)], "x must be"),
         ("conv_pool", [(2, 3, 5, 9), (2, 3, 5, 5), (2,)], "at least 6 rows"),
         ("conv_pool", [(2, 3, 8, 9), (2, 3, 5, 5), (3,)], "bias must be"),
-        ("norm_activation", [(2, 3, 4, 4), (3,), (3,), (3,), (2,), 1.0, 0.2], "norm's bias"),
+        ("norm_activation", [(2, 3, 4, 4), (3,), (3,), (3,), (2,), 1.0, 0.2], "^bias must be"),
         ("norm_activation", [(2, 3, 4, 4), (3,), (3,), (3,), (3,), -1.0, 0.2], "eps"),
         (
             "norm_image_conv",
