@@ -4,6 +4,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <string>
@@ -27,6 +28,21 @@ void define(torch::Library& library, const std::string& schema, Cpu cpu, Meta me
   add_kernel(library, schema, c10::DispatchKey::CPU, cpu);
   add_kernel(library, schema, c10::DispatchKey::Meta, meta);
   add_kernel(library, schema, c10::DispatchKey::Autograd, std::move(autograd));
+}
+
+// Whether forward-mode differentiation follows one of these tensors.
+template <class... Tensors>
+bool have_tangents(const Tensors&... tensors) {
+  return (torch::autograd::isFwGradDefined(tensors) || ...);
+}
+
+// Autograd kernels call this first: without it a result would be without its tangent.
+template <class... Tensors>
+void refuse_tangents(const char* name, const Tensors&... tensors) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !have_tangents(tensors...), name,
+      " has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): use "
+      "reverse mode, or the same in plain PyTorch");
 }
 
 // For calls through the dispatcher. Kept in a static variable, it is looked up once.

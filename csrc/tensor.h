@@ -18,11 +18,37 @@ inline std::string got(const Tensor& tensor) {
   return c10::str(", got ", tensor.sym_sizes(), " on ", tensor.device());
 }
 
-inline void check_dtype(const char* name, const Tensor& tensor) {
-  ScalarType type = tensor.scalar_type();
+inline void check_dtype(const char* name, ScalarType type) {
   TORCH_CHECK_TYPE(
       type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble, name,
       " must be float32, bfloat16, float16 or float64, got ", type);
+}
+
+inline void check_dtype(const char* name, const Tensor& tensor) {
+  check_dtype(name, tensor.scalar_type());
+}
+
+// An argument that is made from others, such as statistics or a gradient, is read with sizes and
+// types that come from these. So every operator checks it, whoever calls, and for meta tensors too.
+// `name` begins with the operator's where the caller may not know that it runs.
+inline void check_shape(const char* name, const Tensor& tensor, c10::SymIntArrayRef size,
+                        const Tensor& like) {
+  TORCH_CHECK_VALUE(tensor.sym_sizes() == size && tensor.device() == like.device(), name,
+                    " must be ", size, " on ", like.device(), got(tensor));
+}
+
+inline void check_argument(const char* name, const Tensor& tensor, c10::SymIntArrayRef size,
+                           ScalarType dtype, const Tensor& like) {
+  check_shape(name, tensor, size, like);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ",
+                   tensor.scalar_type());
+}
+
+// A gradient may have any dtype that operators take: they convert it.
+inline void check_gradient(const char* name, const Tensor& grad, c10::SymIntArrayRef size,
+                           const Tensor& like) {
+  check_shape(name, grad, size, like);
+  check_dtype(name, grad);
 }
 
 // What losses, statistics and sums are in: fp32, or fp64 where the input is.

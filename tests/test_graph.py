@@ -100,6 +100,23 @@ def test_no_garbage_is_collected_inside():
         gc.enable()
 
 
+@pytest.mark.parametrize("cleared", [False, True])
+def test_the_pool_of_a_failed_capture_is_given_back_once(monkeypatch, cleared):
+    """Also with a torch that has done so itself, and says that there is no such pool."""
+    calls = []
+
+    def end(device, pool):
+        if cleared:
+            raise RuntimeError("not recording to this pool")
+        calls.append(("end", device, pool))
+
+    release = lambda device, pool: calls.append(("release", device, pool))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+    graph.release((0, 3), 1)
+    assert calls == ([] if cleared else [("end", 1, (0, 3)), ("release", 1, (0, 3))])
+
+
 def test_without_a_gpu_there_is_a_reason():
     for wanted, reason in (("auto", "the device is cpu"), ("off", "--cuda-graph off")):
         step = make_step("published", cuda_graph=wanted)

@@ -221,6 +221,72 @@ def test_an_fp16_overflow_skips_the_update_and_halves_the_scale():
         assert sum(moved) >= len(moved) - 2  # biases before BatchNorm have no gradient
 
 
+class Overflowing(nn.Module):
+    """A teacher whose logits overflow for the first of its images in chosen calls."""
+
+    def __init__(self, teacher: nn.Module, calls: set[int]) -> None:
+        super().__init__()
+        self.teacher, self.calls, self.count, self.watching = teacher, calls, 0, False
+
+    def forward(self, images):
+        logits, features = self.teacher(images)
+        factor = torch.ones_like(logits[:, :1])
+        factor[0] = float("inf") if self.count in self.calls else 1.0
+        self.count += 1
+        return logits * factor, features
+
+
+@pytest.mark.parametrize("recipe", ["published", "fast"])
+def test_an_fp16_overflow_in_the_forward_pass_is_left_out(recipe):
+    values = []
+    for calls in (set(), {1}):
+        step = make_step(recipe, torch.float32, "fp16", bank_images=32)
+        step.teacher = Overflowing(step.teacher, calls)
+        step()
+        first = step.statistics.clone()
+        step()
+        values.append(step.take_means(2))
+        assert not step.statistics.any() and not step.overflows.any()
+    assert step.is_finite() and values[1].isfinite().all()
+    one_hot = STATISTICS.index("one_hot")
+    assert values[1][one_hot] == first[one_hot]  # the mean of the one step that has a value
+    assert values[1][one_hot] != values[0][one_hot]
+    if step.bank is not None:
+        stored = step.bank.span(0, step.bank.added)
+        assert all(tensor.isfinite().all() for tensor in stored.values())
+        assert torch.equal(stored["logits"][16], stored["logits"][17])
+
+
+def test_overflow_in_every_step_shows_as_nan():
+    step = make_step("published", torch.float32, "fp16")
+    step.teacher = Overflowing(step.teacher, {0, 1})
+    step()
+    step()
+    assert step.take_means(2)[0].isnan()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_seen(value):
+    step = make_step("published", torch.float32)
+    assert step.is_finite()
+    with torch.no_grad():
+        next(step.student.parameters()).view(-1)[0].fill_(1e38)  # its square overflows
+    assert step.is_finite()
+    with torch.no_grad():
+        list(step.student.parameters())[-1].view(-1)[-1].fill_(value)
+    assert not step.is_finite()
+
+
+def test_the_average_copies_buffers_of_every_dtype():
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2).double())
+    average = Average(network, 0.9)
+    for buffer in network.buffers():
+        buffer.add_(7)
+    average.update(network)
+    for own, buffer in zip(average.module.buffers(), network.buffers(), strict=True):
+        assert torch.equal(own, buffer) and own.data_ptr() != buffer.data_ptr()
+
+
 def test_students_with_sgd_follow_torch():
     step = make_step(
         "published", student_optimizer="sgd", student_lr=0.1, student_weight_decay=5e-4

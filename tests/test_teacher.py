@@ -541,6 +541,33 @@ def test_layers_count_as_often_as_they_run():
         torch.testing.assert_close(a, b)
 
 
+def test_the_batch_norm_loss_of_all_layers_is_that_of_each_bit_for_bit():
+    """So that a run that was begun when each had its own kernels goes on as it would have."""
+    network = randomised(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 7, 3),
+                      nn.BatchNorm2d(7), nn.Flatten(), nn.Linear(112, 5), nn.BatchNorm1d(5))
+    )  # fmt: skip
+    teacher = FrozenTeacher(network, watch=True)
+    x = torch.randn(6, 3, 8, 8, requires_grad=True)
+
+    def one_by_one():
+        distances = []
+        for layer, mean, variance in teacher._statistics:
+            mean, square = torch.stack([mean, variance + mean.square()])
+            distances.append(torch.linalg.vector_norm(mean - layer.running_mean))
+            variance = square - mean.square()
+            distances.append(torch.linalg.vector_norm(variance - layer.running_var))
+        return torch.stack(distances).sum()
+
+    results = []
+    for loss_of in (lambda: teacher.batch_norm_loss(World()), one_by_one):
+        teacher(x)
+        loss = loss_of()
+        results.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][1].abs().sum() > 0
+
+
 def test_batch_norm_that_never_runs_is_told(caplog):
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     network[1].aux = nn.BatchNorm2d(3)

@@ -247,8 +247,11 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int 
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
+  // The launch's own error, and no older one of somebody else. It is taken from where CUDA keeps
+  // it, so that the caller's next check does not find it a second time.
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-  return error != cudaSuccess ? error : cudaGetLastError();
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 
 // The kernels that hold a row in registers: how many threads share it, how many quads each owns,

@@ -4,6 +4,8 @@
 // A vector lane is an image. The convolution's own outputs, four times the pooled ones, exist only
 // in registers; which of four won is kept in a byte, and 4 where ReLU gave zero. Everything is
 // computed in fp32 (fp64 for fp64), also for 16-bit activations.
+#include <array>
+
 #include "shared.h"
 
 namespace dafl {
@@ -18,12 +20,36 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
                     "x must have at least 6 rows and columns", got(x));
 }
 
+// Of the results.
+struct Sizes {
+  c10::SymInt N, out, height, width;
+
+  Sizes(const Tensor& x, const Tensor& weight)
+      : N(x.sym_size(0)),
+        out(weight.sym_size(0)),
+        height((x.sym_size(2) - 4) / 2),
+        width((x.sym_size(3) - 4) / 2) {}
+
+  std::array<c10::SymInt, 4> y() const { return {N, out, height, width}; }
+  c10::SymInt index() const {
+    const c10::SymInt groups = (N + (cpu::kConvPoolImages - 1)) / cpu::kConvPoolImages;
+    return groups * cpu::kConvPoolImages * out * height * width;
+  }
+};
+
 std::tuple<Tensor, Tensor> allocate(const Tensor& x, const Tensor& weight) {
-  const c10::SymInt N = x.sym_size(0), out = weight.sym_size(0);
-  const c10::SymInt height = (x.sym_size(2) - 4) / 2, width = (x.sym_size(3) - 4) / 2;
-  const c10::SymInt images = (N + (cpu::kConvPoolImages - 1)) / cpu::kConvPoolImages;
-  return {empty_activations(x, {N, out, height, width}, at::MemoryFormat::Contiguous),
-          empty(x, {images * cpu::kConvPoolImages * out * height * width}, at::kByte)};
+  const Sizes sizes(x, weight);
+  return {empty_activations(x, sizes.y(), at::MemoryFormat::Contiguous),
+          empty(x, {sizes.index()}, at::kByte)};
+}
+
+// What the backward pass reads besides.
+void check_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                    const Tensor& index) {
+  check(x, weight, bias);
+  const Sizes sizes(x, weight);
+  check_gradient("conv_pool_backward's grad", grad, sizes.y(), x);
+  check_argument("conv_pool_backward's index", index, {sizes.index()}, at::kByte, x);
 }
 
 // Operands as the kernels read them; holds what `arguments` points to.
@@ -31,6 +57,7 @@ struct Operands {
   Tensor x, weight, bias;
   cpu::ConvPool arguments;
 
+  // `index` is contiguous, and outlives this.
   Operands(const Tensor& x_, const Tensor& weight_, const Tensor& bias_, const Tensor& index)
       : x(x_.contiguous()),
         weight(weight_.to(stats_dtype(x_)).permute({1, 2, 3, 0}).contiguous()),
@@ -65,9 +92,10 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, co
 
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_, const Tensor& x,
                                                 const Tensor& weight, const Tensor& bias,
-                                                const Tensor& index, bool want_input,
+                                                const Tensor& index_, bool want_input,
                                                 bool want_weight) {
-  check(x, weight, bias);
+  check_backward(grad_, x, weight, bias, index_);
+  const Tensor index = index_.contiguous();
   const Operands operands(x, weight, bias, index);
   const Tensor grad = dense(grad_, x.scalar_type(), at::MemoryFormat::Contiguous);
   Tensor grad_x = want_input ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
@@ -99,9 +127,11 @@ std::tuple<Tensor, Tensor> forward_meta(const Tensor& x, const Tensor& weight, c
   return allocate(x, weight);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_meta(const Tensor&, const Tensor& x,
+std::tuple<Tensor, Tensor, Tensor> backward_meta(const Tensor& grad, const Tensor& x,
                                                  const Tensor& weight, const Tensor& bias,
-                                                 const Tensor&, bool want_input, bool want_weight) {
+                                                 const Tensor& index, bool want_input,
+                                                 bool want_weight) {
+  check_backward(grad, x, weight, bias, index);
   auto unwanted = [](const Tensor& like) { return empty(like, {0}, like.scalar_type()); };
   return {want_input ? empty_grad(x) : unwanted(x),
           want_weight ? at::empty_like(weight) : unwanted(weight),
@@ -135,6 +165,7 @@ struct Function : torch::autograd::Function<Function> {
 
 std::tuple<Tensor, Tensor> forward_autograd(const Tensor& x, const Tensor& weight,
                                             const Tensor& bias) {
+  refuse_tangents("conv_pool", x, weight, bias);
   auto results = Function::apply(x, weight, bias);
   return {results[0], results[1]};
 }

@@ -6,6 +6,7 @@
 // cancels.
 #pragma once
 
+#include <array>
 #include <cmath>
 
 #include "shared.h"
@@ -18,16 +19,15 @@ inline int64_t norm_rows(int64_t C) {
   return std::max<int64_t>(kNormValues / std::max<int64_t>(C, 1), 16);
 }
 
+// `parameters` are the operator's names for the norm's weight and bias.
 inline void check_norm(const Tensor& x, const Tensor& mean, const Tensor& variance,
-                       const Tensor& weight, const Tensor& bias, double eps) {
+                       const Tensor& weight, const Tensor& bias, double eps,
+                       const std::array<const char*, 2>& parameters) {
   check_activations(x);
-  check_channels("mean", x, mean, x.sym_size(1));
-  check_channels("variance", x, variance, x.sym_size(1));
-  check_channels("norm's weight", x, weight, x.sym_size(1));
-  check_channels("norm's bias", x, bias, x.sym_size(1));
-  TORCH_CHECK_TYPE(mean.scalar_type() == stats_dtype(x) && variance.scalar_type() == stats_dtype(x),
-                   "mean and variance must be ", stats_dtype(x), ", got ", mean.scalar_type(),
-                   " and ", variance.scalar_type());
+  check_argument("mean", mean, {x.sym_size(1)}, stats_dtype(x), x);
+  check_argument("variance", variance, {x.sym_size(1)}, stats_dtype(x), x);
+  check_channels(parameters[0], x, weight, x.sym_size(1));
+  check_channels(parameters[1], x, bias, x.sym_size(1));
   TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, "eps must be finite and >= 0, got ", eps);
 }
 

@@ -11,16 +11,18 @@ namespace {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
+constexpr std::array<const char*, 2> kParameters = {"weight", "bias"};
+
 int64_t rows_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
 std::tuple<Tensor, Tensor> moments_meta(const Tensor& x) {
   check_activations(x);
+  TORCH_CHECK_VALUE(x.sym_numel() > 0, "x must have at least one value per channel", got(x));
   return {empty(x, {x.sym_size(1)}, stats_dtype(x)), empty(x, {x.sym_size(1)}, stats_dtype(x))};
 }
 
 std::tuple<Tensor, Tensor> moments_cpu(const Tensor& x_) {
   auto [mean, variance] = moments_meta(x_);
-  TORCH_CHECK_VALUE(x_.numel() > 0, "x must have at least one value per channel", got(x_));
   const Tensor x = x_.contiguous(kChannelsLast);
   const int64_t C = x.size(1), rows = rows_of(x), part = norm_rows(C);
   const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
@@ -34,7 +36,7 @@ std::tuple<Tensor, Tensor> moments_cpu(const Tensor& x_) {
 
 Tensor forward_meta(const Tensor& x, const Tensor& mean, const Tensor& variance,
                     const Tensor& weight, const Tensor& bias, double eps, double) {
-  check_norm(x, mean, variance, weight, bias, eps);
+  check_norm(x, mean, variance, weight, bias, eps, kParameters);
   return empty_activations(x, x.sym_sizes(), kChannelsLast);
 }
 
@@ -51,10 +53,16 @@ Tensor forward_cpu(const Tensor& x_, const Tensor& mean, const Tensor& variance,
   return y;
 }
 
+void check_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& variance,
+                    const Tensor& weight, const Tensor& bias, double eps) {
+  check_norm(x, mean, variance, weight, bias, eps, kParameters);
+  check_gradient("norm_activation_backward's grad", grad, x.sym_sizes(), x);
+}
+
 Gradients backward_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& mean,
                        const Tensor& variance, const Tensor& weight, const Tensor& bias, double eps,
                        double slope) {
-  check_norm(x_, mean, variance, weight, bias, eps);
+  check_backward(grad_, x_, mean, variance, weight, bias, eps);
   const Tensor x = x_.contiguous(kChannelsLast);
   const Tensor grad = dense(grad_, x.scalar_type(), kChannelsLast);
   Tensor grad_x = at::empty_like(x, x.options(), kChannelsLast);
@@ -74,8 +82,10 @@ Gradients backward_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& mean
   return {grad_x, like_parameter(gradient.weight, weight), like_parameter(gradient.bias, bias)};
 }
 
-Gradients backward_meta(const Tensor&, const Tensor& x, const Tensor&, const Tensor&,
-                        const Tensor& weight, const Tensor& bias, double, double) {
+Gradients backward_meta(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                        const Tensor& variance, const Tensor& weight, const Tensor& bias,
+                        double eps, double) {
+  check_backward(grad, x, mean, variance, weight, bias, eps);
   return {empty_activations(x, x.sym_sizes(), kChannelsLast), at::empty_like(weight),
           at::empty_like(bias)};
 }
@@ -105,6 +115,7 @@ struct Function : torch::autograd::Function<Function> {
 
 Tensor forward_autograd(const Tensor& x, const Tensor& mean, const Tensor& variance,
                         const Tensor& weight, const Tensor& bias, double eps, double slope) {
+  refuse_tangents("norm_activation", x, mean, variance, weight, bias);
   return Function::apply(x, mean, variance, weight, bias, eps, slope);
 }
 

@@ -58,12 +58,25 @@ struct Call {
   }
 };
 
+void check(const Tensor& x, const Tensor& mean, const Tensor& variance, const Tensor& norm_weight,
+           const Tensor& norm_bias, double eps, const Tensor& weight, const Tensor& bias) {
+  check_norm(x, mean, variance, norm_weight, norm_bias, eps, {"norm_weight", "norm_bias"});
+  check_weight(x, weight, 3);
+  check_channels("bias", x, bias, weight.sym_size(0));
+}
+
+void check_backward(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& variance,
+                    const Tensor& norm_weight, const Tensor& norm_bias, double eps,
+                    const Tensor& weight, const Tensor& bias) {
+  check(x, mean, variance, norm_weight, norm_bias, eps, weight, bias);
+  check_gradient("norm_image_conv_backward's grad", grad,
+                 {x.sym_size(0), weight.sym_size(0), x.sym_size(2), x.sym_size(3)}, x);
+}
+
 Tensor forward_meta(const Tensor& x, const Tensor& mean, const Tensor& variance,
                     const Tensor& norm_weight, const Tensor& norm_bias, double eps, double,
                     const Tensor& weight, const Tensor& bias) {
-  check_norm(x, mean, variance, norm_weight, norm_bias, eps);
-  check_weight(x, weight, 3);
-  check_channels("bias", x, bias, weight.sym_size(0));
+  check(x, mean, variance, norm_weight, norm_bias, eps, weight, bias);
   return empty_activations(x, {x.sym_size(0), weight.sym_size(0), x.sym_size(2), x.sym_size(3)},
                            at::MemoryFormat::Contiguous);
 }
@@ -134,6 +147,7 @@ Gradients backward_without_matrices(const Call& call, const Norm& norm, const Te
 Gradients backward_cpu(const Tensor& grad_, const Tensor& x, const Tensor& mean,
                        const Tensor& variance, const Tensor& norm_weight, const Tensor& norm_bias,
                        double eps, double slope, const Tensor& weight, const Tensor& bias) {
+  check_backward(grad_, x, mean, variance, norm_weight, norm_bias, eps, weight, bias);
   const Call call(x, weight);
   const Tensor grad = dense(grad_, x.scalar_type(), at::MemoryFormat::Contiguous);
   Tensor grad_x = at::empty_like(call.x, x.options(), kChannelsLast);
@@ -177,9 +191,10 @@ Gradients backward_cpu(const Tensor& grad_, const Tensor& x, const Tensor& mean,
           like_parameter(at::sum(grad, {0, 2, 3}, false, mean.scalar_type()), bias)};
 }
 
-Gradients backward_meta(const Tensor&, const Tensor& x, const Tensor&, const Tensor&,
-                        const Tensor& norm_weight, const Tensor& norm_bias, double, double,
-                        const Tensor& weight, const Tensor& bias) {
+Gradients backward_meta(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                        const Tensor& variance, const Tensor& norm_weight, const Tensor& norm_bias,
+                        double eps, double, const Tensor& weight, const Tensor& bias) {
+  check_backward(grad, x, mean, variance, norm_weight, norm_bias, eps, weight, bias);
   return {empty_activations(x, x.sym_sizes(), kChannelsLast), at::empty_like(norm_weight),
           at::empty_like(norm_bias), at::empty_like(weight), at::empty_like(bias)};
 }
@@ -213,6 +228,7 @@ struct Function : torch::autograd::Function<Function> {
 Tensor forward_autograd(const Tensor& x, const Tensor& mean, const Tensor& variance,
                         const Tensor& norm_weight, const Tensor& norm_bias, double eps,
                         double slope, const Tensor& weight, const Tensor& bias) {
+  refuse_tangents("norm_image_conv", x, mean, variance, norm_weight, norm_bias, weight, bias);
   return Function::apply(x, mean, variance, norm_weight, norm_bias, eps, slope, weight, bias);
 }
 

@@ -195,9 +195,15 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& x_, const Tensor& w
   return results;
 }
 
+void check_backward(const Tensor& grad, const Tensor& x, const Tensor& weight) {
+  check_weight(x, weight, 3);
+  check_gradient("upsample_conv_backward's grad", grad,
+                 {x.sym_size(0), weight.sym_size(0), x.sym_size(2) * 2, x.sym_size(3) * 2}, x);
+}
+
 std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_, const Tensor& x_,
                                         const Tensor& weight) {
-  check_weight(x_, weight, 3);
+  check_backward(grad_, x_, weight);
   const ScalarType compute = stats_dtype(x_);
   Tensor x = x_.contiguous(kChannelsLast), grad = dense(grad_, x.scalar_type(), kChannelsLast);
   Tensor grad_x = at::empty_like(x, x.options(), kChannelsLast);
@@ -238,7 +244,9 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_, const Tensor& x_,
   return {grad_x, factors_adjoint(sums.sum(0), weight)};
 }
 
-std::tuple<Tensor, Tensor> backward_meta(const Tensor&, const Tensor& x, const Tensor& weight) {
+std::tuple<Tensor, Tensor> backward_meta(const Tensor& grad, const Tensor& x,
+                                         const Tensor& weight) {
+  check_backward(grad, x, weight);
   return {empty_activations(x, x.sym_sizes(), kChannelsLast), at::empty_like(weight)};
 }
 
@@ -263,6 +271,7 @@ struct Function : torch::autograd::Function<Function> {
 };
 
 std::tuple<Tensor, Tensor, Tensor> forward_autograd(const Tensor& x, const Tensor& weight) {
+  refuse_tangents("upsample_conv", x, weight);
   auto results = Function::apply(x, weight);
   return {results[0], results[1], results[2]};
 }

@@ -30,8 +30,20 @@ constexpr int64_t kTilesPerSum = 512;
 // some.
 int64_t tiles_at_a_time(int64_t tiles) { return tiles >= 1024 ? 72 : 24; }
 
-int64_t padded(const cpu::WinogradKernels& kernels, int64_t channels) {
-  return (channels + kernels.panel - 1) / kernels.panel * kernels.panel;
+template <class Int>
+Int padded(const cpu::WinogradKernels& kernels, const Int& channels) {
+  return (channels + (kernels.panel - 1)) / kernels.panel * kernels.panel;
+}
+
+void check_factors(const char* name, const Tensor& factors, const Tensor& x,
+                   const c10::SymInt& channels) {
+  const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(x));
+  const c10::SymInt size = 16 * padded(kernels, x.sym_size(1)) * padded(kernels, channels);
+  TORCH_CHECK_VALUE(factors.dim() == 1 && factors.sym_size(0) == size &&
+                        factors.scalar_type() == x.scalar_type() && factors.device() == x.device(),
+                    name, " must be those of conv3x3_factors for ", x.scalar_type(), ", ",
+                    x.sym_size(1), " and ", channels, " channels, [", size, "], got ",
+                    factors.sym_sizes(), " of ", factors.scalar_type(), " on ", factors.device());
 }
 
 // Scratch of the kernels, whose vectors are aligned.
@@ -47,6 +59,7 @@ std::tuple<Tensor, Tensor> factors_meta(const Tensor& weight, ScalarType dtype, 
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
                     "weight must be [Co, Ci, 3, 3]", got(weight));
   check_dtype("weight", weight);
+  check_dtype("dtype", dtype);
   const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(dtype));
   const int64_t size = 16 * padded(kernels, weight.size(0)) * padded(kernels, weight.size(1));
   const auto options = weight.options().dtype(dtype);
@@ -67,23 +80,24 @@ std::tuple<Tensor, Tensor> factors_cpu(const Tensor& weight, ScalarType dtype, b
   return factors;
 }
 
-Tensor outputs_meta(const Tensor& x, const Tensor&, const std::optional<Tensor>&,
+Tensor outputs_meta(const Tensor& x, const Tensor& factors, const std::optional<Tensor>& bias,
                     c10::SymInt channels) {
+  check_activations(x);
+  TORCH_CHECK_VALUE(channels >= 0, "channels must not be negative, got ", channels);
+  check_factors("factors", factors, x, channels);
+  if (bias) check_channels("bias", x, *bias, channels);
   return empty_activations(x, {x.sym_size(0), channels, x.sym_size(2), x.sym_size(3)},
                            kChannelsLast);
 }
 
-Tensor outputs_cpu(const Tensor& x_, const Tensor& factors, const std::optional<Tensor>& bias_,
+Tensor outputs_cpu(const Tensor& x_, const Tensor& factors_, const std::optional<Tensor>& bias_,
                    c10::SymInt channels) {
-  Tensor x = x_.contiguous(kChannelsLast), y = outputs_meta(x, factors, bias_, channels);
+  Tensor y = outputs_meta(x_, factors_, bias_, channels);
+  const Tensor x = x_.contiguous(kChannelsLast), factors = factors_.contiguous();
   const ScalarType dtype = x.scalar_type(), compute = stats_dtype(dtype);
   const int64_t Ci = x.size(1), Co = y.size(1);
   const cpu::Tiles tiles{x.size(0), x.size(2), x.size(3)};
   const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(dtype));
-  TORCH_CHECK_VALUE(factors.scalar_type() == dtype && factors.is_contiguous() &&
-                        factors.numel() == 16 * padded(kernels, Ci) * padded(kernels, Co),
-                    "the factors must be those of conv3x3_factors for ", dtype, ", ", Ci, " and ",
-                    Co, " channels", got(factors));
   std::optional<Tensor> bias;
   if (bias_) bias = bias_->to(compute).contiguous();
   const int64_t count = tiles.count(), size = std::min(tiles_at_a_time(count), count);
@@ -102,11 +116,19 @@ Tensor outputs_cpu(const Tensor& x_, const Tensor& factors, const std::optional<
   return y;
 }
 
-Tensor weight_grad_meta(const Tensor&, const Tensor&, const Tensor& weight) {
+void check_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight) {
+  check_weight(x, weight, 3);
+  check_gradient("conv3x3_weight_grad's grad", grad,
+                 {x.sym_size(0), weight.sym_size(0), x.sym_size(2), x.sym_size(3)}, x);
+}
+
+Tensor weight_grad_meta(const Tensor& grad, const Tensor& x, const Tensor& weight) {
+  check_weight_grad(grad, x, weight);
   return at::empty_like(weight);
 }
 
 Tensor weight_grad_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& weight) {
+  check_weight_grad(grad_, x_, weight);
   const ScalarType dtype = x_.scalar_type(), compute = stats_dtype(dtype);
   const Tensor x = x_.contiguous(kChannelsLast), grad = dense(grad_, dtype, kChannelsLast);
   const int64_t Ci = x.size(1), Co = grad.size(1);
@@ -150,9 +172,16 @@ Tensor weight_grad_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& weig
   return same ? result : like_parameter(result, weight);
 }
 
-void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+           const std::optional<Tensor>& forward_factors,
+           const std::optional<Tensor>& backward_factors, bool differentiated) {
   check_weight(x, weight, 3);
-  if (bias) check_channels("bias", x, *bias, weight.sym_size(0));
+  const c10::SymInt Co = weight.sym_size(0);
+  if (bias) check_channels("bias", x, *bias, Co);
+  if (forward_factors) check_factors("forward_factors", *forward_factors, x, Co);
+  if (backward_factors && (differentiated || backward_factors->sym_numel() != 0)) {
+    check_factors("backward_factors", *backward_factors, x, Co);
+  }
 }
 
 // ---- Through the dispatcher --------------------------------------------------------------------
@@ -170,8 +199,9 @@ Tensor outputs_of(const Tensor& x, const Tensor& factors, const std::optional<Te
 
 // Also where no gradient is wanted; on the meta device it allocates only.
 Tensor compute(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& forward_factors, const std::optional<Tensor>&) {
-  check(x, weight, bias);
+               const std::optional<Tensor>& forward_factors,
+               const std::optional<Tensor>& backward_factors) {
+  check(x, weight, bias, forward_factors, backward_factors, false);
   const Tensor factors =
       forward_factors ? *forward_factors : std::get<0>(factors_of(weight, x.scalar_type(), false));
   return outputs_of(x, factors, bias, weight.sym_size(0));
@@ -183,7 +213,7 @@ struct Function : torch::autograd::Function<Function> {
                         const std::optional<Tensor>& forward_factors,
                         const std::optional<Tensor>& backward_factors) {
     at::AutoDispatchBelowADInplaceOrView below;
-    check(x, weight, bias);
+    check(x, weight, bias, forward_factors, backward_factors, x.requires_grad());
     Tensor to_outputs, to_inputs;
     if (forward_factors && backward_factors) {
       to_outputs = *forward_factors;
@@ -222,6 +252,7 @@ struct Function : torch::autograd::Function<Function> {
 Tensor autograd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                 const std::optional<Tensor>& forward_factors,
                 const std::optional<Tensor>& backward_factors) {
+  refuse_tangents("conv3x3", x, weight, bias, forward_factors, backward_factors);
   if (!at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<decltype(compute)>("conv3x3");

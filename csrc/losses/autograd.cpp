@@ -3,7 +3,6 @@
 // the schemas and one struct everywhere else; generator_terms.h alone names them.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <memory>
@@ -131,11 +130,15 @@ namespace {
 // Only `total` is differentiable. The backward operators refuse to be differentiated again.
 
 // Around the backward operators: their Autograd kernel, which refuses, is needed (and worth its
-// time) only where somebody builds a graph of the backward pass.
+// time) only where somebody builds a graph of the backward pass, or follows tangents through it.
+// Saved tensors must be unpacked before: activation checkpointing then computes the forward pass
+// again, and that needs Autograd.
 struct SkipAutograd {
   std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-  SkipAutograd() {
-    if (!at::GradMode::is_enabled()) below.emplace();
+
+  template <class... Tensors>
+  explicit SkipAutograd(const Tensors&... read) {
+    if (!at::GradMode::is_enabled() && !have_tangents(read...)) below.emplace();
   }
 };
 
@@ -147,13 +150,13 @@ struct GeneratorLossNode : Node {
 
   variable_list apply(variable_list&& grads) override {
     if (!grads[0].defined()) return {Tensor(), Tensor()};
-    SkipAutograd skip;
-    Tensor f = features.unpack();
+    const Tensor t = teacher_logits.unpack(), f = features.unpack();
+    const Tensor stats = row_stats.unpack(), mean = class_mean.unpack();
+    const SkipAutograd skip(grads[0], t, f, stats, mean);
     auto [grad_logits, grad_features] = Ops::call<&Ops::generator_backward<cpu_losses>>(
         "generator_loss_backward",
-        std::make_tuple(grads[0], teacher_logits.unpack(),
-                        f.defined() ? std::make_optional(f) : std::nullopt, row_stats.unpack(),
-                        class_mean.unpack()),
+        std::make_tuple(grads[0], t, f.defined() ? std::make_optional(f) : std::nullopt, stats,
+                        mean),
         weights);
     return {grad_logits, f.defined() ? grad_features : Tensor()};
   }
@@ -174,11 +177,12 @@ struct DistillLossNode : Node {
 
   variable_list apply(variable_list&& grads) override {
     if (!grads[0].defined()) return {Tensor()};
-    SkipAutograd skip;
+    const Tensor s = student_logits.unpack(), t = teacher_logits.unpack();
+    const Tensor stats = row_stats.unpack();
+    const SkipAutograd skip(grads[0], s, t, stats);
     using Signature = decltype(Ops::distill_backward<cpu_losses>);
     static const auto op = find_operator<Signature>("distill_loss_backward");
-    return {op.call(grads[0], student_logits.unpack(), teacher_logits.unpack(), row_stats.unpack(),
-                    temperature, scale_by_t2)};
+    return {op.call(grads[0], s, t, stats, temperature, scale_by_t2)};
   }
 
   void release_variables() override {
@@ -210,6 +214,7 @@ auto make_node(torch::autograd::edge_list&& inputs) {
 template <size_t... I>
 GeneratorTuple Operators<I...>::generator_autograd(const Tensor& teacher_logits, Features features,
                                                    Weight<I>... weights) {
+  refuse_tangents("generator_loss", teacher_logits, features);
   GeneratorTuple out = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return generator_loss(teacher_logits, features, {weights...});
@@ -230,6 +235,7 @@ GeneratorTuple Operators<I...>::generator_autograd(const Tensor& teacher_logits,
 
 DistillTuple distill_autograd(const Tensor& student_logits, const Tensor& teacher_logits,
                               double temperature, bool scale_by_t2) {
+  refuse_tangents("distill_loss", student_logits, teacher_logits);
   TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && teacher_logits.requires_grad()),
                     "teacher_logits must not require grad, since distill_loss has a gradient for "
                     "student_logits only: pass teacher_logits.detach()");
@@ -257,14 +263,20 @@ const DeviceLosses meta_losses = {
       check_generator(teacher_logits, features, weights);
       return allocate_generator(teacher_logits);
     },
-    [](const Tensor&, const Tensor& teacher_logits, const std::optional<Tensor>& features,
-       const Tensor&, const Tensor&,
-       const GeneratorWeights&) { return allocate_generator_grads(teacher_logits, features); },
+    [](const Tensor& grad_total, const Tensor& teacher_logits,
+       const std::optional<Tensor>& features, const Tensor& row_stats, const Tensor& class_mean,
+       const GeneratorWeights& weights) {
+      check_generator_backward(grad_total, teacher_logits, features, row_stats, class_mean,
+                               weights);
+      return allocate_generator_grads(teacher_logits, features);
+    },
     [](const Tensor& student_logits, const Tensor& teacher_logits, double temperature, bool) {
       check_distill(student_logits, teacher_logits, temperature);
       return allocate_distill(student_logits, teacher_logits);
     },
-    [](const Tensor&, const Tensor& student_logits, const Tensor&, const Tensor&, double, bool) {
+    [](const Tensor& grad_total, const Tensor& student_logits, const Tensor& teacher_logits,
+       const Tensor& row_stats, double temperature, bool) {
+      check_distill_backward(grad_total, student_logits, teacher_logits, row_stats, temperature);
       return empty_grad(student_logits);
     },
     [](const Tensor& teacher_logits, const std::optional<Tensor>& features,

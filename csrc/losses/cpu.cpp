@@ -60,6 +60,18 @@ void write_class_mean(const Tensor& class_mean, const std::vector<double>& sums,
   for (int64_t k = 0; k < class_mean.size(0); ++k) mean[k] = static_cast<S>(sums[k] / N);
 }
 
+// The kernels write to the column that the statistics call a row's argmax.
+template <class S>
+void check_argmax(const Tensor& row_stats, int64_t begin, int64_t end, int64_t C) {
+  const S* y = row_stats.const_data_ptr<S>() + 2 * row_stats.size(1);
+  bool within = true;
+  for (int64_t row = begin; row < end; ++row) {
+    within &= y[row] >= 0 && y[row] <= static_cast<S>(C - 1);
+  }
+  TORCH_CHECK_VALUE(within, "generator_loss_backward's row_stats must have in its last row the ",
+                    "indices of classes, 0 to ", C - 1);
+}
+
 // What row_math.h calls slope_k. Subtracting L_ie (sum p_bar log p_bar) from every log p_bar_k
 // changes no gradient, since a row's p sum to 1, and spares fp32 a cancellation.
 template <class S>
@@ -114,9 +126,10 @@ GeneratorOutputs generator(const Tensor& teacher_logits, const std::optional<Ten
 
 GeneratorGradients generator_backward(const Tensor& grad_total, const Tensor& teacher_logits,
                                       const std::optional<Tensor>& features,
-                                      const Tensor& row_stats, const Tensor& class_mean,
+                                      const Tensor& row_stats_, const Tensor& class_mean_,
                                       const GeneratorWeights& weights) {
-  check_generator(teacher_logits, features, weights);
+  check_generator_backward(grad_total, teacher_logits, features, row_stats_, class_mean_, weights);
+  const Tensor row_stats = row_stats_.contiguous(), class_mean = class_mean_.contiguous();
   GeneratorGradients grads = allocate_generator_grads(teacher_logits, features);
 
   int64_t N = teacher_logits.size(0), C = teacher_logits.size(1);
@@ -143,6 +156,8 @@ GeneratorGradients generator_backward(const Tensor& grad_total, const Tensor& te
 
   Chunks(N, C + F).run(
       cpu::scratch_size(C), [&](int64_t, int64_t begin, int64_t end, void* scratch) {
+        f64 ? check_argmax<double>(row_stats, begin, end, C)
+            : check_argmax<float>(row_stats, begin, end, C);
         kernels.generator_backward(args, begin, end, scratch);
         if (F > 0) {
           feature_kernels.sign_gradient(matrix(*features), F, begin, end, factors.sign,
@@ -182,9 +197,10 @@ DistillOutputs distill(const Tensor& student_logits, const Tensor& teacher_logit
 }
 
 Tensor distill_backward(const Tensor& grad_total, const Tensor& student_logits,
-                        const Tensor& teacher_logits, const Tensor& row_stats, double temperature,
+                        const Tensor& teacher_logits, const Tensor& row_stats_, double temperature,
                         bool scale_by_t2) {
-  check_distill(student_logits, teacher_logits, temperature);
+  check_distill_backward(grad_total, student_logits, teacher_logits, row_stats_, temperature);
+  const Tensor row_stats = row_stats_.contiguous();
   Tensor grad = empty_grad(student_logits);
   int64_t N = student_logits.size(0), C = student_logits.size(1);
   if (N == 0) return grad;

@@ -77,13 +77,8 @@ struct Upstream {
   const void* data;
   Dtype dtype;
 
-  Upstream(const Tensor& grad_total, const Tensor& like) {
-    TORCH_CHECK_VALUE(grad_total.numel() == 1 && grad_total.device() == like.device(),
-                      "grad_total must be one number on ", like.device(), got(grad_total));
-    check_dtype("grad_total", grad_total);
-    data = grad_total.const_data_ptr();
-    dtype = dtype_of(grad_total);
-  }
+  explicit Upstream(const Tensor& grad_total)
+      : data(grad_total.const_data_ptr()), dtype(dtype_of(grad_total)) {}
 };
 
 GeneratorOutputs generator(const Tensor& teacher_logits, const std::optional<Tensor>& features,
@@ -117,14 +112,15 @@ GeneratorOutputs generator(const Tensor& teacher_logits, const std::optional<Ten
 
 GeneratorGradients generator_backward(const Tensor& grad_total, const Tensor& teacher_logits,
                                       const std::optional<Tensor>& features,
-                                      const Tensor& row_stats, const Tensor& class_mean,
+                                      const Tensor& row_stats_, const Tensor& class_mean_,
                                       const GeneratorWeights& weights) {
-  check_generator(teacher_logits, features, weights);
+  check_generator_backward(grad_total, teacher_logits, features, row_stats_, class_mean_, weights);
+  const Tensor row_stats = row_stats_.contiguous(), class_mean = class_mean_.contiguous();
   Gpu gpu(teacher_logits);
   GeneratorGradients grads = allocate_generator_grads(teacher_logits, features);
   const int64_t N = teacher_logits.size(0), C = teacher_logits.size(1);
   if (N == 0) return grads;
-  const Upstream upstream(grad_total, teacher_logits);
+  const Upstream upstream(grad_total);
   const bool f64 = is_f64(row_stats);
   const cuda::Plan plan = cuda::make_plan(N, C, f64, gpu.traits);
   const cuda::GeneratorBackward args{N,
@@ -172,14 +168,15 @@ DistillOutputs distill(const Tensor& student_logits, const Tensor& teacher_logit
 }
 
 Tensor distill_backward(const Tensor& grad_total, const Tensor& student_logits,
-                        const Tensor& teacher_logits, const Tensor& row_stats, double temperature,
+                        const Tensor& teacher_logits, const Tensor& row_stats_, double temperature,
                         bool scale_by_t2) {
-  check_distill(student_logits, teacher_logits, temperature);
+  check_distill_backward(grad_total, student_logits, teacher_logits, row_stats_, temperature);
+  const Tensor row_stats = row_stats_.contiguous();
   Gpu gpu(student_logits);
   Tensor grad = empty_grad(student_logits);
   const int64_t N = student_logits.size(0), C = student_logits.size(1);
   if (N == 0) return grad;
-  const Upstream upstream(grad_total, student_logits);
+  const Upstream upstream(grad_total);
   const bool f64 = is_f64(row_stats);
   const cuda::DistillBackward args{N,
                                    C,

@@ -56,6 +56,39 @@ inline void check_distill(const Tensor& student_logits, const Tensor& teacher_lo
                     "temperature must be a finite number greater than 0, got ", temperature);
 }
 
+// What the backward operators read besides, for every device.
+inline ScalarType stats_dtype(const Tensor& student_logits, const Tensor& teacher_logits) {
+  const ScalarType student = stats_dtype(student_logits);
+  return student == at::kDouble ? student : stats_dtype(teacher_logits);
+}
+
+inline void check_upstream(const char* name, const Tensor& grad_total, const Tensor& logits) {
+  TORCH_CHECK_VALUE(grad_total.sym_numel() == 1 && grad_total.device() == logits.device(), name,
+                    " must be one number on ", logits.device(), got(grad_total));
+  check_dtype(name, grad_total);
+}
+
+inline void check_generator_backward(const Tensor& grad_total, const Tensor& teacher_logits,
+                                     const std::optional<Tensor>& features, const Tensor& row_stats,
+                                     const Tensor& class_mean, const GeneratorWeights& weights) {
+  check_generator(teacher_logits, features, weights);
+  check_upstream("generator_loss_backward's grad_total", grad_total, teacher_logits);
+  const ScalarType type = stats_dtype(teacher_logits);
+  check_argument("generator_loss_backward's row_stats", row_stats, {3, teacher_logits.sym_size(0)},
+                 type, teacher_logits);
+  check_argument("generator_loss_backward's class_mean", class_mean, {teacher_logits.sym_size(1)},
+                 type, teacher_logits);
+}
+
+inline void check_distill_backward(const Tensor& grad_total, const Tensor& student_logits,
+                                   const Tensor& teacher_logits, const Tensor& row_stats,
+                                   double temperature) {
+  check_distill(student_logits, teacher_logits, temperature);
+  check_upstream("distill_loss_backward's grad_total", grad_total, student_logits);
+  check_argument("distill_loss_backward's row_stats", row_stats, {4, student_logits.sym_size(0)},
+                 stats_dtype(student_logits, teacher_logits), student_logits);
+}
+
 // ---- Allocation --------------------------------------------------------------------------------
 
 inline bool is_f64(const Tensor& stats) { return stats.scalar_type() == at::kDouble; }
@@ -82,8 +115,7 @@ inline GeneratorGradients allocate_generator_grads(const Tensor& teacher_logits,
 }
 
 inline DistillOutputs allocate_distill(const Tensor& student_logits, const Tensor& teacher_logits) {
-  const ScalarType type =
-      stats_dtype(student_logits) == at::kDouble ? at::kDouble : stats_dtype(teacher_logits);
+  const ScalarType type = stats_dtype(student_logits, teacher_logits);
   return {empty_scalars<kDistillLosses>(student_logits, type),
           empty(student_logits, {4, student_logits.sym_size(0)}, type)};
 }

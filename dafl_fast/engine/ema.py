@@ -36,5 +36,11 @@ class Average:
         steps = list(torch._foreach_sub(theirs, mine))
         torch._foreach_mul_(steps, self.weight)
         torch._foreach_add_(mine, steps)
+        # By dtype, since a list of one dtype is copied by one kernel.
+        kinds: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for own, buffer in zip(self.module.buffers(), network.buffers(), strict=True):
-            own.copy_(buffer)
+            into, out_of = kinds.setdefault(own.dtype, ([], []))
+            into.append(own)
+            out_of.append(buffer)
+        for into, out_of in kinds.values():
+            torch._foreach_copy_(into, out_of)

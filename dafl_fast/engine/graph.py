@@ -107,14 +107,27 @@ def capture(step: Step) -> Callable[[], None]:
         with (
             uncollected(),
             torch.cuda.stream(here),
-            torch.cuda.graph(graph, pool=pool, stream=side),
+            # Other threads, such as a communicator's, may call what a capture forbids its own.
+            torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"),
         ):
             step.body()
     except BaseException:
+        release(pool, here.device_index)
         for generator, spare in zip(generators, spares, strict=True):
             generator.graphsafe_set_state(spare)
         raise
     return graph.replay
+
+
+def release(pool: tuple[int, int], device: int) -> None:
+    """Gives back the memory pool of a capture that has failed.
+
+    Up to torch 2.11 the pool is left as one that is captured into, with a filter that looks at the
+    graph, which is about to end. Newer ones clear up themselves, and refuse the first call.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 @contextlib.contextmanager

@@ -175,10 +175,7 @@ class Loop:
         if count == 0:
             return
         self.watchdog.beat(f"the end of step {step.steps}")
-        means = dict(
-            zip(STATISTICS, self.world.mean(step.statistics / count).tolist(), strict=True)
-        )
-        step.statistics.zero_()
+        means = dict(zip(STATISTICS, self.world.mean(step.take_means(count)).tolist(), strict=True))
         self.logged = step.steps
         broken = [name for name, value in means.items() if not math.isfinite(value)]
         if broken:

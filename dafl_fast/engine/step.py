@@ -12,6 +12,7 @@ images (`paper`), or images drawn from the replay bank (`fast`). All else is num
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -130,6 +131,9 @@ class Step:
         self.random = torch.Generator(device).manual_seed(config.seed)
         self.dtype = next(generator.parameters()).dtype
         self.statistics = torch.zeros(len(STATISTICS), device=device)
+        # In fp16, how many steps each value is missing from, because it overflowed. The scalers do
+        # not take these steps either.
+        self.overflows = torch.zeros(len(STATISTICS), device=device)
         # Everything that `body` changes, except the bank's entries. What is missing here is not
         # saved, not resumed and not restored after a warm-up; test_live.py checks the list.
         self.live: dict[str, Live] = {
@@ -143,6 +147,8 @@ class Step:
             "global_random": torch.default_generator,
             "statistics": self.statistics,
         }
+        if precision == "fp16":
+            self.live["overflows"] = self.overflows
         if self.average is not None:
             self.live["average"] = self.average.module
         if self.bank is not None:
@@ -173,7 +179,7 @@ class Step:
         images, logits, parts = self._update_generator()
         self.newest = (images, logits)
         if self.bank is not None:
-            self.bank.add(self.world.gather(images), self.world.gather(logits))
+            self.bank.add(*self._finite(self.world.gather(images), self.world.gather(logits)))
         learned = torch.zeros(2, device=self.device)
         for _ in range(config.student_updates):
             if self.bank is not None:
@@ -187,7 +193,30 @@ class Step:
                     logits, _ = self.teacher(images)
             loss, agreement = self._update_student(images, logits)
             learned += torch.stack([loss, agreement])
-        self.statistics += torch.cat([torch.stack(parts), learned / config.student_updates])
+        values = torch.cat([torch.stack(parts), learned / config.student_updates])
+        if self.precision == "fp16":
+            finite = values.isfinite()
+            self.overflows += ~finite
+            values = torch.where(finite, values, 0.0)
+        self.statistics += values
+
+    def take_means(self, count: int) -> Tensor:
+        """The means of the values in `STATISTICS` over the last `count` steps, which are forgotten.
+        A value that overflowed in all of them is NaN."""
+        means = self.statistics / (count - self.overflows)
+        self.statistics.zero_()
+        self.overflows.zero_()
+        return means
+
+    def _finite(self, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch, with rows of others in place of those for which the teacher overflowed in
+        fp16. The bank would give them out again and again."""
+        if self.precision != "fp16":
+            return images, logits
+        good = images.flatten(1).isfinite().all(1) & logits.isfinite().all(1)
+        rows = torch.arange(len(good), device=self.device)
+        rows = torch.where(good, rows, good.int().argmax())
+        return images[rows], logits[rows]
 
     def noise(self, count: int) -> Tensor:
         """z [count, latent_dim], drawn on the device; the same in all processes."""
@@ -305,8 +334,13 @@ class Step:
     def is_finite(self) -> bool:
         """Whether all weights are finite. Waits for the device."""
         networks = {self.generator, self.student, self.averaged_student}
-        weights = [p for network in networks for p in network.parameters()]
-        return bool(torch.stack([p.isfinite().all() for p in weights]).all())
+        weights = [p.detach() for network in networks for p in network.parameters() if p.numel()]
+        largest: list[Tensor] = []
+        # By dtype, since a list of one dtype is read by one kernel. The largest absolute value
+        # cannot overflow, and is NaN if any is.
+        for dtype in {p.dtype for p in weights if p.is_floating_point()}:
+            largest += torch._foreach_norm([p for p in weights if p.dtype == dtype], math.inf)
+        return bool(torch.stack(largest).isfinite().all())
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, except the bank's entries, which are saved separately."""
@@ -320,7 +354,7 @@ class Step:
             if name == "random" and state[name].shape != self.random.get_state().shape:
                 # The run began on another kind of device, whose random numbers differ anyway.
                 self.random.manual_seed(self._seed_at_this_step())
-            elif name in state or name != "cuda_random":
+            elif name in state or name not in ("cuda_random", "overflows"):
                 restore(live, state[name])
 
     def _seed_at_this_step(self) -> int:

@@ -97,8 +97,8 @@ class FrozenTeacher(nn.Module):
             layers[self._feature_layer].register_forward_pre_hook(self._keep_features)
         # Of the last call, and of one that goes on: a layer and its input's moments, in the order
         # in which the layers ran. One that ran twice is there twice, one that did not run is not.
-        self._statistics: list[tuple[Any, Tensor]] = []
-        self._running: list[tuple[Any, Tensor]] | None = None
+        self._statistics: list[tuple[Any, Tensor, Tensor]] = []
+        self._running: list[tuple[Any, Tensor, Tensor]] | None = None
         watched = _with_statistics(network) if watch else []
         if watch and not watched:
             log.warning(_why_none_is_watched(network))
@@ -126,18 +126,20 @@ class FrozenTeacher(nn.Module):
     def _keep_statistics(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, mean, variance = with_moments(inputs[0])
         if self._running is not None:  # not in a direct call of `network`
-            # Mean and mean square, because these can be averaged over several processes.
-            self._running.append((layer, torch.stack([mean, variance + mean.square()])))
+            self._running.append((layer, mean, variance))
         return (x, *inputs[1:])
 
     def batch_norm_loss(self, world: World) -> Tensor:
         """`losses.batch_norm_loss` of the last batch, over all processes of `world`. A layer counts
         as often as it ran."""
         statistics, self._statistics = self._statistics, []
-        moments = [world.mean(moments) for _, moments in statistics]
-        means = [mean for mean, _ in moments]
-        variances = [square - mean.square() for mean, square in moments]
-        return batch_norm_loss(means, variances, [layer for layer, _ in statistics])
+        layers, means, variances = zip(*statistics, strict=True)
+        sizes = [len(mean) for mean in means]
+        mean, variance = torch.cat(means), torch.cat(variances)
+        # Mean and mean square, because these can be averaged over several processes.
+        mean, square = world.mean(torch.stack([mean, variance + mean.square()]))
+        variance = square - mean.square()
+        return batch_norm_loss(mean.split(sizes), variance.split(sizes), layers)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Does nothing: the teacher stays in evaluation mode, with its BatchNorm statistics."""

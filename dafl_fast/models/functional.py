@@ -91,7 +91,8 @@ def with_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Continue with the x that is returned: then the gradients of all three are computed in one go.
     """
-    if operators_run(x) and x.dim() == 4:
+    on_gpu = x.is_cuda and x.numel() > 0 and not _exporting()
+    if (operators_run(x) and x.dim() == 4) or on_gpu:
         passed, mean, variance = _Moments.apply(x)
         return passed, mean, variance
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -100,9 +101,15 @@ def with_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Moments(torch.autograd.Function):
+    """One pass over x for the moments, and one over x for their gradient, in x's own dtype. Where
+    our operators do not run, BatchNorm's own kernels do it."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean, variance = _OPS.moments(x)
+        if operators_run(x):
+            mean, variance = _OPS.moments(x)
+        else:  # the variance is the biased one
+            mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
         ctx.save_for_backward(x, mean)
         return x.view_as(x), mean, variance
 
@@ -116,22 +123,27 @@ class _Moments(torch.autograd.Function):
         shift = grad_mean / count - scale * mean
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
         # scale * x + shift, as BatchNorm without statistics of its own.
-        return grad + _OPS.norm_activation(x, zero, one, scale, shift, 0.0, 1.0)
+        if operators_run(x):
+            return grad + _OPS.norm_activation(x, zero, one, scale, shift, 0.0, 1.0)
+        return grad + F.batch_norm(x, zero, one, scale, shift, eps=0.0)
 
 
 def operators_run(x: Tensor) -> bool:
     """Whether our operators are used for x: on a CPU, but not during an export, because an exported
     program should run without dafl_fast."""
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return x.device.type == "cpu" and not exporting
+    return x.device.type == "cpu" and not _exporting()
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _upsample_by_transposed_conv(x: Tensor, weight: Tensor) -> Tensor:
-    # Along one axis: kernel4[j] = w[2 - j] + w[3 - j], where w is zero outside 0..2.
-    w = F.pad(weight, (1, 1, 1, 1))
-    w = w[..., 1:, :] + w[..., :-1, :]
-    w = w[..., 1:] + w[..., :-1]
-    kernel = w.flip(2, 3).transpose(0, 1).contiguous()
+    # Along one axis: kernel4[j] = w[2 - j] + w[3 - j], where w is zero outside 0..2. Sums of 2x2
+    # neighbours are what pooling computes, by one kernel, and exactly (a matrix product may round
+    # the weights to TF32).
+    sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)
+    kernel = sums.flip(2, 3).transpose(0, 1).contiguous()
     return F.conv_transpose2d(x, kernel, None, stride=2, padding=1)
 
 
