@@ -267,6 +267,14 @@ def test_nan_and_inf_are_not_hidden(classes, bad, column):
     assert distill_loss(logits, randn(20, classes, seed=1)).kl.isnan()
 
 
+@pytest.mark.parametrize("classes", [10, 33, 50, 63, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_argmax_of_nothing_but_nan_is_a_class(classes, dtype):
+    logits = torch.full((3, classes), NAN, dtype=dtype)
+    row_stats = torch.ops.dafl_fast.generator_loss(logits, None, 1.0, 5.0, 0.1, 10.0)[4]
+    assert ((row_stats[2] >= 0) & (row_stats[2] < classes)).all()  # the gradient is written there
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_bad_features_are_not_hidden(bad):
     features = randn(20, 30)

@@ -14,7 +14,6 @@ void generator_forward_tiles(const GeneratorForward& a, int64_t begin, int64_t e
 
   for (int64_t block = begin; block < end; block += kBlockRows) {
     int64_t block_end = min_of(block + kBlockRows, end);
-    V loss{};
     for (int64_t k = 0; k < a.C; ++k) mean[k] = V{};
     for (int64_t row = block; row < block_end; row += L) {
       int64_t rows = min_of(L, block_end - row);
@@ -26,15 +25,17 @@ void generator_forward_tiles(const GeneratorForward& a, int64_t begin, int64_t e
         tile[k] = M::exp(shifted);
         others += row_math::others_term(y == static_cast<S>(k), shifted, tile[k]);
       }
-      V total = others + S(1);
-      auto present = O::iota() < static_cast<S>(rows);
-      V log_total = row_math::log1p_corrected<S>(others, total, M::log(total));
-      loss += present ? log_total : V{};
-      V inverse = present ? S(1) / total : V{};
+      V inverse = O::iota() < static_cast<S>(rows) ? S(1) / (others + S(1)) : V{};
       for (int64_t k = 0; k < a.C; ++k) mean[k] += tile[k] * inverse;
       O::store(stats + row, rows, best);
       O::store(stats + a.N + row, rows, others);
       O::store(stats + 2 * a.N + row, rows, y);
+    }
+    V loss{};
+    for (int64_t row = block; row < block_end; row += L) {
+      V others = O::load(stats + a.N + row, block_end - row, S(0));
+      V total = others + S(1);
+      loss += row_math::log1p_corrected<S>(others, total, M::log(total));
     }
     for (int64_t k = 0; k < a.C; ++k) sums[k] += O::sum(mean[k]);
     sums[a.C + kOneHot] += O::sum(loss);
@@ -82,33 +83,42 @@ void generator_forward_rows(const GeneratorForward& a, int64_t begin, int64_t en
   S* stats = static_cast<S*>(a.row_stats);
   const int64_t padded = (a.C + L - 1) / L * L;
   S* mean = scratch;
-  S* exps = scratch + padded;
-  S* converted = exps + padded;
+  S* exps[2] = {scratch + padded, scratch + 2 * padded};
+  S* converted = scratch + 3 * padded;
   const S low = -static_cast<S>(__builtin_inf());
 
   for (int64_t block = begin; block < end; block += kBlockRows) {
     int64_t block_end = min_of(block + kBlockRows, end);
     for (int64_t k = 0; k < padded; k += L) O::store(mean + k, V{});
-    for (int64_t row = block; row < block_end; ++row) {
-      const S* t = O::load_row(a.logits, row, a.C, converted);
-      S best, y;
-      O::row_argmax(t, a.C, best, y);
-      V others_lanes{}, position = O::iota();
-      for (int64_t k = 0; k < a.C; k += L) {
-        V shifted = O::load(t + k, a.C - k, low) - best;
-        V e = M::exp(shifted);
-        O::store(exps + k, e);
-        others_lanes += row_math::others_term(position == y, shifted, e);
-        position += static_cast<S>(L);
+    for (int64_t row = block; row < block_end; row += 2) {  // in pairs, to touch means less often
+      S inverse[2] = {};
+      const int64_t rows = min_of(2, block_end - row);
+      for (int64_t r = 0; r < rows; ++r) {
+        const S* t = O::load_row(a.logits, row + r, a.C, converted);
+        S best, y;
+        O::row_argmax(t, a.C, best, y);
+        const int64_t y_vector = static_cast<int64_t>(y) / L * L;
+        V others_lanes{};
+        O::for_each_vector(a.C, [&](int64_t k, int64_t count) {
+          V shifted = O::load(t + k, count, low) - best;
+          V e = M::exp(shifted);
+          O::store(exps[r] + k, e);
+          if (k == y_vector) {
+            e = row_math::others_term(O::iota() == y - static_cast<S>(k), shifted, e);
+          }
+          others_lanes += e;
+        });
+        const S others = O::sum(others_lanes);
+        inverse[r] = S(1) / (others + S(1));
+        stats[row + r] = best;
+        stats[a.N + row + r] = others;
+        stats[2 * a.N + row + r] = y;
       }
-      S others = O::sum(others_lanes);
-      S inverse = S(1) / (others + S(1));
+      const S* last = exps[rows - 1];
       for (int64_t k = 0; k < padded; k += L) {
-        O::store(mean + k, O::load(mean + k) + O::load(exps + k) * inverse);
+        O::store(mean + k, O::load(mean + k) + O::load(exps[0] + k) * inverse[0] +
+                               O::load(last + k) * inverse[1]);
       }
-      stats[row] = best;
-      stats[a.N + row] = others;
-      stats[2 * a.N + row] = y;
     }
     for (int64_t k = 0; k < a.C; ++k) sums[k] += static_cast<double>(mean[k]);
     V loss{};
@@ -132,7 +142,7 @@ void generator_backward_rows(const GeneratorBackward& a, int64_t begin, int64_t 
   const S* slope = static_cast<const S*>(a.slope);
   const S one_hot = static_cast<S>(a.factors.one_hot);
   const int64_t padded = (a.C + L - 1) / L * L;
-  S* probability = scratch;
+  S* exps = scratch;
   S* converted = scratch + padded;
   const S low = -static_cast<S>(__builtin_inf());
 
@@ -141,20 +151,21 @@ void generator_backward_rows(const GeneratorBackward& a, int64_t begin, int64_t 
     S best = stats[row], others = stats[a.N + row], y = stats[2 * a.N + row];
     S inverse = S(1) / (others + S(1));
     V slope_lanes{};
-    for (int64_t k = 0; k < a.C; k += L) {
-      V p = M::exp(O::load(t + k, a.C - k, low) - best) * inverse;
-      O::store(probability + k, p);
-      slope_lanes += p * O::load(slope + k, a.C - k, S(0));
-    }
-    const S mean_slope = O::sum(slope_lanes);
+    O::for_each_vector(a.C, [&](int64_t k, int64_t count) {
+      V e = M::exp(O::load(t + k, count, low) - best);
+      O::store(exps + k, e);
+      slope_lanes += e * O::load(slope + k, count, S(0));
+    });
+    const S mean_slope = O::sum(slope_lanes) * inverse;
     S* out = O::output_row(a.logits.dtype, a.grad, row, a.C, converted);
     // The loop treats every class as one that is not y; then y's own is put right.
-    for (int64_t k = 0; k < a.C; k += L) {
-      V p = O::load(probability + k);
-      O::store(out + k, a.C - k, p * (O::load(slope + k, a.C - k, S(0)) + (one_hot - mean_slope)));
-    }
+    const S constant = (one_hot - mean_slope) * inverse;
+    O::for_each_vector(a.C, [&](int64_t k, int64_t count) {
+      V e = O::load(exps + k);
+      O::store(out + k, count, e * (O::load(slope + k, count, S(0)) * inverse + constant));
+    });
     const int64_t at = static_cast<int64_t>(y);
-    out[at] = row_math::generator_gradient(true, probability[at], slope[at], mean_slope, others,
+    out[at] = row_math::generator_gradient(true, exps[at] * inverse, slope[at], mean_slope, others,
                                            inverse, one_hot);
     if (out == converted) O::store_row(out, row, a.C, a.logits.dtype, a.grad);
   }
@@ -231,15 +242,14 @@ void sign_gradient(const Matrix& f, int64_t F, int64_t begin, int64_t end, doubl
   using O = Ops<M>;
   using S = typename M::Scalar;
   using V = typename M::Value;
-  constexpr int L = M::lanes;
   const V up = O::splat(static_cast<S>(value)), down = -up;
   for_each_piece<M>(f, F, begin, end, [&](const S* values, int64_t count, int64_t offset) {
     alignas(64) S converted[kPiece];
     S* out = M::in_place(f.dtype) ? static_cast<S*>(grad) + offset : converted;
-    for (int64_t k = 0; k < count; k += L) {
-      V x = O::load(values + k, count - k, S(0));
-      O::store(out + k, count - k, x > S(0) ? up : (x < S(0) ? down : V{}));
-    }
+    O::for_each_vector(count, [&](int64_t k, int64_t there) {
+      V x = O::load(values + k, there, S(0));
+      O::store(out + k, there, x > S(0) ? up : (x < S(0) ? down : V{}));
+    });
     if (out == converted) {
       M::encode(f.dtype, converted, count);
       M::scatter(f.dtype, converted, 1, count, grad, offset);

@@ -20,8 +20,8 @@ struct FloatMath {
     F32 n = _mm512_maskz_roundscale_ps(0xffff, x * 1.44269504f,
                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-    F32 shifted = x * 1.44269504f + 12582912.0f;  // n in the low bits of the mantissa
-    F32 n = shifted - 12582912.0f;
+    F32 shifted = x * 1.44269504f + 12583039.0f;  // n + 127 in the low bits of the mantissa
+    F32 n = shifted - 12583039.0f;
 #endif
     F32 f = x * 1.44269504f - n;  // one rounding where there is FMA
     F32 series = f * 1.326472731e-3f + 9.671512991e-3f;
@@ -32,7 +32,7 @@ struct FloatMath {
 #ifdef DAFL_AVX512_INTRINSICS
     return _mm512_maskz_scalef_ps(0xffff, series, n);  // by itself 0 for -inf and in underflow
 #else
-    F32 result = series * bit_cast<F32>((bit_cast<U32>(shifted) + 127u) << 23);
+    F32 result = series * bit_cast<F32>(bit_cast<U32>(shifted) << 23);
     return x < -87.336544f ? F32{} : result;
 #endif
   }
@@ -127,11 +127,9 @@ struct FloatMath {
     const float* from = static_cast<const float*>(source.data) + row * stride;
     for (int64_t k = 0; k < C; k += lanes) {
       F32 block[lanes];
-      for (int i = 0; i < lanes; ++i) {
-        __builtin_memcpy(&block[i], from + i * stride + k, sizeof(F32));
-      }
+      DAFL_UNROLL for (int i = 0; i < lanes; ++i) block[i] = load<F32>(from + i * stride + k);
       transpose(block);
-      for (int i = 0; i < lanes; ++i) tile[k + i] = block[i];
+      DAFL_UNROLL for (int i = 0; i < lanes; ++i) tile[k + i] = block[i];
     }
     return true;
   }
@@ -142,15 +140,11 @@ struct FloatMath {
     const int64_t padded = (C + lanes - 1) / lanes * lanes;
     for (int64_t k = 0; k < padded; k += lanes) transpose(tile + k);
     float* to = grad + row * C;
-    for (int64_t i = 0; i < lanes; ++i) {
-      const bool fits = i * C + padded <= lanes * C;
-      for (int64_t k = 0; k < C; k += lanes) {
-        const F32 values = tile[k + i];
-        if (fits) {
-          __builtin_memcpy(to + i * C + k, &values, sizeof values);
-        } else {
-          for (int64_t j = 0; j < min_of(lanes, C - k); ++j) to[i * C + k + j] = values[j];
-        }
+    for (int64_t i = 0; i < lanes; ++i, to += C) {
+      if (i * C + padded <= lanes * C) {
+        for (int64_t k = 0; k < C; k += lanes) store(to + k, tile[k + i]);
+      } else {
+        for (int64_t k = 0; k < C; ++k) to[k] = tile[k / lanes * lanes + i][k % lanes];
       }
     }
   }
@@ -256,6 +250,16 @@ struct Ops {
     for (int64_t i = 0; i < count; ++i) to[i] = v[i];
   }
 
+  static DAFL_HD V max(V a, V b) { return a > b ? a : b; }
+
+  // body(k, count) for the elements [k, k + count) of each vector of a row, all but the last whole.
+  template <class Body>
+  static DAFL_HD void for_each_vector(int64_t C, Body body) {
+    int64_t k = 0;
+    for (; k + L <= C; k += L) body(k, L);
+    if (k < C) body(k, C - k);
+  }
+
   // Across lanes, as a tree: short chains, and the same order on every run.
   template <class Combine>
   static DAFL_HD S across(V v, Combine combine) {
@@ -329,36 +333,28 @@ struct Ops {
   // The same for one contiguous row. A NaN is passed over here and met by the sums that follow.
   static DAFL_HD void row_argmax(const S* row, int64_t C, S& best, S& index) {
     const S low = -static_cast<S>(__builtin_inf());
-    constexpr int kChains = 4;
-    V lane_best[kChains], lane_block[kChains];
-    for (int j = 0; j < kChains; ++j) {
-      lane_best[j] = splat(low);
-      lane_block[j] = V{};
-    }
+    const auto at = [&](int64_t k) { return load(row + k, C - k, low); };
+    V top = splat(low), group{};  // of each lane, and the first four vectors in which it is
+    const auto meet = [&](V a, V b, V c, V d, int64_t k) {
+      V x = max(max(a, b), max(c, d));
+      auto better = x > top;
+      top = better ? x : top;
+      group = better ? splat(static_cast<S>(k)) : group;
+    };
     int64_t k = 0;
-    for (; k + kChains * L <= C; k += kChains * L) {
-      for (int j = 0; j < kChains; ++j) {
-        V x = load(row + k + j * L);
-        auto better = x > lane_best[j];
-        lane_best[j] = better ? x : lane_best[j];
-        lane_block[j] = better ? splat(static_cast<S>(k)) : lane_block[j];
-      }
+    for (; k + 4 * L <= C; k += 4 * L) {
+      meet(load(row + k), load(row + k + L), load(row + k + 2 * L), load(row + k + 3 * L), k);
     }
-    for (; k < C; k += L) {
-      V x = load(row + k, C - k, low);
-      auto better = x > lane_best[0];
-      lane_best[0] = better ? x : lane_best[0];
-      lane_block[0] = better ? splat(static_cast<S>(k)) : lane_block[0];
-    }
-    V top = lane_best[0];
-    for (int j = 1; j < kChains; ++j) top = lane_best[j] > top ? lane_best[j] : top;
+    if (k < C) meet(at(k), at(k + L), at(k + 2 * L), at(k + 3 * L), k);
+    const auto lower = [](S a, S b) { return a < b ? a : b; };
     best = across(top, [](S a, S b) { return a > b ? a : b; });
-    V first = splat(static_cast<S>(C));
-    for (int j = 0; j < kChains; ++j) {
-      V at = lane_block[j] + (iota() + static_cast<S>(j * L));
-      first = ((lane_best[j] == best) & (at < first)) ? at : first;
+    group = top == best ? group : splat(static_cast<S>(C));
+    k = static_cast<int64_t>(across(group, lower));
+    V first = splat(static_cast<S>(C - 1));
+    for (int64_t j = 3 * L; j >= 0; j -= L) {
+      first = at(k + j) == best ? iota() + static_cast<S>(k + j) : first;
     }
-    index = across(first, [](S a, S b) { return a < b ? a : b; });
+    index = lower(across(first, lower), static_cast<S>(C - 1));  // NaN alone: not past the row
   }
 };
 

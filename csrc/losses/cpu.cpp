@@ -20,6 +20,11 @@ void set(const Tensor& scalar, double value) {
   }
 }
 
+// A cache line, so that no vector of an array of them lies across two.
+struct alignas(64) Line {
+  double values[8];
+};
+
 // Rows are cut by shape alone, never by the number of threads: about 32K elements a chunk, so that
 // small batches stay on one thread, and at most 64 chunks, so that partial sums stay few. Whole
 // multiples of the widest vector.
@@ -36,7 +41,8 @@ struct Chunks {
   template <class Body>
   void run(int64_t scratch_values, Body body) const {
     at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-      std::unique_ptr<double[]> scratch(scratch_values > 0 ? new double[scratch_values] : nullptr);
+      std::unique_ptr<Line[]> scratch(scratch_values > 0 ? new Line[scratch_values / 8 + 1]
+                                                         : nullptr);
       for (int64_t chunk = first; chunk < last; ++chunk) {
         body(chunk, chunk * rows, std::min(N, (chunk + 1) * rows), scratch.get());
       }
