@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from dafl_fast.config import Config
-from dafl_fast.device import environment
 from dafl_fast.distill import train
 from dafl_fast.engine.folder import RunFolder, check_resumed, read_config
 from dafl_fast.engine.prepare import prepare
@@ -56,11 +55,8 @@ def test_every_tensor_of_its_checkpoint_arrives(run):
 
 
 def test_it_ends_as_it_would_have(run):
-    """Bit for bit where the machine is like the one that began it, else to rounding."""
-    there = json.loads((run / "environment.json").read_text())
-    here = environment()
-    alike = all(there[key] == here[key] for key in ("torch", "cpu"))
-    alike = alike and there["build"]["isa"] == here["build"]["isa"]
+    """To rounding: kernels have changed since, and machines differ. That a run of today's goes on
+    bit for bit is tested with today's (test_train.py)."""
     config = config_of(run)
     check_resumed(config)
     torch.set_num_threads(1)
@@ -70,8 +66,6 @@ def test_it_ends_as_it_would_have(run):
     assert student.keys() == expected.keys()
     before = load_checkpoint(DATA / "run-0.1" / "checkpoint.pt")["step"]["average"]
     for name, tensor in expected.items():
-        if alike:
-            assert torch.equal(student[name], tensor), name
         # What other kernels change in six steps is far below what the steps change.
         moved = (tensor - before[name]).norm()
         assert (student[name] - tensor).norm() < 0.2 * moved, name
