@@ -3,7 +3,7 @@
 Logits and features may be float32, bfloat16, float16 or float64, with any strides, and need not
 have the same dtype. Losses are accumulated and returned in float32 (float64 for float64 logits).
 Gradients have the dtype of their input. Results are bit for bit the same with any number of
-threads. There is no second derivative: computing one raises an error.
+threads. There is no second derivative, and none in forward mode: computing one raises an error.
 
 Notation: t, s teacher and student logits, f features, N rows, C classes.
 """

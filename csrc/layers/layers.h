@@ -4,8 +4,8 @@
 //
 // Activations x are fp32, bf16, fp16 or fp64. Parameters are of any of these types: they are
 // rounded to the activations' dtype where matrices are multiplied, and their gradients have their
-// own dtype. "Statistics dtype" is fp32, or fp64 where x is. There is no second derivative. Results
-// do not depend on the number of threads.
+// own dtype. "Statistics dtype" is fp32, or fp64 where x is. There is no second derivative, and
+// none in forward mode. Results do not depend on the number of threads.
 #pragma once
 
 #include <ATen/core/Tensor.h>
