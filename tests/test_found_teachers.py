@@ -151,7 +151,7 @@ def distilled(monkeypatch, capsys, *arguments, shape=None) -> dict:
 def answers_of_export(monkeypatch, capsys, inputs: dict[str, np.ndarray], output: str):
     import onnxruntime
 
-    code, err = command(monkeypatch, capsys, export, "run", "--format", "onnx")
+    code, err = command(monkeypatch, capsys, export, "run", "--format", "onnx", "--trust-run")
     assert code == 0, err
     session = onnxruntime.InferenceSession("run/student.onnx")
     return session.run([output], inputs)[0]
