@@ -184,7 +184,7 @@ def test_networks_in_python(name, here, monkeypatch, capsys):
     elif outputs == "binary-probability":
         assert ((got > 0) & (got < 1)).all()
     # And it is the student that was trained.
-    student = load_network("run", role="model").eval()
+    student = load_network("run", role="model", trust_run=True).eval()
     logits = student(images)
     expected = {
         "logits": logits,
