@@ -26,7 +26,10 @@ from dafl_fast.files import write_atomically, write_text  # noqa: E402
 
 README = ROOT / "README.md"
 # One for each kind of machine; the first has all its columns there.
-README_RESULTS = (ROOT / "bench" / "results" / "cpu-2x-amd-epyc-avx512-bf16.json",)
+README_RESULTS = (
+    ROOT / "bench" / "results" / "cpu-2x-amd-epyc-avx512-bf16.json",
+    ROOT / "bench" / "results" / "cpu-2x-amd-epyc-avx2.json",
+)
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 # The rows that README shows, in this order.
 README_ROWS = (
