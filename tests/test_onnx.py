@@ -322,6 +322,35 @@ def test_the_logits_among_several_outputs(tmp_path, caplog):
     np.testing.assert_allclose(teacher(images).detach(), wanted, rtol=1e-4, atol=1e-5)
 
 
+class Scalars(nn.Module):
+    """One number for each image, or the logits, and always a mean of the batch, which comes first
+    or last."""
+
+    def __init__(self, squeezed: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 1))
+        self.squeezed = squeezed
+
+    def forward(self, x):
+        y = self.layers(x)
+        return y.squeeze() if self.squeezed else (x.mean(), y)
+
+
+@pytest.mark.parametrize("batch", ["open", "one"])
+@pytest.mark.parametrize("squeezed", [True, False], ids=["squeezed", "and a mean"])
+@pytest.mark.filterwarnings("ignore")
+def test_outputs_without_a_dimension(squeezed, batch, tmp_path):
+    network, path = Scalars(squeezed).eval(), tmp_path / "t.onnx"
+    count = 1 if batch == "one" else 2
+    axes = {} if batch == "one" else {"dynamic_axes": {"x": {0: "N"}}}
+    torch.onnx.export(network, (torch.randn(count, 3, 8, 8),), path, dynamo=False,
+                      input_names=["x"], **axes)  # fmt: skip
+    images = torch.randn(4, 3, 8, 8)
+    teacher = load_network(path, role="teacher")
+    answers = teacher(images).detach().flatten()
+    torch.testing.assert_close(answers, network.layers(images).detach().flatten())
+
+
 def refused(name: str, folder: Path) -> tuple[Path, str]:
     """A file that cannot be a teacher, and what the sentence must say."""
     nodes, weights = plain()

@@ -33,7 +33,7 @@ struct Call {
         taps(weight.permute({0, 2, 3, 1})
                  .reshape({9 * weight.size(0), weight.size(1)})
                  .to(x_.scalar_type())
-                 .contiguous()),  // one output channel is a view so far
+                 .contiguous()),  // with one output channel it is still a view
         N(x.size(0)),
         Ci(x.size(1)),
         H(x.size(2)),

@@ -200,10 +200,15 @@ class _Session:
         count = self.batch or 3
         answers = self._run(torch.zeros(count, *shape), self._outputs)
         found = []
+        alone = []  # of one image, a number without a dimension
         for name, answer in zip(self._outputs, answers):
-            numbers = getattr(answer, "dtype", None) is not None and answer.dtype.kind == "f"
-            if numbers and len(answer) == count and all(n == 1 for n in answer.shape[2:]):
+            if getattr(answer, "dtype", None) is None or answer.dtype.kind != "f":
+                continue
+            if answer.ndim == 0 and count == 1:
+                alone.append(name)
+            elif answer.ndim and len(answer) == count and all(n == 1 for n in answer.shape[2:]):
                 found.append(name)
+        found = found or alone
         if found:
             name = next((name for name in found if "logit" in name.lower()), found[0])
             if len(found) > 1:
@@ -219,8 +224,8 @@ class _Session:
 
     def __call__(self, images: Tensor) -> Tensor:
         parts = images.split(self.batch or len(images))
-        answers = [torch.from_numpy(self._run(part, self._outputs)[0]) for part in parts]
-        return torch.cat(answers)
+        answers = [torch.as_tensor(self._run(part, self._outputs)[0]) for part in parts]
+        return torch.cat([torch.atleast_1d(answer) for answer in answers])
 
     def _run(self, images: Tensor, outputs: list[str]) -> list[Any]:
         given = images.permute(0, 2, 3, 1) if self.convention.layout == "NHWC" else images
@@ -237,7 +242,7 @@ def _difference(network: nn.Module, run: _Session, shape: Shape) -> tuple[float,
         images = torch.randn(count, *shape, generator=draw)
         if run.convention.dtype == "uint8":
             images = torch.randint(256, (count, *shape), generator=draw).float()
-        expected, got = run(images).double(), network(images).double()
+        expected, got = run(images).double(), torch.atleast_1d(network(images).double())
         if got.shape != expected.shape:
             return math.inf, total
         gap = (got - expected).abs().max().nan_to_num(nan=math.inf).item()
