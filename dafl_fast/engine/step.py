@@ -2,7 +2,8 @@
 
     z = randn(N, latent_dim)   x = G(z)   t, f = T(x)
     G:  one_hot L_oh(t) + entropy L_ie(t) + activation L_a(f)
-        (+ bn_statistics L_bn(x) + adversarial L_adv(S(x), t), which the paper does not have)
+        (+ bn_statistics L_bn(x) + diversity L_div(f) + adversarial L_adv(S(x), t), which the paper
+        does not have)
     S:  L_KD(S(x'), t') on images x' with teacher logits t', K times
 
 Recipes differ in x': the images of this step's generator update (`published`), freshly generated
@@ -41,6 +42,13 @@ _FUSED = GeneratorLoss._fields[1:]
 # The values that `Step.statistics` adds up, in this order.
 STATISTICS = (
     "generator_loss", *_FUSED, *PLAIN_GENERATOR_LOSSES, "distill_loss", "agreement_training",
+)  # fmt: skip
+
+
+# And of runs that were begun before checkpoints told them.
+_FIRST_STATISTICS = (
+    "generator_loss", "one_hot", "entropy", "activation", "bn_statistics", "adversarial",
+    "distill_loss", "agreement_training",
 )  # fmt: skip
 
 
@@ -90,8 +98,9 @@ class Step:
         self.bank: ReplayBank | None = None
         if config.student_source == "bank":
             self.bank = ReplayBank(
-                config.bank_images, config.shape, num_classes, config.bank_dtype, device
-            )
+                config.bank_images, config.shape, num_classes, config.bank_dtype, device,
+                config.bank_held_out,
+            )  # fmt: skip
         # Learning rates are tensors, which a captured step reads each time. CUDA's fused
         # optimizers need them in fp32.
         rates = torch.float32 if device.type == "cuda" else torch.float64
@@ -268,8 +277,9 @@ class Step:
             )
             total, *parts = loss
             batch = GeneratedBatch(
-                images, logits, features, self._student_for_images, self._batch_norm_loss
-            )
+                images, logits, features, self._student_for_images, self._batch_norm_loss,
+                self.world.gather_differentiably,
+            )  # fmt: skip
             for name, loss_of in PLAIN_GENERATOR_LOSSES.items():
                 weight = getattr(config, name)
                 parts.append(loss_of(batch) if weight else torch.zeros_like(total))
@@ -345,11 +355,22 @@ class Step:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, except the bank's entries, which are saved separately."""
         state = {name: state_of(live) for name, live in self.live.items()}
-        return {**state, "steps": self.steps, "bank_added": self.bank.added if self.bank else 0}
+        return {
+            **state,
+            "statistics_of": STATISTICS,
+            "steps": self.steps,
+            "bank_added": self.bank.added if self.bank else 0,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores, in place, what `state_dict` returned."""
         self.steps = state["steps"]
+        saved = list(state.get("statistics_of", _FIRST_STATISTICS))
+        for name in ("statistics", "overflows"):
+            if name in state:
+                # What is new since then was off in that run.
+                values = dict(zip(saved, torch.as_tensor(state[name]).tolist(), strict=True))
+                state = {**state, name: torch.tensor([values.get(one, 0.0) for one in STATISTICS])}
         for name, live in self.live.items():
             if name == "random" and state[name].shape != self.random.get_state().shape:
                 # The run began on another kind of device, whose random numbers differ anyway.
