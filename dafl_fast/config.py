@@ -124,6 +124,10 @@ class Config:
     latent_dim: Annotated[int, POSITIVE] = 100
     """Length of the noise vector z."""
 
+    adapt: bool = False
+    """Replace settings that are left as the recipe has them by those that suit the teacher:
+    whether it has BatchNorm, its number of classes, the time it takes. Each is said in one line."""
+
     # --- generator update ---------------------------------------------------------------------
     batch_size: Annotated[int, BATCH] = 512
     """Images per generator update."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapt import ADAPTED, adapted
 from .config import Config
 from .data import eval_set
 from .device import free_memory, keep_freed_memory, pick_device, pick_precision, threads
@@ -36,7 +37,7 @@ from .networks import load_networks, outputs_of
 from .notices import give_notice
 from .pages import page_of_result, write_report
 from .progress import Mode, Progress, outcome
-from .recipes import make_config
+from .recipes import WITHOUT_BATCH_NORM, make_config
 from .records import Run
 
 log = logging.getLogger(__name__)
@@ -146,9 +147,10 @@ def distill(
     }  # fmt: skip
     config = make_config(preset, recipe, **(given | settings))
     if config.resume is not None:
-        if "bank_images" not in settings:  # the run may have fewer than its recipe
-            kept = read_config(config.resume).get("bank_images", config.bank_images)
-            config = dataclasses.replace(config, bank_images=kept)
+        # What was chosen for the teacher, or for the memory, when the run began.
+        kept = read_config(config.resume)
+        kept = {name: kept[name] for name in ADAPTED if name in kept and name not in settings}
+        config = dataclasses.replace(config, **kept)
         check_resumed(config)
     return _run(config, teacher, student, generator, eval_loader, callbacks, progress)
 
@@ -192,6 +194,7 @@ def _run(
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
+    config = adapted(config, teacher, device, world)
     config = _with_bank_that_fits(config, device, world)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
@@ -252,15 +255,18 @@ def _with_bank_that_fits(config: Config, device: torch.device, world: World) -> 
     entry = bytes_of_entry(config.shape, config.num_classes or 0, config.bank_dtype)
     # Processes on CPUs share the memory of the host, and each has the whole bank.
     free //= world.size if device.type == "cpu" else 1
-    wanted, usual = config.bank_images, make_config(config.preset, config.recipe).bank_images
-    most = wanted
-    if wanted != usual and wanted * entry > free:
+    wanted = most = config.bank_images
+    usual = wanted in (
+        make_config(config.preset, config.recipe).bank_images,
+        WITHOUT_BATCH_NORM["bank_images"],
+    )
+    if not usual and wanted * entry > free:
         raise UserError(
             f"--bank-images {wanted} of --image-shape {config.shape} as {config.bank_dtype} "
             f"take {wanted * entry / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose at most "
             f"{free // entry}"
         )
-    if wanted == usual:
+    if usual:
         most = max(config.batch_size, min(wanted, free // (4 * entry)))
     images = int(world.decide_text(str(most)))  # the first process's, as all banks are equal
     if images < wanted and world.first:
