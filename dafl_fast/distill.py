@@ -148,8 +148,8 @@ def distill(
     config = make_config(preset, recipe, **(given | settings))
     if config.resume is not None:
         # What was chosen for the teacher, or for the memory, when the run began.
-        kept = read_config(config.resume)
-        kept = {name: kept[name] for name in ADAPTED if name in kept and name not in settings}
+        before = Config(**read_config(config.resume))
+        kept = {name: getattr(before, name) for name in ADAPTED if name not in settings}
         config = dataclasses.replace(config, **kept)
         check_resumed(config)
     return _run(config, teacher, student, generator, eval_loader, callbacks, progress)

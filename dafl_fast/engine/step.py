@@ -37,6 +37,7 @@ from .evaluation import accuracy, evaluation_mode, training_mode
 from .live import Live, restore, state_of
 from .teacher import FrozenTeacher
 
+HELD_OUT = 2048  # images at most, on which the agreement is measured
 # The fused terms of the generator loss, each named like its weight in Config.
 _FUSED = GeneratorLoss._fields[1:]
 # The values that `Step.statistics` adds up, in this order.
@@ -246,6 +247,14 @@ class Step:
     def agreement(self, images: Tensor, logits: Tensor) -> float:
         """The share of images [N, C, H, W] for which the student chooses the class of `logits`."""
         return accuracy(self.averaged_student, images.to(self.dtype), logits.argmax(1))
+
+    def held_out_agreement(self) -> float | None:
+        """The agreement on images of the bank that the student never learns from, of generators of
+        all ages; None if there are none. Waits for the device."""
+        if self.bank is None:
+            return None
+        images, logits = self.bank.held_out(HELD_OUT)
+        return self.agreement(images, logits) if len(images) else None
 
     @torch.no_grad()
     def fresh(self) -> tuple[Tensor, Tensor]:
