@@ -36,7 +36,6 @@ PASSES = 3
 MIRRORED, GRAINS, LOOKED_AT = 0.2, (2, 4, 8), 128
 # All that may be chosen; of the bank's size also for want of memory.
 ADAPTED = {*WITHOUT_BATCH_NORM, "diversity", "batch_size", "student_batch_size", "bank_flip"}
-ADAPTED -= {"max_seconds"}
 
 
 def adapted(config: Config, teacher: nn.Module, device: torch.device, world: World) -> Config:
@@ -67,8 +66,7 @@ def adapted(config: Config, teacher: nn.Module, device: torch.device, world: Wor
     images = random_images(config, 16).to(next(teacher.parameters(), torch.empty(0)).device)
     reading = reading_of(teacher, images, config.teacher_output)
     if not has_statistics(teacher):
-        values = {name: value for name, value in WITHOUT_BATCH_NORM.items() if name != "max_seconds"}
-        choose("chosen for a teacher without BatchNorm", **values)
+        choose("chosen for a teacher without BatchNorm", **WITHOUT_BATCH_NORM)
     elif config.bank_flip and not _knows_mirrored(as_classifier(teacher, reading), config):
         choose("chosen for a teacher that takes mirrored images for others", bank_flip=False)
     if reading.classes <= FEW_CLASSES:

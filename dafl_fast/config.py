@@ -226,8 +226,8 @@ class Config:
             )
         if self.until_flat and not (self.bank_held_out and self.eval_every):
             raise UserError(
-                "--until-flat needs evaluations, with --eval-every, on held-out images of the bank, "
-                "with --bank-held-out"
+                "--until-flat needs evaluations, with --eval-every, on held-out images of the bank,"
+                " with --bank-held-out"
             )
         if self.image_shape is not None:
             _ = self.from_generated  # mean and std are of as many channels as there are
