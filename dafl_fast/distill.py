@@ -194,14 +194,14 @@ def _run(
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
-    config = adapted(config, teacher, device, world)
-    config = _with_bank_that_fits(config, device, world)
-    precision = pick_precision(config.precision, device)
-    reason_not_captured(config, device, world)
     if teacher is student:
         raise UserError("teacher and student must be two networks, got the same twice")
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
+    config = adapted(config, teacher, device, world)
+    config = _with_bank_that_fits(config, device, world)
+    precision = pick_precision(config.precision, device)
+    reason_not_captured(config, device, world)
     board = step = None
     with (
         Progress(progress if world.first else "off") as shown, threads(threads_of_run(config)),
