@@ -33,6 +33,7 @@ from ..losses import (
 from .bank import ReplayBank
 from .distributed import World
 from .ema import Average
+from .estimate import Estimate, estimate
 from .evaluation import accuracy, evaluation_mode, training_mode
 from .live import Live, restore, state_of
 from .teacher import FrozenTeacher
@@ -248,13 +249,13 @@ class Step:
         """The share of images [N, C, H, W] for which the student chooses the class of `logits`."""
         return accuracy(self.averaged_student, images.to(self.dtype), logits.argmax(1))
 
-    def held_out_agreement(self) -> float | None:
-        """The agreement on images of the bank that the student never learns from, of generators of
-        all ages; None if there are none. Waits for the device."""
+    def estimate(self) -> Estimate | None:
+        """How well the student does, judged by images of the bank that it never learns from; None
+        if there are none. Waits for the device."""
         if self.bank is None:
             return None
         images, logits = self.bank.held_out(HELD_OUT)
-        return self.agreement(images, logits) if len(images) else None
+        return estimate(self.averaged_student, images.to(self.dtype), logits)
 
     @torch.no_grad()
     def fresh(self) -> tuple[Tensor, Tensor]:
