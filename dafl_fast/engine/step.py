@@ -255,7 +255,8 @@ class Step:
         if self.bank is None:
             return None
         images, logits = self.bank.held_out(HELD_OUT)
-        return estimate(self.averaged_student, images.to(self.dtype), logits)
+        teacher = self.teacher.network
+        return estimate(self.averaged_student, teacher, images.to(self.dtype), logits)
 
     @torch.no_grad()
     def fresh(self) -> tuple[Tensor, Tensor]:
