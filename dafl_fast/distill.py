@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from .pages import page_of_result, write_report
 from .progress import Mode, Progress, outcome
 from .recipes import make_config
 from .records import Run
+from .unlabelled import given_tensor, read_images
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ def distill(
     *,
     image_shape: tuple[int, int, int],
     num_classes: int | None = None,
-    generator: nn.Module | None = None,
+    generator: nn.Module | Literal["none"] | None = None,
+    images: Tensor | Path | str | Sequence[Path | str] = (),
     feature_layer: str | None = None,
     recipe: str = "fast",
     steps: int | None = None,
@@ -118,7 +120,10 @@ def distill(
             are brought to what `pixels` says; of one channel if `grey` is set. By default the
             published one, with as many stages as the image size needs. If it has a method `reset`,
             which initialises its parameters anew, it is restarted as the recipe says; otherwise it
-            is never restarted.
+            is never restarted. "none": the student learns from `images` alone.
+        images: real images that are not the data, without labels: paths of photographs, folders or
+            .npz files, see docs/recipes.md, or a tensor [N, C, H, W] in the teacher's units. Such a
+            tensor must be given again when the run is resumed.
         feature_layer: name of the teacher's layer whose input is the feature vector of the
             activation loss. By default its last linear layer.
         recipe: "fast", "published" or "paper"; see docs/recipes.md.
@@ -137,6 +142,8 @@ def distill(
         TrainingStopped: the generator collapsed, a loss is not finite, or another process ended
             unexpectedly. The run's last good checkpoint is kept.
     """
+    if isinstance(generator, str):
+        settings["generator"], generator = generator, None
     if generator is not None and not hasattr(generator, "reset"):
         settings.setdefault("generator_restart_every", 0)
     given: dict[str, Any] = {
@@ -144,13 +151,17 @@ def distill(
         "max_seconds": max_seconds, "feature_layer": feature_layer, "eval": "none",
         "teacher": None, "student": None,
     }  # fmt: skip
+    tensor = images if isinstance(images, Tensor) else None
+    if tensor is None and images:
+        settings["images"] = (images,) if isinstance(images, (str, Path)) else images
     config = make_config(preset, recipe, **(given | settings))
     if config.resume is not None:
-        if "bank_images" not in settings:  # the run may have fewer than its recipe
-            kept = read_config(config.resume).get("bank_images", config.bank_images)
-            config = dataclasses.replace(config, bank_images=kept)
+        # The run may have fewer images in its bank than its recipe, and was given its own.
+        kept = read_config(config.resume)
+        own = {"bank_images", "images"} - settings.keys()
+        config = dataclasses.replace(config, **{name: kept[name] for name in own & kept.keys()})
         check_resumed(config)
-    return _run(config, teacher, student, generator, eval_loader, callbacks, progress)
+    return _run(config, teacher, student, generator, tensor, eval_loader, callbacks, progress)
 
 
 def train(
@@ -173,7 +184,7 @@ def train(
         )
         held_out = list(zip(images.split(1000), labels.split(1000), strict=True))
     callbacks = [report] if report else []
-    return _run(config, teacher, student, None, held_out, callbacks, progress).summary
+    return _run(config, teacher, student, None, None, held_out, callbacks, progress).summary
 
 
 def _run(
@@ -181,6 +192,7 @@ def _run(
     teacher: nn.Module,
     student: nn.Module,
     generator: nn.Module | None,
+    images: Tensor | None,
     held_out: Iterable[tuple[Tensor, Tensor]] | None,
     callbacks: Sequence[Callable[[dict[str, Any]], None]],
     progress: Mode,
@@ -189,6 +201,7 @@ def _run(
         raise UserError("--steps or --max-seconds must say when to stop")
     if config.tensorboard:
         require("tensorboard", "--tensorboard")
+    config.check_images(images is not None or bool(config.images))
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
@@ -199,6 +212,9 @@ def _run(
         raise UserError("teacher and student must be two networks, got the same twice")
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
+    given = None if images is None else given_tensor(images, config.shape)
+    if config.images:
+        given = read_images(config.images, config.image_format)
     board = step = None
     with (
         Progress(progress if world.first else "off") as shown, threads(threads_of_run(config)),
@@ -206,7 +222,7 @@ def _run(
         contextlib.ExitStack() as held,
     ):  # fmt: skip
         try:
-            step = prepare(config, teacher, student, device, precision, generator, world)
+            step = prepare(config, teacher, student, device, precision, generator, world, given)
             if world.first:
                 give_notice(config, teacher, step)
             shown.announce(config, teacher, step)
@@ -233,10 +249,10 @@ def _run(
                 give_back(student, step.student)
             if config.compile:
                 vars(student).pop("_compiled_call_impl", None)
-    images = [
+    examples = [
         torch.randn(count, *config.shape, device=device, dtype=step.dtype) for count in (2, 3)
     ]
-    return Result(_in_evaluation_mode(student, images), loop.history, summary, folder.path)
+    return Result(_in_evaluation_mode(student, examples), loop.history, summary, folder.path)
 
 
 def _with_bank_that_fits(config: Config, device: torch.device, world: World) -> Config:

@@ -109,9 +109,7 @@ class ReplayBank:
             shape, high = (count, *more), torch.iinfo(torch.int64).max
             return torch.randint(high, shape, device=device, generator=generator)[part]
 
-        # The number of entries is on the device, so it cannot be randint's bound. Taking the
-        # remainder instead is not exactly uniform, by less than 1e-12.
-        which = random() % self.count.clamp(max=self.capacity)
+        which = self._chosen(random())
         logits = self.logits.index_select(0, which)
         if crop or flip:
             images = self._moved(which, random(3), crop, flip)
@@ -121,6 +119,22 @@ class ReplayBank:
             low, level = self.levels.index_select(0, which).view(-1, 2, 1, 1, 1).unbind(1)
             images = images.float() * level + low
         return images.permute(0, 3, 1, 2), logits
+
+    def newest(self, count: int) -> tuple[Tensor, Tensor]:
+        """The last `count` entries at most: images [n, C, H, W] and logits. Waits for the
+        device."""
+        kept = self.span(self.added - min(count, len(self)), self.added)
+        images = kept["images"].float()
+        if self.levels is not None:
+            low, level = kept["levels"].view(-1, 2, 1, 1, 1).unbind(1)
+            images = images * level + low
+        return images.permute(0, 3, 1, 2), kept["logits"]
+
+    def _chosen(self, random: Tensor) -> Tensor:
+        """The entries [n] that random numbers [n] of 63 bits choose."""
+        # The number of entries is on the device, so it cannot be randint's bound. Taking the
+        # remainder instead is not exactly uniform, by less than 1e-12.
+        return random % self.count.clamp(max=self.capacity)
 
     def _moved(self, which: Tensor, random: Tensor, crop: int, flip: bool) -> Tensor:
         """Entries `which` [n], cropped and flipped by random numbers [n, 3], in a single gather."""

@@ -24,7 +24,7 @@ from .evaluation import accuracy_on
 from .folder import RunFolder
 from .graph import compile_and_capture
 from .outputs import as_classifier, convention_of
-from .step import STATISTICS, Step
+from .step import Step
 from .threads import Threads
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 # Below this share of the largest possible entropy, a batch counts as images of one class only.
 # After this many such steps in a row training stops; a new generator may go through a few.
 COLLAPSED_ENTROPY, COLLAPSED_STEPS = 0.02, 300
+# Of the user's images, from so many of the newest the pictures of a grid are chosen.
+SHOWN = 1000
 
 
 class Loop:
@@ -73,6 +75,13 @@ class Loop:
             folder.write_config(config)  # the length of the run may have changed
         if progress.get("teacher", self.teacher_hash) != self.teacher_hash:
             raise UserError(f"the run in {folder.path} was begun with another teacher")
+        found = step.found
+        self.images_hash = None if found is None else found.given.fingerprint()
+        if progress and progress.get("images") != self.images_hash:
+            raise UserError(
+                f"the run in {folder.path} was begun with other images, or without; give the same "
+                "with --images"
+            )
         self.wall_before: float = progress.get("wall_seconds", 0.0)
         self.collapsed_steps: int = progress.get("collapsed_steps", 0)
         self.logged = progress.get("logged", step.steps)  # the step at which losses were last read
@@ -158,6 +167,7 @@ class Loop:
     def _progress(self) -> dict[str, Any]:
         return {
             "teacher": self.teacher_hash,
+            "images": self.images_hash,
             "train_seconds": self.clock.seconds,
             "wall_seconds": self._wall_seconds(),
             "seconds_apart": self.clock.apart,
@@ -175,7 +185,7 @@ class Loop:
         if count == 0:
             return
         self.watchdog.beat(f"the end of step {step.steps}")
-        means = dict(zip(STATISTICS, self.world.mean(step.take_means(count)).tolist(), strict=True))
+        means = dict(zip(step.names, self.world.mean(step.take_means(count)).tolist(), strict=True))
         self.logged = step.steps
         broken = [name for name, value in means.items() if not math.isfinite(value)]
         if broken:
@@ -184,7 +194,8 @@ class Loop:
                 f"--precision fp32{self._kept()}"
             )
         self._check_weights()
-        self._watch_for_collapse(means["entropy"], count)
+        if "entropy" in means:
+            self._watch_for_collapse(means["entropy"], count)
         seconds = self.clock.seconds
         images = count * self._images_per_step()
         row = {
@@ -234,7 +245,10 @@ class Loop:
     def _images_per_step(self) -> int:
         config = self.config
         count = config.student_batch_size or config.batch_size
-        return config.batch_size + config.student_updates * count
+        return self._generated_per_step() + config.student_updates * count
+
+    def _generated_per_step(self) -> int:
+        return self.config.batch_size if self.config.generator != "none" else 0
 
     def _save(self) -> None:
         self.watchdog.beat(f"saving after step {self.step.steps}")
@@ -257,15 +271,28 @@ class Loop:
                 student, _ = accuracy_on(step.averaged_student, self.held_out)
             agreement = step.agreement(images, logits)
             counts = logits.argmax(1).bincount(minlength=step.num_classes).tolist()
+            found = self._evaluate_found()
         row = {
             "step": step.steps,
             "train_seconds": round(self.clock.seconds, 3),
             **({"accuracy": student} if student is not None else {}),
             "agreement_newest": agreement,
             "class_counts": counts,
+            **found,
         }
         self._write_row(row)
         return student
+
+    def _evaluate_found(self) -> dict[str, Any]:
+        """Saves a grid of the images that were given. Returns how many of each class are drawn
+        from."""
+        found = self.step.found
+        if found is None:
+            return {}
+        images, logits = found.bank.newest(SHOWN)
+        path = self.folder.images_grid
+        self.folder.later(lambda: save_samples(path, images, logits), self.step.device)
+        return {"images_class_counts": found.bank.counts.tolist()}
 
     def _finish(self, interrupted: bool) -> dict[str, Any]:
         step, config, folder = self.step, self.config, self.folder
@@ -288,7 +315,7 @@ class Loop:
             if self.held_out is not None:
                 network = as_classifier(self.teacher.to(step.device), step.teacher.reading)
                 teacher, count = accuracy_on(network, self.held_out)
-        generator_images = step.steps * config.batch_size
+        generator_images = step.steps * self._generated_per_step()
         images = step.steps * self._images_per_step()
         summary = {
             "preset": config.preset,
@@ -316,7 +343,8 @@ class Loop:
             "convention": convention_of(self.teacher, step.teacher.reading, config.shape).as_json(),
             "teacher_parameters": parameters_of(self.teacher),
             "student_parameters": parameters_of(step.student),
-            "bank_bytes": step.bank.bytes if step.bank is not None else 0,
+            "bank_bytes": sum(bank.bytes for bank, *_ in step.sources),
+            **(step.found.summary() if step.found is not None else {}),
             **peak_memory(step.device),
             "teacher_sha256": self.teacher_hash,
             "interrupted": interrupted,

@@ -6,7 +6,8 @@
     S:  L_KD(S(x'), t') on images x' with teacher logits t', K times
 
 Recipes differ in x': the images of this step's generator update (`published`), freshly generated
-images (`paper`), or images drawn from the replay bank (`fast`). All else is numbers.
+images (`paper`), or images drawn from the replay bank (`fast`). All else is numbers. A share of
+x' may be real images that are not the data; without a generator, all of it is.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from ..losses import (
     distill_loss,
     generator_loss,
 )
+from ..unlabelled import Given
 from .bank import ReplayBank
 from .distributed import World
 from .ema import Average
 from .evaluation import accuracy, evaluation_mode, training_mode
+from .images import Found, sources_of
 from .live import Live, restore, state_of
 from .teacher import FrozenTeacher
 
@@ -42,6 +45,7 @@ _FUSED = GeneratorLoss._fields[1:]
 STATISTICS = (
     "generator_loss", *_FUSED, *PLAIN_GENERATOR_LOSSES, "distill_loss", "agreement_training",
 )  # fmt: skip
+_OF_STUDENT = 2
 
 
 class Step:
@@ -60,6 +64,7 @@ class Step:
         device: the device of all tensors.
         precision: "fp32" (no autocast; also right for fp64 networks), "bf16" or "fp16".
         world: the processes that share each batch; all hold the same networks and the same bank.
+        given: images that are not the data, for the student.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Step:
         device: torch.device,
         precision: str = "fp32",
         world: World | None = None,
+        given: Given | None = None,
     ) -> None:
         self.config, self.device, self.precision = config, device, precision
         self.num_classes = num_classes
@@ -88,7 +94,7 @@ class Step:
         self._generator = world.average_gradients(self.generator)
         self._student = world.average_gradients(self.student)
         self.bank: ReplayBank | None = None
-        if config.student_source == "bank":
+        if config.student_source == "bank" and config.generator != "none":
             self.bank = ReplayBank(
                 config.bank_images, config.shape, num_classes, config.bank_dtype, device
             )
@@ -130,10 +136,12 @@ class Step:
         ]
         self.random = torch.Generator(device).manual_seed(config.seed)
         self.dtype = next(generator.parameters()).dtype
-        self.statistics = torch.zeros(len(STATISTICS), device=device)
+        # The names of the values in `statistics`: without a generator, those of the student.
+        self.names = STATISTICS if config.generator != "none" else STATISTICS[-_OF_STUDENT:]
+        self.statistics = torch.zeros(len(self.names), device=device)
         # In fp16, how many steps each value is missing from, because it overflowed. The scalers do
         # not take these steps either.
-        self.overflows = torch.zeros(len(STATISTICS), device=device)
+        self.overflows = torch.zeros(len(self.names), device=device)
         # Everything that `body` changes, except the bank's entries. What is missing here is not
         # saved, not resumed and not restored after a warm-up; test_live.py checks the list.
         self.live: dict[str, Live] = {
@@ -156,15 +164,26 @@ class Step:
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             self.live["cuda_random"] = torch.cuda.default_generators[index]
-        # The last generated batch and the teacher's logits for it.
+        # The last generated batch and the teacher's logits for it. Without a generator, the images
+        # that were found last.
         self.newest = (torch.empty(0), torch.empty(0))
+        self.found: Found | None = None
+        if given is not None:
+            self.found = Found(config, given, num_classes, self.random, world, self._answered)
+            if self.found.cutter is not None:
+                self.live["found_added"] = self.found.bank.count
+            else:
+                self.newest = self.found.bank.newest(config.batch_size)
+        # The banks that a student's batch is drawn from: how many images from each, and which of
+        # those are this process's.
+        self.sources = sources_of(self.found, self.bank, self._count, self._student_rows)
         self.steps = 0
         # The function that runs a step: `body`, or the replay of its CUDA graph.
         self.run: Callable[[], None] = self.body
 
     def __call__(self) -> None:
         every = self.config.generator_restart_every
-        if every and self.steps and self.steps % every == 0:
+        if every and self.config.generator != "none" and self.steps and self.steps % every == 0:
             self._restart_generator()
         if self.average is not None:
             self.average.ramp(self.steps * self.config.student_updates)
@@ -176,29 +195,61 @@ class Step:
     def body(self) -> None:
         """The step itself: work for the device only, and the same operations every time."""
         config = self.config
-        images, logits, parts = self._update_generator()
-        self.newest = (images, logits)
+        parts: list[Tensor] = []
+        if self.found is not None and self.found.cutter is not None:
+            self.newest = self.found.renew()
+        if config.generator != "none":
+            images, logits, parts = self._update_generator()
+            self.newest = (images, logits)
         if self.bank is not None:
             self.bank.add(*self._finite(self.world.gather(images), self.world.gather(logits)))
         learned = torch.zeros(2, device=self.device)
         for _ in range(config.student_updates):
-            if self.bank is not None:
-                images, logits = self.bank.draw(
-                    self._count, self.random, self._student_rows, config.bank_crop,
-                    config.bank_flip,
-                )  # fmt: skip
-            elif config.student_source == "fresh":
-                with torch.no_grad(), self._autocast():
-                    images = self.generator(self.noise(self._count)[self._student_rows])
-                    logits, _ = self.teacher(images)
-            loss, agreement = self._update_student(images, logits)
+            loss, agreement = self._update_student(*self._draw())
             learned += torch.stack([loss, agreement])
-        values = torch.cat([torch.stack(parts), learned / config.student_updates])
+        values = torch.cat([*(part.view(1) for part in parts), learned / config.student_updates])
         if self.precision == "fp16":
             finite = values.isfinite()
             self.overflows += ~finite
             values = torch.where(finite, values, 0.0)
         self.statistics += values
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """Images [n, C, H, W] for a student update, and the teacher's logits for them: this
+        process's rows."""
+        config = self.config
+        if self.sources:
+            drawn = [
+                bank.draw(count, self.random, rows, config.bank_crop, config.bank_flip)
+                for bank, count, rows in self.sources
+            ]
+            if len(drawn) == 1:
+                return drawn[0]
+            images, logits = zip(*drawn, strict=True)
+            return torch.cat(images), torch.cat(logits)
+        if config.student_source == "fresh":
+            with torch.no_grad(), self._autocast():
+                images = self.generator(self.noise(self._count)[self._student_rows])
+                return images, self.teacher(images)[0]
+        return self.newest
+
+    @torch.no_grad()
+    def _answered(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [N, C, H, W] in the dtype of training, and the teacher's logits for them."""
+        images = images.to(self.dtype, memory_format=torch.channels_last)
+        with self._autocast():
+            return self._finite(images, self.teacher.network(images))
+
+    @property
+    def banks(self) -> dict[str, tuple[ReplayBank, int]]:
+        """The banks that a step changes, by the names of their folders, and how many images a step
+        adds to each."""
+        banks: dict[str, tuple[ReplayBank, int]] = {}
+        if self.bank is not None:
+            banks["bank"] = (self.bank, self.config.batch_size)
+        if self.found is not None and self.found.cutter is not None:
+            banks["images"] = (self.found.bank, self.found.kept)
+        return banks
 
     def take_means(self, count: int) -> Tensor:
         """The means of the values in `STATISTICS` over the last `count` steps, which are forgotten.
@@ -240,8 +291,12 @@ class Step:
 
     @torch.no_grad()
     def fresh(self) -> tuple[Tensor, Tensor]:
-        """A freshly generated batch and the teacher's logits for it. It draws noise, so call it
-        only after the last checkpoint of a run, and in all processes."""
+        """A freshly generated batch, or without a generator freshly cut images, and the teacher's
+        logits for it. It draws noise, so call it only after the last checkpoint of a run, and in
+        all processes."""
+        if self.config.generator == "none":
+            assert self.found is not None
+            return self.found.fresh()
         with self._autocast():
             images = self.generator(self.noise(self.config.batch_size)[self._rows])
             logits = self.teacher(images)[0]
