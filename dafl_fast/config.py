@@ -114,9 +114,9 @@ class Config:
     grey: Annotated[bool, Mark.ON_CARD] = False
     """The images are grey, and given to the networks as equal channels."""
     mean: Annotated[tuple[float, ...] | None, Mark.ON_CARD] = None
-    """Mean of each channel of the teacher's data, pixels in 0..1. Needed to evaluate on real images
-    if the teacher takes normalised ones. Where it takes pixels, generated ones get this mean; 0.5
-    when not given."""
+    """Mean of each channel of the teacher's data, pixels in 0..1. Needed for real images, to
+    evaluate or to learn from, if the teacher takes normalised ones. Where it takes pixels,
+    generated ones get this mean; 0.5 when not given."""
     std: Annotated[tuple[float, ...] | None, Mark.ON_CARD] = None
     """Standard deviation of each channel, likewise; 0.25 when not given."""
     generator: Literal["auto", "none"] = "auto"

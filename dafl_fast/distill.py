@@ -38,7 +38,7 @@ from .pages import page_of_result, write_report
 from .progress import Mode, Progress, outcome
 from .recipes import make_config
 from .records import Run
-from .unlabelled import given_tensor, read_images
+from .unlabelled import Given, given_tensor, read_images
 
 log = logging.getLogger(__name__)
 
@@ -205,16 +205,16 @@ def _run(
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
-    config = _with_bank_that_fits(config, device, world)
+    given = None if images is None else given_tensor(images, config.shape)
+    if config.images:
+        given = read_images(config.images, config.image_format)
+    config = _with_bank_that_fits(config, device, world, given)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
     if teacher is student:
         raise UserError("teacher and student must be two networks, got the same twice")
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
-    given = None if images is None else given_tensor(images, config.shape)
-    if config.images:
-        given = read_images(config.images, config.image_format)
     board = step = None
     with (
         Progress(progress if world.first else "off") as shown, threads(threads_of_run(config)),
@@ -255,7 +255,9 @@ def _run(
     return Result(_in_evaluation_mode(student, examples), loop.history, summary, folder.path)
 
 
-def _with_bank_that_fits(config: Config, device: torch.device, world: World) -> Config:
+def _with_bank_that_fits(
+    config: Config, device: torch.device, world: World, given: Given | None = None
+) -> Config:
     """`config` with fewer images in the replay bank, if those of the recipe take too much memory. A
     resumed run keeps the number that it began with.
 
@@ -266,6 +268,8 @@ def _with_bank_that_fits(config: Config, device: torch.device, world: World) -> 
     if config.student_source != "bank" or config.resume is not None or free is None:
         return config
     entry = bytes_of_entry(config.shape, config.num_classes or 0, config.bank_dtype)
+    if given is not None and given.photographs and config.generator != "none":
+        entry = round(entry * (1 + config.images_share))  # their crops have a bank of their own
     # Processes on CPUs share the memory of the host, and each has the whole bank.
     free //= world.size if device.type == "cpu" else 1
     wanted, usual = config.bank_images, make_config(config.preset, config.recipe).bank_images

@@ -103,7 +103,7 @@ def headline(config: Config, teacher: nn.Module, step: Step) -> str:
         *([f"{config.steps:,} steps"] if config.steps is not None else []),
         *([f"{config.max_seconds:g} s"] if config.max_seconds is not None else []),
     ]
-    given = f", with {step.found.given.words}" if step.found is not None else ""
+    given = f", with {step.found.words}" if step.found is not None else ""
     return (
         f"distilling {names[0]} ({large} parameters) into {names[1]} ({small}) on "
         f"{', '.join(where)}, {' or '.join(length)}{given}"

@@ -184,8 +184,9 @@ class RunFolder:
         """Loads the last checkpoint into `step`, and returns its progress; None without one.
 
         Raises:
-            UserError: there is none although the run has got further, it cannot be read, or a part
-                of the folder is a link to another place.
+            UserError: there is none although the run has got further, it cannot be read, the run
+                had other images that are not the data, or a part of the folder is a link to another
+                place.
         """
         first = step.world.first
         inside = [self.path / name for name in (*_BANKS, "samples")]
@@ -211,6 +212,11 @@ class RunFolder:
                 self.metrics.unlink(missing_ok=True)
             return None
         state = load_checkpoint(self.checkpoint)
+        if state["progress"].get("images") != (step.found and step.found.fingerprint):
+            raise UserError(
+                f"the run in {self.path} was begun with other images, or without; give the same "
+                "with --images"
+            )
         step.load_state_dict(state["step"])
         for name, (bank, _) in step.banks.items():
             self._shards[name] = [(start, stop) for start, stop in state[f"{name}_shards"]]

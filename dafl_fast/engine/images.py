@@ -257,7 +257,8 @@ class Found:
         world: World,
         answer: Callable[[Tensor], tuple[Tensor, Tensor]],
     ) -> None:
-        self.given, self._random, self._world, self._answer = given, random, world, answer
+        self._random, self._world, self._answer = random, world, answer
+        self.words, self.fingerprint = given.words, given.fingerprint()
         self._candidates, device = config.images_candidates, random.device
         self._rows = world.rows_of_batch("images-candidates", self._candidates)
         self.kept = max(1, config.images_candidates // KEPT)
@@ -285,9 +286,10 @@ class Found:
         return images, logits
 
     def fresh(self) -> tuple[Tensor, Tensor]:
-        """Candidates, chosen by nobody, and the teacher's logits; or all images if none are cut."""
+        """Candidates, chosen by nobody, and the teacher's logits for them; of images that are not
+        cut, as many as the bank draws."""
         if self.cutter is None:
-            return self.bank.newest(self.bank.capacity)
+            return self.bank.draw(self._candidates, self._random)
         return self._cut()
 
     def _cut(self, rows: slice | None = None) -> tuple[Tensor, Tensor]:
@@ -313,7 +315,7 @@ class Found:
     def summary(self) -> dict[str, Any]:
         """What summary.json says of them. Waits for the device."""
         return {
-            "images": self.given.words,
+            "images": self.words,
             "images_share": self.share,
             "images_class_counts": self.bank.counts.tolist(),
         }

@@ -75,13 +75,6 @@ class Loop:
             folder.write_config(config)  # the length of the run may have changed
         if progress.get("teacher", self.teacher_hash) != self.teacher_hash:
             raise UserError(f"the run in {folder.path} was begun with another teacher")
-        found = step.found
-        self.images_hash = None if found is None else found.given.fingerprint()
-        if progress and progress.get("images") != self.images_hash:
-            raise UserError(
-                f"the run in {folder.path} was begun with other images, or without; give the same "
-                "with --images"
-            )
         self.wall_before: float = progress.get("wall_seconds", 0.0)
         self.collapsed_steps: int = progress.get("collapsed_steps", 0)
         self.logged = progress.get("logged", step.steps)  # the step at which losses were last read
@@ -167,7 +160,7 @@ class Loop:
     def _progress(self) -> dict[str, Any]:
         return {
             "teacher": self.teacher_hash,
-            "images": self.images_hash,
+            "images": self.step.found and self.step.found.fingerprint,
             "train_seconds": self.clock.seconds,
             "wall_seconds": self._wall_seconds(),
             "seconds_apart": self.clock.apart,
