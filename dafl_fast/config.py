@@ -34,6 +34,7 @@ SIDES = Bound("channels, and height and width of at least 4", lambda shape: min(
 EVEN = Bound("an even number of channels", lambda width: width >= 2 and width % 2 == 0)
 SHARE = Bound("greater than 0 and less than 1", lambda share: 0 < share < 1)
 SEED = Bound("between -2^32 and 2^32", lambda seed: abs(seed) <= 2**32)
+HELD_OUT = Bound("0 or at least 2", lambda every: every == 0 or every >= 2)
 ABOVE_ONE = Bound("greater than 1", lambda base: base > 1)
 # Mean and deviation of pixels in 0..1 where nothing is known of the data: grey, and spread so that
 # nearly all generated values are in 0..1.
@@ -146,6 +147,9 @@ class Config:
     bn_statistics: float = 0.0
     """Weight of the BatchNorm loss: at each BatchNorm of the teacher the batch's statistics should
     equal those of the training data, which the layer has stored (Yin et al. 2020)."""
+    diversity: float = 0.0
+    """Weight of the diversity loss: the teacher's features of a batch should differ in many
+    directions. It keeps the images of a class different, which matters most with few classes."""
     adversarial: float = 0.0
     """Weight of the adversarial loss: it looks for images on which the student's probabilities are
     far from the teacher's although both choose the same class (Fang et al. 2019)."""
@@ -178,6 +182,9 @@ class Config:
     """Images that the replay bank holds. When it is full, new images replace the oldest."""
     bank_dtype: Literal["uint8", "bf16", "fp32"] = "bf16"
     """How the bank stores images: uint8 (1 byte a pixel), bf16 (2) or fp32 (4)."""
+    bank_held_out: Annotated[int, HELD_OUT] = 0
+    """The student never learns from every how many-th image of the bank (0: it learns from all).
+    They tell how good it is where there is no real image."""
     bank_crop: Annotated[int, NOT_NEGATIVE] = 0
     """Shift images from the bank by up to this many pixels. Only useful if that keeps the class."""
     bank_flip: bool = False

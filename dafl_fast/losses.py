@@ -114,6 +114,29 @@ def adversarial_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return -(agreed * (log_p.exp() * (log_p - log_q)).sum(1)).mean()
 
 
+def diversity_loss(features: Tensor) -> Tensor:
+    """``log(sum_k l_k^2 / (sum_k l_k)^2)`` of the eigenvalues l of the features' covariance.
+
+    That is minus the logarithm of the number of directions in which the features of a batch
+    differ, counted as the participation ratio. The entropy loss makes a batch equally many images
+    of each class; this one makes them differ within a class as well, without which two classes are
+    two kinds of images. It is written in plain PyTorch, without computing the eigenvalues.
+
+    `features` are [N, F], N >= 1. The scalar, of at least fp32, lies between -log(min(N - 1, F))
+    and 0. It is 0 if all rows are equal.
+    """
+    f = features.to(torch.promote_types(features.dtype, torch.float32))
+    f = f - f.mean(0)
+    # The loss does not depend on the features' scale, so bring them where squares do not overflow.
+    f = f / f.detach().abs().amax().clamp_min(torch.finfo(f.dtype).tiny)
+    with torch.autocast(f.device.type, enabled=False):
+        # The eigenvalues of F F^T and of F^T F differ in zeros only.
+        products = f.T @ f if f.shape[0] > f.shape[1] else f @ f.T
+    trace = products.diagonal().sum()
+    small = torch.finfo(f.dtype).tiny  # makes it 0, not NaN, when the features are all equal
+    return (products.square().sum() + small).log() - 2 * (trace + small**0.5).log()
+
+
 def batch_norm_loss(
     means: list[Tensor], variances: list[Tensor], norms: Sequence[_BatchNorm]
 ) -> Tensor:
@@ -145,6 +168,7 @@ class GeneratedBatch(NamedTuple):
         logits, features: the teacher's, [N, C] and [N, F] or None.
         student: images -> the student's logits [N, C], in evaluation mode, its weights constant.
         batch_norm_loss: `batch_norm_loss` of the teacher's layers for this batch.
+        gather: the rows of all processes, differentiable, of those of this one.
     """
 
     images: Tensor
@@ -152,12 +176,20 @@ class GeneratedBatch(NamedTuple):
     features: Tensor | None
     student: Callable[[Tensor], Tensor]
     batch_norm_loss: Callable[[], Tensor]
+    gather: Callable[[Tensor], Tensor]
+
+    def diversity_loss(self) -> Tensor:
+        """`diversity_loss` of the whole batch; 0 without features."""
+        if self.features is None:
+            return torch.zeros((), device=self.images.device)
+        return diversity_loss(self.gather(self.features))
 
 
 # The generator losses in plain PyTorch, by the setting that is their weight. They are added to the
 # fused ones, and not computed if the weight is 0.
 PLAIN_GENERATOR_LOSSES: dict[str, Callable[[GeneratedBatch], Tensor]] = {
     "bn_statistics": lambda batch: batch.batch_norm_loss(),
+    "diversity": GeneratedBatch.diversity_loss,
     "adversarial": lambda batch: adversarial_loss(batch.student(batch.images), batch.logits),
 }
 

@@ -36,6 +36,31 @@ def test_draws_pair_images_with_their_logits_and_reach_everything():
     assert counts.max() < 150  # 100 expected, standard deviation 10
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 7, 8, 30, 50, 61])
+def test_entries_held_out_are_never_drawn_and_all_others_are(count):
+    """Every third one; also while the ring fills, and when it starts again."""
+    bank = ReplayBank(50, (1, 4, 4), 2, "fp32", held_out=3)
+    bank.add(*batch(min(count, 50)))
+    bank.add(*batch(max(count - 50, 0), 50))
+    places = {place: place + 50 if place + 50 < count else place for place in range(min(count, 50))}
+    kept = {number for place, number in places.items() if place % 3 == 2}
+    images, logits = bank.draw(4000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(images.mean((1, 2, 3)), logits[:, 0], atol=1e-5, rtol=0)
+    assert set(logits[:, 0].long().tolist()) == set(places.values()) - kept
+    images, logits = bank.held_out(most=1000)
+    torch.testing.assert_close(images.mean((1, 2, 3)), logits[:, 0], atol=1e-5, rtol=0)
+    assert sorted(logits[:, 0].long().tolist()) == sorted(kept)
+
+
+def test_of_many_held_out_entries_some_of_all_ages_are_taken():
+    bank = ReplayBank(50, (1, 4, 4), 2, "uint8", held_out=2)
+    bank.add(*batch(50))
+    images, logits = bank.held_out(most=7)
+    assert logits[:, 0].tolist() == [1, 9, 17, 25, 33, 41, 49]
+    torch.testing.assert_close(images.mean((1, 2, 3)), logits[:, 0], atol=1e-2, rtol=0)
+    assert len(ReplayBank(50, (1, 4, 4), 2).held_out(most=7)[0]) == 0
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 0), ("bf16", 2**-8), ("uint8", None)])
 def test_storage_keeps_what_it_promises(dtype, tolerance):
     bank = ReplayBank(64, (2, 8, 8), 10, dtype)

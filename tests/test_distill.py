@@ -17,7 +17,7 @@ from dafl_fast.engine.distributed import World
 from dafl_fast.engine.prepare import prepare
 from dafl_fast.engine.teacher import FrozenTeacher
 from dafl_fast.errors import UserError
-from dafl_fast.losses import adversarial_loss
+from dafl_fast.losses import adversarial_loss, diversity_loss
 from dafl_fast.models import LeNet5, LeNet5Half
 from dafl_fast.networks import load_network
 from dafl_fast.recipes import make_config
@@ -123,6 +123,51 @@ def test_the_adversarial_loss(tmp_path):
             + row["bn_statistics"] for row in (first, second)]  # fmt: skip
     assert first["generator_loss"] == pytest.approx(base[0], abs=1e-4)
     assert second["generator_loss"] == pytest.approx(base[1] + second["adversarial"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("count", "width"), [(2, 3), (6, 4), (4, 9), (7, 7), (5, 1), (1, 3)])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_the_diversity_loss_counts_directions(count, width, scale):
+    f = (torch.randn(count, width).double() + 3) * scale
+    eigenvalues = torch.linalg.eigvalsh(torch.cov((f / scale).T.reshape(width, count), correction=0)
+                                        .reshape(width, width))  # fmt: skip
+    loss = diversity_loss(f)
+    if count == 1:
+        assert loss == 0
+        return
+    expected = (eigenvalues.square().sum() / eigenvalues.sum().square()).log()
+    torch.testing.assert_close(loss, expected)
+    if scale == 1:
+        assert torch.autograd.gradcheck(diversity_loss, (f.requires_grad_(),))
+    assert -math.log(min(count - 1, width)) - 1e-9 <= loss.item() <= 1e-9
+
+
+def test_the_diversity_loss_of_equal_features_is_zero():
+    f = torch.full((5, 3), 2.0, requires_grad=True)
+    diversity_loss(f).backward()
+    assert diversity_loss(f) == 0 and torch.equal(f.grad, torch.zeros(5, 3))
+    corners = torch.eye(8, dtype=torch.bfloat16)  # as different as can be
+    assert diversity_loss(corners).item() == pytest.approx(-math.log(7), abs=1e-6)
+    assert diversity_loss(corners).dtype == torch.float32
+
+
+def test_the_diversity_loss_makes_images_of_a_class_differ(tmp_path):
+    """A teacher of two classes with many features: the generator alone needs two images."""
+
+    def directions(weight):
+        torch.manual_seed(0)
+        made = settings(tmp_path, steps=40, out_dir=tmp_path / str(weight), diversity=weight)
+        rows = distill(Residual(), Residual(), **made).history
+        return math.exp(-[row["diversity"] for row in rows if "diversity" in row][-1])
+
+    assert 1.2 * directions(1e-9) < directions(3.0)
+    rows = distill(
+        Residual(), Residual(), diversity=2.0, bn_statistics=0.0, **settings(tmp_path)
+    ).history
+    first = next(row for row in rows if "diversity" in row)
+    base = first["one_hot"] * 0.5 + first["entropy"] * 5 + first["activation"] * 0.01
+    assert first["diversity"] < 0
+    assert first["generator_loss"] == pytest.approx(base + 2 * first["diversity"], abs=1e-4)
 
 
 def test_the_adversarial_loss_leaves_the_student_alone():

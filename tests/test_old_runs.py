@@ -15,6 +15,7 @@ from dafl_fast.config import Config
 from dafl_fast.distill import train
 from dafl_fast.engine.folder import RunFolder, check_resumed, read_config
 from dafl_fast.engine.prepare import prepare
+from dafl_fast.engine.step import STATISTICS
 from dafl_fast.files import load_checkpoint
 from dafl_fast.networks import load_networks
 from dafl_fast.report import write_report
@@ -22,6 +23,10 @@ from dafl_fast.report import write_report
 from .test_graph import leaves
 
 DATA = Path(__file__).resolve().parent / "data"
+STATISTICS_THEN = (
+    "generator_loss", "one_hot", "entropy", "activation", "bn_statistics", "adversarial",
+    "distill_loss", "agreement_training",
+)  # fmt: skip
 AFTER_12_STEPS = DATA / "run-0.1-after-12-steps.safetensors"
 
 
@@ -40,6 +45,7 @@ def test_every_tensor_of_its_checkpoint_arrives(run):
     RunFolder(run).restore(step)
     saved, restored = (dict(leaves(s)) for s in (load_checkpoint(run / "checkpoint.pt")["step"],
                                                  step.state_dict()))  # fmt: skip
+    del saved[".statistics"], restored[".statistics"], restored[".statistics_of"]
     assert saved.keys() == restored.keys()
     for path, value in saved.items():
         same = (
@@ -52,6 +58,18 @@ def test_every_tensor_of_its_checkpoint_arrives(run):
     assert step.bank is not None and step.bank.added == 48
     for name, values in load_file(shard).items():
         assert torch.equal(step.bank.span(24, 48)[name], values), name
+
+
+def test_its_sums_of_losses_find_their_places(run):
+    """Losses that came since were off in that run."""
+    config = config_of(run)
+    step = prepare(*load_networks(config), torch.device("cpu"), "fp32")
+    state = load_checkpoint(run / "checkpoint.pt")["step"]
+    state["statistics"] = torch.arange(1.0, 9.0)
+    step.load_state_dict(state)
+    now = dict(zip(STATISTICS, step.statistics.tolist(), strict=True))
+    assert now.pop("diversity") == 0
+    assert now == dict(zip(STATISTICS_THEN, range(1, 9), strict=True))
 
 
 def test_it_ends_as_it_would_have(run):

@@ -20,8 +20,10 @@ class ReplayBank:
     """A ring buffer of images [C, H, W] with the teacher's logits [num_classes] for them.
 
     When the ring is full, `add` overwrites the oldest entries. `draw` returns uniformly chosen
-    entries, with replacement. The memory is allocated once, positions and counts are on the device,
-    and neither call waits for the device. So both may be part of a CUDA graph.
+    entries, with replacement. With `held_out` = k it leaves out every k-th entry, so that these
+    tell how well a student does on images that it has not learned from. The memory is allocated
+    once, positions and counts are on the device, and neither call waits for the device. So both may
+    be part of a CUDA graph.
 
     Memory: ``capacity * (C * H * W * b + 4 * num_classes)`` bytes with b = 1, 2 or 4 for uint8,
     bf16 and fp32, and 8 more bytes per image for uint8.
@@ -38,8 +40,9 @@ class ReplayBank:
         num_classes: int,
         dtype: str = "bf16",
         device: torch.device | str = "cpu",
+        held_out: int = 0,
     ) -> None:
-        self.capacity = capacity
+        self.capacity, self._held_out = capacity, held_out
         channels, height, width = image_shape
         # Channels innermost (channels_last), the layout in which the networks are fastest.
         shape = (capacity, height, width, channels)
@@ -110,31 +113,45 @@ class ReplayBank:
             return torch.randint(high, shape, device=device, generator=generator)[part]
 
         which = self._chosen(random())
-        logits = self.logits.index_select(0, which)
         if crop or flip:
             images = self._moved(which, random(3), crop, flip)
         else:
             images = self._pixels.index_select(0, which)
+        return self._restored(images, which), self.logits.index_select(0, which)
+
+    def held_out(self, most: int) -> tuple[Tensor, Tensor]:
+        """Up to `most` of the entries that `draw` never returns, as it returns them: evenly chosen,
+        of all ages. Waits for the device."""
+        every = self._held_out or self.capacity + 1
+        places = range(every - 1, len(self), every)
+        places = places[:: max(1, -(-len(places) // most))]
+        which = torch.tensor(places, dtype=torch.int64, device=self._pixels.device)
+        images = self._pixels.index_select(0, which)
+        return self._restored(images, which), self.logits.index_select(0, which)
+
+    def _restored(self, pixels: Tensor, which: Tensor) -> Tensor:
+        """Images [n, C, H, W], fp32 or bf16, from the stored pixels [n, H, W, C] of entries `which`
+        [n]."""
         if self.levels is not None:
             low, level = self.levels.index_select(0, which).view(-1, 2, 1, 1, 1).unbind(1)
-            images = images.float() * level + low
-        return images.permute(0, 3, 1, 2), logits
+            pixels = pixels.float() * level + low
+        return pixels.permute(0, 3, 1, 2)
 
     def newest(self, count: int) -> tuple[Tensor, Tensor]:
-        """The last `count` entries at most: images [n, C, H, W] and logits. Waits for the
-        device."""
-        kept = self.span(self.added - min(count, len(self)), self.added)
-        images = kept["images"].float()
-        if self.levels is not None:
-            low, level = kept["levels"].view(-1, 2, 1, 1, 1).unbind(1)
-            images = images * level + low
-        return images.permute(0, 3, 1, 2), kept["logits"]
+        """The last `count` entries at most, as `draw` returns them. Waits for the device."""
+        which = self._slots(self.added - min(count, len(self)), self.added)
+        images = self._pixels.index_select(0, which)
+        return self._restored(images, which), self.logits.index_select(0, which)
 
     def _chosen(self, random: Tensor) -> Tensor:
         """The entries [n] that random numbers [n] of 63 bits choose."""
         # The number of entries is on the device, so it cannot be randint's bound. Taking the
         # remainder instead is not exactly uniform, by less than 1e-12.
-        return random % self.count.clamp(max=self.capacity)
+        filled = self.count.clamp(max=self.capacity)
+        if not self._held_out:
+            return random % filled
+        which = random % (filled - filled // self._held_out)
+        return which + which // (self._held_out - 1)  # passes over every k-th
 
     def _moved(self, which: Tensor, random: Tensor, crop: int, flip: bool) -> Tensor:
         """Entries `which` [n], cropped and flipped by random numbers [n, 3], in a single gather."""

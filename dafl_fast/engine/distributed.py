@@ -87,6 +87,12 @@ class World:
         dist.all_gather(parts, raw)
         return torch.cat(parts).view(tensor.dtype).view(-1, *tensor.shape[1:])
 
+    def gather_differentiably(self, tensor: Tensor) -> Tensor:
+        """As `gather`; the gradient of what every process computes alike from the whole batch."""
+        if self.size == 1:
+            return tensor
+        return _Gathered.apply(tensor, self)  # type: ignore[no-any-return]
+
     def all_reduce_max(self, *values: float) -> list[float]:
         """The largest of each value over all processes. Their clocks and signals differ, but they
         must decide alike."""
@@ -144,6 +150,21 @@ class _MeanOverProcesses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return _mean(grad, ctx.group), None
+
+
+class _Gathered(torch.autograd.Function):
+    """The whole batch; its gradient is that of this process's rows, times the number of processes,
+    because the gradients of the parameters are averaged over them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, world: World) -> Tensor:
+        ctx.world, ctx.count = world, len(tensor)
+        return world.gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        start = ctx.world.rank * ctx.count
+        return grad[start : start + ctx.count] * ctx.world.size, None
 
 
 def _mean(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -51,8 +51,9 @@ class BalancedBank(ReplayBank):
         num_classes: int,
         dtype: str = "bf16",
         device: torch.device | str = "cpu",
+        held_out: int = 0,
     ) -> None:
-        super().__init__(capacity, image_shape, num_classes, dtype, device)
+        super().__init__(capacity, image_shape, num_classes, dtype, device, held_out)
         # These follow from the logits.
         self.labels = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
@@ -76,9 +77,12 @@ class BalancedBank(ReplayBank):
     def weigh(self) -> None:
         """Counts the images of each class, and sets how often each image is drawn."""
         held = self.count.clamp(max=self.capacity)
-        filled = torch.arange(self.capacity, device=held.device) < held
+        places = torch.arange(self.capacity, device=held.device)
+        filled = places < held
         self.counts.zero_().index_add_(0, self.labels, filled.to(torch.int64))
         least = held.double() / (MOST_OFTEN * len(self.counts))
+        if self._held_out:
+            filled &= places % self._held_out != self._held_out - 1
         weights = filled / torch.maximum(self.counts.double(), least)[self.labels]
         torch.cumsum(weights, 0, out=self._cumulative)
 
@@ -267,7 +271,9 @@ class Found:
         capacity = len(given.whole)
         if self.cutter is not None:
             capacity = max(self.kept, round(self.share * config.bank_images))
-        self.bank = BalancedBank(capacity, config.shape, num_classes, config.bank_dtype, device)
+        self.bank = BalancedBank(
+            capacity, config.shape, num_classes, config.bank_dtype, device, config.bank_held_out
+        )
         if self.cutter is None:
             form = given.form
             prepared = (lambda x: x) if form is None else Normaliser(form).to(device)

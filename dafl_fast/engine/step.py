@@ -2,7 +2,8 @@
 
     z = randn(N, latent_dim)   x = G(z)   t, f = T(x)
     G:  one_hot L_oh(t) + entropy L_ie(t) + activation L_a(f)
-        (+ bn_statistics L_bn(x) + adversarial L_adv(S(x), t), which the paper does not have)
+        (+ bn_statistics L_bn(x) + diversity L_div(f) + adversarial L_adv(S(x), t), which the paper
+        does not have)
     S:  L_KD(S(x'), t') on images x' with teacher logits t', K times
 
 Recipes differ in x': the images of this step's generator update (`published`), freshly generated
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +36,7 @@ from .distributed import World
 from .ema import Average
 from .evaluation import accuracy, evaluation_mode, training_mode
 from .images import Found, sources_of
-from .live import Live, restore, state_of
+from .live import Live, clear_state, make_state, restore, state_of
 from .teacher import FrozenTeacher
 
 # The fused terms of the generator loss, each named like its weight in Config.
@@ -46,6 +46,13 @@ STATISTICS = (
     "generator_loss", *_FUSED, *PLAIN_GENERATOR_LOSSES, "distill_loss", "agreement_training",
 )  # fmt: skip
 _OF_STUDENT = 2
+
+
+# And of runs that were begun before checkpoints told them.
+_FIRST_STATISTICS = (
+    "generator_loss", "one_hot", "entropy", "activation", "bn_statistics", "adversarial",
+    "distill_loss", "agreement_training",
+)  # fmt: skip
 
 
 class Step:
@@ -96,8 +103,9 @@ class Step:
         self.bank: ReplayBank | None = None
         if config.student_source == "bank" and config.generator != "none":
             self.bank = ReplayBank(
-                config.bank_images, config.shape, num_classes, config.bank_dtype, device
-            )
+                config.bank_images, config.shape, num_classes, config.bank_dtype, device,
+                config.bank_held_out,
+            )  # fmt: skip
         # Learning rates are tensors, which a captured step reads each time. CUDA's fused
         # optimizers need them in fp32.
         rates = torch.float32 if device.type == "cuda" else torch.float64
@@ -129,7 +137,7 @@ class Step:
                 fused=True,
             )
         for optimizer in (self.generator_optimizer, self.student_optimizer):
-            _make_state(optimizer)
+            make_state(optimizer)
         # bf16 has fp32's range; only fp16 gradients need scaling.
         self.scalers = [
             torch.amp.GradScaler(device.type, enabled=precision == "fp16") for _ in range(2)
@@ -323,8 +331,9 @@ class Step:
             )
             total, *parts = loss
             batch = GeneratedBatch(
-                images, logits, features, self._student_for_images, self._batch_norm_loss
-            )
+                images, logits, features, self._student_for_images, self._batch_norm_loss,
+                self.world.gather_differentiably,
+            )  # fmt: skip
             for name, loss_of in PLAIN_GENERATOR_LOSSES.items():
                 weight = getattr(config, name)
                 parts.append(loss_of(batch) if weight else torch.zeros_like(total))
@@ -384,7 +393,7 @@ class Step:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self._seed_at_this_step())
             self.generator.reset()  # type: ignore[operator]
-        _clear_state(self.generator_optimizer)
+        clear_state(self.generator_optimizer)
 
     def is_finite(self) -> bool:
         """Whether all weights are finite. Waits for the device."""
@@ -400,11 +409,22 @@ class Step:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, except the bank's entries, which are saved separately."""
         state = {name: state_of(live) for name, live in self.live.items()}
-        return {**state, "steps": self.steps, "bank_added": self.bank.added if self.bank else 0}
+        return {
+            **state,
+            "statistics_of": self.names,
+            "steps": self.steps,
+            "bank_added": self.bank.added if self.bank else 0,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores, in place, what `state_dict` returned."""
         self.steps = state["steps"]
+        saved = list(state.get("statistics_of", _FIRST_STATISTICS))
+        for name in ("statistics", "overflows"):
+            if name in state:
+                # What is new since then was off in that run.
+                values = dict(zip(saved, torch.as_tensor(state[name]).tolist(), strict=True))
+                state = {**state, name: torch.tensor([values.get(one, 0.0) for one in self.names])}
         for name, live in self.live.items():
             if name == "random" and state[name].shape != self.random.get_state().shape:
                 # The run began on another kind of device, whose random numbers differ anyway.
@@ -416,25 +436,3 @@ class Step:
         """A seed that depends only on the run's seed and the step, so that a resumed run draws the
         same. With the large prime factor, runs with different seeds get different ones."""
         return self.config.seed * 1_000_003 + self.steps
-
-
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Lets the optimizer create its state now, so that later steps only write it in place."""
-    (group,) = optimizer.param_groups
-    for parameter in group["params"]:
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    rate = group["lr"].clone()
-    group["lr"].zero_()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a capturable optimizer outside a capture
-        optimizer.step()
-    group["lr"].copy_(rate)
-    optimizer.zero_grad(set_to_none=True)
-    _clear_state(optimizer)
-
-
-def _clear_state(optimizer: torch.optim.Optimizer) -> None:
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()
