@@ -28,6 +28,7 @@ from dafl_fast.recipes import make_config
 from dafl_fast.records import Run
 from dafl_fast.unlabelled import Given, given_tensor, read_images
 
+from .conftest import NO_GPU
 from .test_graph import assert_same, everything
 from .test_live import forgotten
 from .test_train import TINY, assert_same_student, run, student_of, tiny
@@ -308,14 +309,14 @@ def test_the_share_of_rows():
 # -- the step --------------------------------------------------------------------------------------
 
 
-def step_with(images: Given, precision: str = "fp32", **overrides) -> Step:
+def step_with(images: Given, precision: str = "fp32", device=CPU, **overrides) -> Step:
     settings = {
         "batch_size": 8, "generator_width": 8, "student_updates": 2, "student_batch_size": 8,
         "bank_images": 40, "images_candidates": 16, "eval": "none", **overrides,
     }  # fmt: skip
     config = make_config("mnist", "fast", **settings)
     torch.manual_seed(1)
-    return prepare(config, LeNet5(), LeNet5Half(), CPU, precision, given=images)
+    return prepare(config, LeNet5(), LeNet5Half(), device, precision, given=images)
 
 
 def photograph_and_digits() -> Given:
@@ -407,6 +408,26 @@ def test_the_host_does_not_wait(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     step.found.renew()
     step._draw()
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("generator", ["auto", "none"])
+def test_replays_of_a_graph_equal_steps(generator):
+    torch.backends.cudnn.deterministic = True
+    device = torch.device("cuda")
+    one, two = (
+        step_with(photograph_and_digits(), device=device, generator=generator, cuda_graph="on",
+                  generator_lr=1e-3)
+        for _ in range(2)
+    )  # fmt: skip
+    assert graph.compile_and_capture(two) is None
+    for _ in range(20):
+        one(), two()
+    assert torch.equal(one.found.bank.labels, two.found.bank.labels)
+    assert torch.equal(one.random.get_state(), two.random.get_state())
+    for mine, theirs in zip(one.student.parameters(), two.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
 # -- runs ------------------------------------------------------------------------------------------

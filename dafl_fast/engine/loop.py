@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 # After this many such steps in a row training stops; a new generator may go through a few.
 COLLAPSED_ENTROPY, COLLAPSED_STEPS = 0.02, 300
 # Of the user's images, from so many of the newest the pictures of a grid are chosen.
-SHOWN = 1000
+SHOWN = 256
 
 
 class Loop:
