@@ -59,6 +59,9 @@ class Config:
     own length applies (fast: 120 seconds; published and paper: 24,000 steps)."""
     max_seconds: Annotated[float | None, POSITIVE, Mark.RESUMABLE] = None
     """Stop after this many seconds of training. Evaluation and saving are not counted."""
+    until_flat: bool = False
+    """Stop earlier, when the agreement on held-out images of the bank no longer rises at
+    evaluations. The learning rate keeps its peak until then, and falls at the end."""
     out_dir: Annotated[Path | None, Mark.RESUMABLE, Mark.OWN_FOLDER] = None
     """Folder of the run; a new runs/<preset>-<recipe>-<number> when not given."""
     resume: Annotated[Path | None, Mark.RESUMABLE, Mark.OWN_FOLDER] = None
@@ -126,6 +129,10 @@ class Config:
     """Channels of the generator's first two stages. The published code has 128."""
     latent_dim: Annotated[int, POSITIVE] = 100
     """Length of the noise vector z."""
+
+    adapt: Annotated[bool, Mark.RESUMABLE] = False
+    """Replace settings that are left as the recipe has them by those that suit the teacher:
+    whether it has BatchNorm, its number of classes, the time it takes. Each is said in one line."""
 
     # --- generator update ---------------------------------------------------------------------
     batch_size: Annotated[int, BATCH] = 512
@@ -235,6 +242,11 @@ class Config:
             )
         if self.images:
             self.check_images(True)
+        if self.until_flat and not (self.bank_held_out and self.eval_every):
+            raise UserError(
+                "--until-flat needs evaluations, with --eval-every, on held-out images of the bank,"
+                " with --bank-held-out"
+            )
         if self.image_shape is not None:
             _ = self.from_generated  # mean and std are of as many channels as there are
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .adapt import ADAPTED, adapted
 from .config import Config
 from .data import eval_set
 from .device import free_memory, keep_freed_memory, pick_device, pick_precision, threads
@@ -36,7 +37,7 @@ from .networks import load_networks, outputs_of
 from .notices import give_notice
 from .pages import page_of_result, write_report
 from .progress import Mode, Progress, outcome
-from .recipes import make_config
+from .recipes import WITHOUT_BATCH_NORM, make_config
 from .records import Run
 from .unlabelled import Given, given_tensor, read_images
 
@@ -156,10 +157,10 @@ def distill(
         settings["images"] = (images,) if isinstance(images, (str, Path)) else images
     config = make_config(preset, recipe, **(given | settings))
     if config.resume is not None:
-        # The run may have fewer images in its bank than its recipe, and was given its own.
-        kept = read_config(config.resume)
-        own = {"bank_images", "images"} - settings.keys()
-        config = dataclasses.replace(config, **{name: kept[name] for name in own & kept.keys()})
+        # What was chosen for the teacher, or for the memory, when the run began, and its images.
+        before = Config(**read_config(config.resume))
+        own = {*ADAPTED, "images"} - settings.keys()
+        config = dataclasses.replace(config, **{name: getattr(before, name) for name in own})
         check_resumed(config)
     return _run(config, teacher, student, generator, tensor, eval_loader, callbacks, progress)
 
@@ -208,6 +209,7 @@ def _run(
     given = None if images is None else given_tensor(images, config.shape)
     if config.images:
         given = read_images(config.images, config.image_format)
+    config = adapted(config, teacher, device, world)
     config = _with_bank_that_fits(config, device, world, given)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
@@ -272,15 +274,18 @@ def _with_bank_that_fits(
         entry = round(entry * (1 + config.images_share))  # their crops have a bank of their own
     # Processes on CPUs share the memory of the host, and each has the whole bank.
     free //= world.size if device.type == "cpu" else 1
-    wanted, usual = config.bank_images, make_config(config.preset, config.recipe).bank_images
-    most = wanted
-    if wanted != usual and wanted * entry > free:
+    wanted = most = config.bank_images
+    usual = wanted in (
+        make_config(config.preset, config.recipe).bank_images,
+        WITHOUT_BATCH_NORM["bank_images"],
+    )
+    if not usual and wanted * entry > free:
         raise UserError(
             f"--bank-images {wanted} of --image-shape {config.shape} as {config.bank_dtype} "
             f"take {wanted * entry / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose at most "
             f"{free // entry}"
         )
-    if wanted == usual:
+    if usual:
         most = max(config.batch_size, min(wanted, free // (4 * entry)))
     images = int(world.decide_text(str(most)))  # the first process's, as all banks are equal
     if images < wanted and world.first:

@@ -29,15 +29,20 @@ class Preset:
 # 200 epochs of 120 steps (DAFL-train.py and its README).
 _PUBLISHED_MNIST: Values = {"steps": 24_000}
 
-# Found by measurement on two CPU cores with the bundled teacher; see docs/recipes.md.
-_FAST_MNIST: Values = {
-    "max_seconds": 120.0,
+# For networks without BatchNorm, found by measurement on MNIST and two CPU cores with the bundled
+# teacher; see docs/recipes.md.
+WITHOUT_BATCH_NORM: Values = {
     "generator_width": 32, "batch_size": 256, "generator_lr": 2e-2, "generator_beta1": 0.5,
     "generator_restart_every": 60,
+    "one_hot": 1.0, "entropy": 5.0, "activation": 0.1, "log_base": 10.0, "bn_statistics": 0.0,
+    "diversity": 1.0,
     "student_source": "bank", "student_updates": 12, "student_batch_size": 256,
     "student_lr": 4e-3, "student_schedule": "cosine", "temperature": 4.0, "ema_decay": 0.999,
-    "bank_images": 400_000,
+    "bank_images": 400_000, "bank_dtype": "bf16", "bank_crop": 0, "bank_flip": False,
+    "bank_held_out": 32,
 }  # fmt: skip
+
+_FAST_MNIST = {"max_seconds": 120.0, **WITHOUT_BATCH_NORM}
 
 # 2000 epochs of 120 steps (DAFL-train.py and its README); CIFAR-100 has other loss weights.
 _PUBLISHED_CIFAR10: Values = {
@@ -59,6 +64,7 @@ _FAST_CIFAR: Values = {
     "student_source": "bank", "student_updates": 6, "student_batch_size": 128,
     "student_lr": 2e-3, "student_schedule": "cosine", "temperature": 8.0, "ema_decay": 0.998,
     "bank_images": 60_000, "bank_dtype": "uint8", "bank_crop": 4, "bank_flip": True,
+    "bank_held_out": 32,
 }  # fmt: skip
 
 
@@ -81,7 +87,7 @@ PRESETS: dict[str, Preset] = {
     "hintonnet": _preset(_MNIST | _HINTON, _FAST_MNIST | {"temperature": 8.0}, _PUBLISHED_MNIST),
     "cifar10": _preset(_images("cifar10") | _RESNET, _FAST_CIFAR, _PUBLISHED_CIFAR10),
     "cifar100": _preset(_images("cifar10", 100) | _RESNET, _FAST_CIFAR, _PUBLISHED_CIFAR100),
-    "custom": _preset({"image_shape": None}, _FAST_CIFAR, _PUBLISHED_CIFAR10),
+    "custom": _preset({"image_shape": None}, _FAST_CIFAR | {"adapt": True}, _PUBLISHED_CIFAR10),
 }
 
 

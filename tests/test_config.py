@@ -56,6 +56,7 @@ BOUNDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "stall_seconds": ([0.0, 1.5], [-0.1]),
         "student_weight_decay": ([0.0, 1.5], [-1e-9]),
     },
+    "0 or at least 2": {"bank_held_out": ([0, 2, 32], [1, -1])},
     "in [0, 1)": {
         "ema_decay": ([0.0, 0.999], [-0.1, 1.0, 2.0]),
         "generator_beta1": ([0.0, 0.999], [-0.1, 1.0, 2.0]),
@@ -77,11 +78,11 @@ NUMBERS = {
     "a whole number": (
         "steps", "seed", "num_classes", "generator_width", "latent_dim", "batch_size",
         "generator_restart_every", "adversarial_after", "student_updates", "student_batch_size",
-        "bank_images", "bank_crop", "log_every", "threads",
+        "bank_images", "bank_held_out", "bank_crop", "log_every", "threads",
     ),
     "a finite number": (
         "max_seconds", "generator_lr", "generator_beta1", "one_hot", "entropy", "activation",
-        "log_base", "bn_statistics", "adversarial", "student_lr", "student_weight_decay",
+        "log_base", "bn_statistics", "diversity", "adversarial", "student_lr", "student_weight_decay",
         "temperature", "ema_decay", "eval_every", "save_every", "stall_seconds",
     ),
 }  # fmt: skip
@@ -214,7 +215,8 @@ def test_what_may_change_when_a_run_is_resumed():
     assert marked(Config, Mark.RESUMABLE) == {
         "steps", "max_seconds", "out_dir", "resume", "device", "cuda_graph", "compile", "teacher",
         "teacher_weights", "eval", "data_dir", "download", "eval_every", "save_every", "log_every",
-        "tensorboard", "stall_seconds", "threads", "trust_run", "trust_teacher", "images",
+        "tensorboard", "stall_seconds", "threads", "trust_run", "trust_teacher", "adapt",
+        "images",
     }  # fmt: skip
     assert marked(TeacherConfig, Mark.RESUMABLE) == {
         "data_dir", "download", "eval", "out", "resume", "device", "save_every", "log_every",

@@ -24,6 +24,7 @@ from .evaluation import accuracy_on
 from .folder import RunFolder
 from .graph import compile_and_capture
 from .outputs import as_classifier, convention_of
+from .schedule import Schedule
 from .step import Step
 from .threads import Threads
 
@@ -78,6 +79,7 @@ class Loop:
         self.wall_before: float = progress.get("wall_seconds", 0.0)
         self.collapsed_steps: int = progress.get("collapsed_steps", 0)
         self.logged = progress.get("logged", step.steps)  # the step at which losses were last read
+        self.schedule = Schedule(config, progress.get("schedule"))
         self.signalled = threading.Event()
         self.lost_contact = False
         self.watchdog = Watchdog(config.stall_seconds)
@@ -118,13 +120,16 @@ class Loop:
         config, step, world = self.config, self.step, self.world
         while True:
             # The first process's clock decides, and a signal to any process.
-            done, signalled = world.all_reduce_max(
-                self._done() if world.first else 0.0, self.signalled.is_set()
+            share = self._share() if world.first else 0.0
+            done, factor, signalled = world.all_reduce_max(
+                self.schedule.done(share) if world.first else 0.0,
+                self.schedule.factor(share) if world.first else 0.0,
+                self.signalled.is_set(),
             )
             if done >= 1 or signalled:
                 return done < 1
             self.watchdog.beat(f"step {step.steps + 1}")
-            step.set_student_lr(config.student_lr * self._schedule(done))
+            step.set_student_lr(config.student_lr * factor)
             step()
             if self.threads is not None:
                 self.threads.after_step(self.clock.seconds)
@@ -138,8 +143,8 @@ class Loop:
                     self._evaluate()
                     self.evaluated_at = self.clock.seconds
 
-    def _done(self) -> float:
-        """The share of the run that is done, by steps or by time, whichever is larger."""
+    def _share(self) -> float:
+        """Of the run's longest length, by steps or by time, whichever is larger."""
         config = self.config
         done = [0.0]
         if config.steps is not None:
@@ -147,15 +152,6 @@ class Loop:
         if config.max_seconds is not None:
             done.append(self.clock.seconds / config.max_seconds)
         return max(done)
-
-    def _schedule(self, done: float) -> float:
-        """Factor on the student's learning rate when the share `done` of the run is over."""
-        if self.config.student_schedule == "constant":
-            return 1.0
-        if self.config.student_schedule == "multistep":
-            return 1.0 if done < 0.4 else 0.1 if done < 0.8 else 0.01
-        warm_up = min(1.0, done / 0.02 + 0.01)
-        return warm_up * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def _progress(self) -> dict[str, Any]:
         return {
@@ -166,6 +162,7 @@ class Loop:
             "seconds_apart": self.clock.apart,
             "collapsed_steps": self.collapsed_steps,
             "logged": self.logged,
+            "schedule": self.schedule.state(),
         }
 
     def _wall_seconds(self) -> float:
@@ -263,6 +260,7 @@ class Loop:
             if self.held_out is not None:
                 student, _ = accuracy_on(step.averaged_student, self.held_out)
             agreement = step.agreement(images, logits)
+            held_out = step.held_out_agreement()
             counts = logits.argmax(1).bincount(minlength=step.num_classes).tolist()
             found = self._evaluate_found()
         row = {
@@ -270,10 +268,13 @@ class Loop:
             "train_seconds": round(self.clock.seconds, 3),
             **({"accuracy": student} if student is not None else {}),
             "agreement_newest": agreement,
+            **({"agreement_held_out": held_out} if held_out is not None else {}),
             "class_counts": counts,
             **found,
         }
         self._write_row(row)
+        if held_out is not None:
+            self.schedule.note(held_out, self._share())
         return student
 
     def _evaluate_found(self) -> dict[str, Any]:
@@ -330,6 +331,7 @@ class Loop:
             "teacher_accuracy": teacher,
             "student_accuracy": student,
             "agreement_fresh": agreement,
+            "agreement_held_out": step.held_out_agreement(),
             "eval_set": config.eval,
             "eval_count": count,
             "num_classes": step.num_classes,

@@ -7,6 +7,7 @@ import copy
 import logging
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config
@@ -120,11 +121,17 @@ class NoGenerator(nn.Module):
         self.nothing = nn.Parameter(torch.zeros(1))
 
 
-def random_images(config: Config, count: int) -> Tensor:
-    """Noise [N, C, H, W] in the units of the teacher's images; the same in every call."""
+def random_images(config: Config, count: int, grain: int = 1) -> Tensor:
+    """Noise [N, C, H, W] in the units of the teacher's images, with `grain` pixels from one random
+    value to the next; the same in every call."""
     channels, *size = config.shape
     draw = torch.Generator().manual_seed(0)  # what the run draws does not depend on it
-    images = torch.randn(count, 1 if config.grey else channels, *size, generator=draw)
+    coarse = [max(side // grain, 1) for side in size]
+    images = torch.randn(count, 1 if config.grey else channels, *coarse, generator=draw)
+    if grain > 1:
+        images = F.interpolate(images, size=size, mode="bilinear")
+        deviation, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
+        images = (images - mean) / deviation.clamp_min(1e-3)
     given = config.from_generated
     return images if given is None else Affine(*given)(images)
 

@@ -39,6 +39,7 @@ from .images import Found, sources_of
 from .live import Live, clear_state, make_state, restore, state_of
 from .teacher import FrozenTeacher
 
+HELD_OUT = 2048  # images at most, on which the agreement is measured
 # The fused terms of the generator loss, each named like its weight in Config.
 _FUSED = GeneratorLoss._fields[1:]
 # The values that `Step.statistics` adds up, in this order.
@@ -296,6 +297,15 @@ class Step:
     def agreement(self, images: Tensor, logits: Tensor) -> float:
         """The share of images [N, C, H, W] for which the student chooses the class of `logits`."""
         return accuracy(self.averaged_student, images.to(self.dtype), logits.argmax(1))
+
+    def held_out_agreement(self) -> float | None:
+        """The agreement on images of the bank that the student never learns from, of generators of
+        all ages, or without a generator on images that were given; None if there are none. Waits
+        for the device."""
+        if not self.sources:
+            return None
+        images, logits = self.sources[-1][0].held_out(HELD_OUT)
+        return self.agreement(images, logits) if len(images) else None
 
     @torch.no_grad()
     def fresh(self) -> tuple[Tensor, Tensor]:

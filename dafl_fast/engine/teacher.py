@@ -234,6 +234,11 @@ class Autocast(nn.Module):
             return self.network(images if self.enabled else images.float())
 
 
+def has_statistics(network: nn.Module) -> bool:
+    """Whether a network has BatchNorm layers with running statistics."""
+    return bool(_with_statistics(network))
+
+
 def _with_statistics(network: nn.Module) -> list[nn.Module]:
     return [
         layer

@@ -1,0 +1,113 @@
+"""Which settings suit a teacher that nobody has tuned them for?
+
+Only settings that stand as the recipe has them are changed, and each choice is said in one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import Config
+from .engine.distributed import World
+from .engine.evaluation import buffers_kept, evaluation_mode, predictions
+from .engine.outputs import as_classifier, reading_of
+from .engine.prepare import random_images
+from .engine.teacher import has_statistics
+from .recipes import WITHOUT_BATCH_NORM, make_config
+
+log = logging.getLogger(__name__)
+
+FEW_CLASSES, DIVERSITY = 4, 3.0  # up to so many classes the images of a class need more variety
+# What a run bounded by time should at least come to, and the smallest batch made smaller for it.
+STEPS, SMALLEST = 300, 16
+# A generator's update runs the teacher forward, and backward to the images: about three forward
+# passes.
+PASSES = 3
+# Mirrored images count as images of the same classes if the teacher says so more often than by
+# chance: in this share of the cases in which chance would not. It is 0.35 for a ResNet-20 that
+# learned from mirrored photographs, and 0.1 or less for two networks that tell digits apart.
+MIRRORED, GRAINS, LOOKED_AT = 0.2, (2, 4, 8), 128
+# All that may be chosen; of the bank's size also for want of memory.
+ADAPTED = {*WITHOUT_BATCH_NORM, "diversity", "batch_size", "student_batch_size", "bank_flip"}
+
+
+def adapted(config: Config, teacher: nn.Module, device: torch.device, world: World) -> Config:
+    """`config` with settings that suit the teacher, in place of those of its recipe.
+
+    Args:
+        config: of a new run. Without `adapt` it is returned as it is.
+        teacher: the user's network; it is run in evaluation mode, and not changed.
+        device: where the run will be. On a CPU also the teacher's speed counts.
+        world: the processes of this job, which all choose what the first one does.
+
+    Raises:
+        UserError: see `reading_of`.
+    """
+    if not config.adapt or config.resume is not None:
+        return config
+    usual = make_config(config.preset, config.recipe)
+    choices: dict[str, Any] = {}
+
+    def choose(why: str, **values: Any) -> None:
+        left = {name: value for name, value in values.items()
+                if getattr(config, name) == getattr(usual, name) != value}  # fmt: skip
+        choices.update(left)
+        if left:
+            said = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in left.items())
+            log.warning("%s: %s", why, said)
+
+    images = random_images(config, 16).to(next(teacher.parameters(), torch.empty(0)).device)
+    reading = reading_of(teacher, images, config.teacher_output)
+    if not has_statistics(teacher):
+        choose("chosen for a teacher without BatchNorm", **WITHOUT_BATCH_NORM)
+    elif config.bank_flip and not _knows_mirrored(as_classifier(teacher, reading), config):
+        choose("chosen for a teacher that takes mirrored images for others", bank_flip=False)
+    if reading.classes <= FEW_CLASSES:
+        choose(f"chosen for {reading.classes} classes", diversity=DIVERSITY)
+    # A run of so many steps must not depend on how busy the machine is.
+    if config.max_seconds is not None and config.steps is None and device.type == "cpu":
+        now = dataclasses.replace(config, **choices)
+        batch = now.batch_size
+        of_one = float(world.decide_text(str(_seconds_of_one(teacher, images))))
+        while batch > SMALLEST and PASSES * of_one * batch * STEPS > config.max_seconds:
+            batch //= 2
+        if batch < now.batch_size:
+            student = now.student_batch_size or now.batch_size
+            choose(
+                f"chosen for a teacher that takes {1000 * of_one:.0f} ms for an image",
+                batch_size=batch,
+                student_batch_size=max(SMALLEST, student * batch // now.batch_size),
+            )
+    return dataclasses.replace(config, **choices)
+
+
+@torch.no_grad()
+def _knows_mirrored(classifier: nn.Module, config: Config) -> bool:
+    """Whether a teacher, images -> logits, gives mirrored images the classes of the images."""
+    shares = []
+    for grain in GRAINS:
+        images = random_images(config, LOOKED_AT, grain)
+        classes, mirrored = (predictions(classifier, some) for some in (images, images.flip(3)))
+        same = (classes == mirrored).float().mean()
+        chance = sum((classes == one).float().mean() * (mirrored == one).float().mean()
+                     for one in classes.unique())  # fmt: skip
+        if chance < 0.9:  # else it gives nearly all of these images one class, which tells nothing
+            shares.append(float((same - chance) / (1 - chance)))
+    return not shares or fmean(shares) >= MIRRORED
+
+
+@torch.no_grad()
+def _seconds_of_one(teacher: nn.Module, images: Tensor) -> float:
+    """How long a forward pass takes for one image of a batch."""
+    with evaluation_mode(teacher), buffers_kept(teacher):
+        teacher(images)
+        begun = time.perf_counter()
+        teacher(images)
+        return (time.perf_counter() - begun) / len(images)

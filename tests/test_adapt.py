@@ -1,0 +1,139 @@
+"""Settings that suit a teacher: which are chosen, which are left, and what is said of them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dafl_fast import distill
+from dafl_fast.adapt import ADAPTED, adapted
+from dafl_fast.engine.distributed import World
+from dafl_fast.recipes import WITHOUT_BATCH_NORM, make_config
+
+CPU = torch.device("cpu")
+
+
+class Plain(nn.Sequential):
+    """A network without BatchNorm."""
+
+    def __init__(self, classes=5, norm=nn.Identity):
+        super().__init__(
+            nn.Conv2d(3, 16, 1), norm(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(16, classes),
+        )  # fmt: skip
+
+
+def normed(classes=5):
+    return Plain(classes, lambda: nn.BatchNorm2d(16))
+
+
+def config(**given):
+    return make_config("custom", **{"image_shape": (3, 8, 8), "steps": 3, **given})
+
+
+def changed(before, teacher):
+    after = adapted(before, teacher, CPU, World())
+    return {
+        name: getattr(after, name)
+        for name in vars(after)
+        if getattr(after, name) != getattr(before, name)
+    }
+
+
+def test_a_teacher_with_batch_norm_and_many_classes_gets_the_recipe():
+    assert changed(config(), normed()) == {}
+
+
+def test_one_without_batch_norm_gets_the_settings_found_for_such(caplog):
+    found = changed(config(), Plain())
+    assert found == {
+        name: value
+        for name, value in WITHOUT_BATCH_NORM.items()
+        if getattr(config(), name) != value
+    }
+    assert found["generator_width"] == 32 and found["diversity"] == 1.0
+    (line,) = [one.getMessage() for one in caplog.records]
+    assert line.startswith("chosen for a teacher without BatchNorm: --generator-width 32, ")
+    assert found.keys() <= ADAPTED
+
+
+class LeftOrRight(nn.Module):
+    """Tells on which side of an image it is lighter."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm2d(3), nn.Linear(2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.norm(x).mean((1, 2)).tensor_split(2, 1)
+        return self.out(torch.stack([left.mean(1), right.mean(1)], 1) * 20)
+
+
+def test_images_are_mirrored_if_the_teacher_knows_them_mirrored(caplog):
+    assert "bank_flip" not in changed(config(), normed())
+    torch.manual_seed(0)
+    assert changed(config(), LeftOrRight()) == {"bank_flip": False}
+    assert caplog.messages == [
+        "chosen for a teacher that takes mirrored images for others: --bank-flip False"
+    ]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_few_classes_get_more_diversity(classes, caplog):
+    assert changed(config(), normed(classes)) == {"diversity": 3.0}
+    assert caplog.messages == [f"chosen for {classes} classes: --diversity 3.0"]
+    assert changed(config(), Plain(classes))["diversity"] == 3.0
+
+
+def test_what_the_user_says_stays():
+    mine = {"generator_width": 16, "diversity": 0.5, "batch_size": 20, "bank_images": 100}
+    found = changed(config(**mine), Plain(2))
+    assert found and not found.keys() & mine.keys()
+    assert changed(config(adapt=False), Plain(2)) == {}
+    assert changed(config(recipe="published"), Plain(2)) == {}
+    assert changed(make_config("mnist"), Plain(2)) == {}
+
+
+def test_a_slow_teacher_gets_smaller_batches(monkeypatch, caplog):
+    monkeypatch.setattr("dafl_fast.adapt._seconds_of_one", lambda *_: 0.02)
+    bounded = config(steps=None, max_seconds=500.0)
+    # 3 passes of 0.02 s for each image, 300 times in 500 s: 27 images.
+    assert changed(bounded, normed()) == {"batch_size": 16, "student_batch_size": 16}
+    assert caplog.messages == [
+        "chosen for a teacher that takes 20 ms for an image: --batch-size 16, "
+        "--student-batch-size 16"
+    ]
+    assert changed(config(steps=10), normed()) == {}  # the same on any machine
+    assert changed(config(steps=10, max_seconds=1.0), normed()) == {}
+
+
+def test_a_run_goes_on_with_what_was_chosen(tmp_path, caplog):
+    given = dict(image_shape=(3, 8, 8), batch_size=8, student_batch_size=8, student_updates=1,
+                 bank_images=32, precision="fp32", eval_every=0.0)  # fmt: skip
+    torch.manual_seed(0)
+    teacher = Plain(2)
+    distill(teacher, Plain(2), steps=2, out_dir=tmp_path / "run", **given)
+    assert "chosen for 2 classes: --diversity 3.0" in caplog.messages
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    assert "diversity: 3.0" in text and "generator_width: 32" in text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        again = distill(teacher, Plain(2), steps=4, resume=tmp_path / "run", **given)
+    assert again.summary["steps"] == 4
+    assert not [line for line in caplog.messages if "chosen for" in line]
+
+
+def test_the_time_of_a_forward_pass_is_measured():
+    class Slow(Plain):
+        def forward(self, x):
+            torch.zeros(1).fill_(1)
+            import time
+
+            time.sleep(0.16)
+            return super().forward(x)
+
+    bounded = config(steps=None, max_seconds=600.0)  # 16 images in 0.16 s: 10 ms each
+    assert changed(bounded, Slow(norm=lambda: nn.BatchNorm2d(16)))["batch_size"] in (32, 64)
