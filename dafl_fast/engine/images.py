@@ -344,3 +344,14 @@ def sources_of(
         sources.append((bank, taken, slice(first, last)))
         start += taken
     return sources
+
+
+def draw_from(
+    sources: list[tuple[ReplayBank, int, slice]], random: torch.Generator, crop: int, flip: bool
+) -> tuple[Tensor, Tensor]:
+    """A batch from several banks, see `sources_of` and `ReplayBank.draw`: images and logits."""
+    drawn = [bank.draw(count, random, rows, crop, flip) for bank, count, rows in sources]
+    if len(drawn) == 1:
+        return drawn[0]
+    images, logits = zip(*drawn, strict=True)
+    return torch.cat(images), torch.cat(logits)

@@ -34,8 +34,8 @@ from ..unlabelled import Given
 from .bank import ReplayBank
 from .distributed import World
 from .ema import Average
-from .evaluation import accuracy, evaluation_mode, training_mode
-from .images import Found, sources_of
+from .evaluation import accuracy, answers_to_images, training_mode
+from .images import Found, draw_from, sources_of
 from .live import Live, clear_state, make_state, restore, state_of
 from .teacher import FrozenTeacher
 
@@ -228,14 +228,7 @@ class Step:
         process's rows."""
         config = self.config
         if self.sources:
-            drawn = [
-                bank.draw(count, self.random, rows, config.bank_crop, config.bank_flip)
-                for bank, count, rows in self.sources
-            ]
-            if len(drawn) == 1:
-                return drawn[0]
-            images, logits = zip(*drawn, strict=True)
-            return torch.cat(images), torch.cat(logits)
+            return draw_from(self.sources, self.random, config.bank_crop, config.bank_flip)
         if config.student_source == "fresh":
             with torch.no_grad(), self._autocast():
                 images = self.generator(self.noise(self._count)[self._student_rows])
@@ -361,17 +354,7 @@ class Step:
         return self.teacher.batch_norm_loss(self.world)
 
     def _student_for_images(self, images: Tensor) -> Tensor:
-        """The student's logits, with a gradient to the images but not to the student's weights."""
-        trained = [p for p in self.student.parameters() if p.requires_grad]
-        try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            with evaluation_mode(self.student):
-                logits: Tensor = self.student(images)
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-        return logits
+        return answers_to_images(self.student, images)
 
     def _update_student(self, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
