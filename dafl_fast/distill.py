@@ -209,14 +209,14 @@ def _run(
     given = None if images is None else given_tensor(images, config.shape)
     if config.images:
         given = read_images(config.images, config.image_format)
-    config = adapted(config, teacher, device, world)
-    config = _with_bank_that_fits(config, device, world, given)
-    precision = pick_precision(config.precision, device)
-    reason_not_captured(config, device, world)
     if teacher is student:
         raise UserError("teacher and student must be two networks, got the same twice")
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
+    config = adapted(config, teacher, device, world)
+    config = _with_bank_that_fits(config, device, world, given)
+    precision = pick_precision(config.precision, device)
+    reason_not_captured(config, device, world)
     board = step = None
     with (
         Progress(progress if world.first else "off") as shown, threads(threads_of_run(config)),

@@ -260,7 +260,7 @@ class Loop:
             if self.held_out is not None:
                 student, _ = accuracy_on(step.averaged_student, self.held_out)
             agreement = step.agreement(images, logits)
-            held_out = step.held_out_agreement()
+            estimate = step.estimate()
             counts = logits.argmax(1).bincount(minlength=step.num_classes).tolist()
             found = self._evaluate_found()
         row = {
@@ -268,13 +268,13 @@ class Loop:
             "train_seconds": round(self.clock.seconds, 3),
             **({"accuracy": student} if student is not None else {}),
             "agreement_newest": agreement,
-            **({"agreement_held_out": held_out} if held_out is not None else {}),
+            **({} if estimate is None else estimate.as_row()),
             "class_counts": counts,
             **found,
         }
         self._write_row(row)
-        if held_out is not None:
-            self.schedule.note(held_out, self._share())
+        if estimate is not None:
+            self.schedule.note(estimate.held_out, self._share())
         return student
 
     def _evaluate_found(self) -> dict[str, Any]:
@@ -331,7 +331,7 @@ class Loop:
             "teacher_accuracy": teacher,
             "student_accuracy": student,
             "agreement_fresh": agreement,
-            "agreement_held_out": step.held_out_agreement(),
+            **({} if (estimate := step.estimate()) is None else estimate.as_row()),
             "eval_set": config.eval,
             "eval_count": count,
             "num_classes": step.num_classes,

@@ -34,6 +34,7 @@ from ..unlabelled import Given
 from .bank import ReplayBank
 from .distributed import World
 from .ema import Average
+from .estimate import Estimate, estimate
 from .evaluation import accuracy, answers_to_images, training_mode
 from .images import Found, draw_from, sources_of
 from .live import Live, clear_state, make_state, restore, state_of
@@ -291,14 +292,14 @@ class Step:
         """The share of images [N, C, H, W] for which the student chooses the class of `logits`."""
         return accuracy(self.averaged_student, images.to(self.dtype), logits.argmax(1))
 
-    def held_out_agreement(self) -> float | None:
-        """The agreement on images of the bank that the student never learns from, of generators of
-        all ages, or without a generator on images that were given; None if there are none. Waits
-        for the device."""
+    def estimate(self) -> Estimate | None:
+        """How well the student does, judged by images of the bank that it never learns from, which
+        are generated ones unless there is no generator; None if there are none. Waits for the
+        device."""
         if not self.sources:
             return None
         images, logits = self.sources[-1][0].held_out(HELD_OUT)
-        return self.agreement(images, logits) if len(images) else None
+        return estimate(self.averaged_student, images.to(self.dtype), logits)
 
     @torch.no_grad()
     def fresh(self) -> tuple[Tensor, Tensor]:
