@@ -11,31 +11,43 @@ from dafl_fast.engine.estimate import FEWEST, estimate
 
 
 class Says(nn.Module):
-    """Chooses the class that stands in an image's first pixel."""
+    """Chooses the class that stands in a corner of an image, surely or not."""
+
+    def __init__(self, column: int, least: float = 0.0):
+        super().__init__()
+        self.column, self.least = column, least
 
     def forward(self, images):
-        return nn.functional.one_hot(images[:, 0, 0, 0].long(), 3).float()
+        classes = images[:, 0, 0, self.column]
+        sure = torch.where(classes >= self.least, 9.0, 1.0).unsqueeze(1)
+        return sure * nn.functional.one_hot(classes.long(), 3)
 
 
-def images_of(classes):
-    return torch.tensor(classes).float().view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+def images_of(left, right):
+    halves = [torch.tensor(side).float().view(-1, 1, 1, 1).expand(-1, 1, 4, 2)
+              for side in (left, right)]  # fmt: skip
+    return torch.cat(halves, 3)
 
 
-def test_it_counts_the_images_of_which_the_teacher_is_sure():
-    sure, unsure = [9.0, 0.0, 0.0], [1.0, 0.0, 0.0]
-    logits = torch.tensor([sure] * 160 + [unsure] * 40)
-    told = estimate(Says(), images_of([0] * 120 + [1] * 40 + [2] * 40), logits)
-    assert told is not None
-    assert told.held_out == pytest.approx(120 / 200)
-    assert told.sure == pytest.approx(120 / 160) and told.images == 160
-    assert told.as_row() == {"agreement_held_out": told.held_out, "estimated_agreement": told.sure}
+def test_it_counts_composed_images_of_which_the_teacher_is_sure():
+    """The teacher looks at the left, the student at the right, of which the image before is on the
+    left of a composed one."""
+    images = images_of([0, 1, 2] * 100, [0, 1, 0] * 100)
+    told = estimate(Says(3), Says(0), images, Says(0)(images))
+    assert told is not None and told.held_out == pytest.approx(2 / 3)
+    # Composed: left 2 0 1 ..., right 0 1 0 ...
+    assert told.sure == 0 and told.images == 300
+    told = estimate(Says(0), Says(0, least=1.0), images, Says(0)(images))
+    assert told is not None and told == (1.0, 1.0, 200)
+    assert told.as_row() == {"agreement_held_out": 1.0, "estimated_agreement": 1.0}
+    assert torch.equal(images, images_of([0, 1, 2] * 100, [0, 1, 0] * 100))
 
 
 def test_it_says_nothing_from_too_few_images():
-    logits = torch.tensor([[9.0, 0.0, 0.0]] * (FEWEST - 1) + [[1.0, 0.0, 0.0]] * 40)
-    told = estimate(Says(), images_of([0] * len(logits)), logits)
-    assert told is not None and told.sure is None and told.held_out == 1
-    assert estimate(Says(), images_of([]), logits[:0]) is None
+    images = images_of([0] * 40 + [1] * (FEWEST - 1), [0] * (FEWEST + 39))
+    told = estimate(Says(0), Says(0, least=1.0), images, Says(0)(images))
+    assert told == (1.0, None, FEWEST - 1)
+    assert estimate(Says(0), Says(0), images[:0], torch.zeros(0, 3)) is None
 
 
 def test_a_run_tells_it(tmp_path):

@@ -68,7 +68,7 @@ def test_its_sums_of_losses_find_their_places(run):
     state["statistics"] = torch.arange(1.0, 9.0)
     step.load_state_dict(state)
     now = dict(zip(STATISTICS, step.statistics.tolist(), strict=True))
-    assert now.pop("diversity") == 0
+    assert now.pop("diversity") == now.pop("bn_relative") == 0
     assert now == dict(zip(STATISTICS_THEN, range(1, 9), strict=True))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import UserError, first_line
-from ..losses import batch_norm_loss
+from ..losses import BatchNormLoss, batch_norm_loss
 from ..models.functional import with_moments
 from .checks import logits_of
 from .distributed import World
@@ -129,17 +129,20 @@ class FrozenTeacher(nn.Module):
             self._running.append((layer, mean, variance))
         return (x, *inputs[1:])
 
-    def batch_norm_loss(self, world: World) -> Tensor:
-        """`losses.batch_norm_loss` of the last batch, over all processes of `world`. A layer counts
-        as often as it ran."""
-        statistics, self._statistics = self._statistics, []
-        layers, means, variances = zip(*statistics, strict=True)
+    def batch_norm_loss(self, world: World, loss_of: BatchNormLoss = batch_norm_loss) -> Tensor:
+        """A BatchNorm loss of `losses` of the last batch, over all processes of `world`. A layer
+        counts as often as it ran."""
+        layers, means, variances = zip(*self._statistics, strict=True)
         sizes = [len(mean) for mean in means]
         mean, variance = torch.cat(means), torch.cat(variances)
         # Mean and mean square, because these can be averaged over several processes.
         mean, square = world.mean(torch.stack([mean, variance + mean.square()]))
         variance = square - mean.square()
-        return batch_norm_loss(mean.split(sizes), variance.split(sizes), layers)
+        return loss_of(mean.split(sizes), variance.split(sizes), layers)
+
+    def forget_statistics(self) -> None:
+        """Lets go of the last batch's, and so of the graph that they belong to."""
+        self._statistics = []
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Does nothing: the teacher stays in evaluation mode, with its BatchNorm statistics."""
