@@ -32,6 +32,7 @@ RecipeName = Literal["fast", "published", "paper"]
 CHANNELS = Bound("1 to 64 channels, height and width", lambda shape: 1 <= shape[0] <= 64)
 SIDES = Bound("channels, and height and width of at least 4", lambda shape: min(shape[1:]) >= 4)
 EVEN = Bound("an even number of channels", lambda width: width >= 2 and width % 2 == 0)
+SHARE = Bound("greater than 0 and less than 1", lambda share: 0 < share < 1)
 SEED = Bound("between -2^32 and 2^32", lambda seed: abs(seed) <= 2**32)
 HELD_OUT = Bound("0 or at least 2", lambda every: every == 0 or every >= 2)
 ABOVE_ONE = Bound("greater than 1", lambda base: base > 1)
@@ -117,11 +118,13 @@ class Config:
     grey: Annotated[bool, Mark.ON_CARD] = False
     """The images are grey, and given to the networks as equal channels."""
     mean: Annotated[tuple[float, ...] | None, Mark.ON_CARD] = None
-    """Mean of each channel of the teacher's data, pixels in 0..1. Needed to evaluate on real images
-    if the teacher takes normalised ones. Where it takes pixels, generated ones get this mean; 0.5
-    when not given."""
+    """Mean of each channel of the teacher's data, pixels in 0..1. Needed for real images, to
+    evaluate or to learn from, if the teacher takes normalised ones. Where it takes pixels,
+    generated ones get this mean; 0.5 when not given."""
     std: Annotated[tuple[float, ...] | None, Mark.ON_CARD] = None
     """Standard deviation of each channel, likewise; 0.25 when not given."""
+    generator: Literal["auto", "none"] = "auto"
+    """auto: a generator makes images for the student. none: it learns from --images alone."""
     generator_width: Annotated[int, EVEN] = 128
     """Channels of the generator's first two stages. The published code has 128."""
     latent_dim: Annotated[int, POSITIVE] = 100
@@ -197,6 +200,19 @@ class Config:
     bank_flip: bool = False
     """Mirror every other image from the bank. Only useful if that keeps the class."""
 
+    # --- images that are not the data ---------------------------------------------------------
+    images: Annotated[tuple[Path, ...], Mark.RESUMABLE, Mark.REPEATED] = ()
+    """Real images that are not the teacher's data, without labels: a photograph, a folder of images
+    or a .npz file; may be given several times. What is at least twice as large as the teacher's
+    images is cut into crops of all sizes, turned, mirrored and recoloured, new ones at every step.
+    Smaller images are resized and kept whole."""
+    images_share: Annotated[float, SHARE] = 0.5
+    """The share of the student's batch that comes from --images; the rest is generated. With
+    --generator none it is all of it."""
+    images_candidates: Annotated[int, at_least(4, "a quarter is kept")] = 256
+    """Crops that are shown to the teacher at every step. The quarter of which it is surest is kept,
+    with rare classes first."""
+
     # --- watching -----------------------------------------------------------------------------
     eval: Annotated[str, Mark.RESUMABLE] = "none"
     """Held-out images for reporting accuracy (never used for training or choosing weights):
@@ -227,6 +243,8 @@ class Config:
                 f"--student-updates {self.student_updates} with --student-source same would train "
                 "on one batch over and over; use --student-source bank or fresh"
             )
+        if self.images:
+            self.check_images(True)
         if self.until_flat and not (self.bank_held_out and self.eval_every):
             raise UserError(
                 "--until-flat needs evaluations, with --eval-every, on held-out images of the bank,"
@@ -234,6 +252,22 @@ class Config:
             )
         if self.image_shape is not None:
             _ = self.from_generated  # mean and std are of as many channels as there are
+
+    def check_images(self, given: bool) -> None:
+        """Checks what the settings say of images that are not the data, which are `given` or not.
+
+        Raises:
+            UserError: there is nothing that the student could learn from, or no place for them.
+        """
+        if given and self.student_source != "bank":
+            raise UserError(
+                f"--images need --student-source bank, got {self.student_source}: only the replay "
+                "bank can hold images that no generator has made"
+            )
+        if not given and self.generator == "none":
+            raise UserError(
+                "--generator none leaves the student without images; give it some with --images"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -288,15 +322,15 @@ class Config:
 
     @property
     def image_format(self) -> Format:
-        """The images, for evaluation on real ones.
+        """How real images are brought to what the networks take.
 
         Raises:
             UserError: their normalisation is not known.
         """
         if self.units is None:
             raise UserError(
-                "--mean and --std are needed to evaluate on real images: those with which the "
-                "teacher's data were normalised"
+                "--mean and --std are needed to evaluate on real images or to learn from them: "
+                "those with which the teacher's data were normalised"
             )
         return Format(size_of(*self.shape[1:]), self.shape[0], *self.units, grey=self.grey)
 

@@ -202,44 +202,61 @@ def _planes(images: Tensor) -> Tensor:
 
 def _npz(path: Path) -> Labelled:
     """An .npz file with `images` [N, H, W] or [N, H, W, C] uint8 and `labels` [N] integers."""
+    arrays = _arrays(path, "images", "labels")
+    images, labels = _npz_images(path, arrays["images"]), arrays["labels"]
+    if labels.dtype.kind not in "iu" or list(labels.shape) != [len(images)]:
+        raise UserError(
+            f"'labels' in {path} must be integers of shape {[len(images)]}, got {labels.dtype} "
+            f"{list(labels.shape)}"
+        )
+    if labels.min() < 0:
+        raise UserError(f"'labels' in {path} must not be negative, got {labels.min()}")
+    classes = tuple(str(label) for label in range(int(labels.max()) + 1))
+    return Labelled(images, torch.from_numpy(labels.astype("int64")), classes)
+
+
+def images_of_npz(path: Path) -> Tensor:
+    """The images [N, C, H, W] uint8 of an .npz file, with labels or without.
+
+    Raises:
+        UserError: it cannot be read, or does not hold such images.
+    """
+    return _npz_images(path, _arrays(path, "images")["images"])
+
+
+def _arrays(path: Path, *keys: str) -> dict[str, Any]:
     import zipfile
 
     import numpy as np
 
     try:
         with np.load(path, allow_pickle=False) as file:
-            images, labels = (file[key] for key in ("images", "labels"))
+            return {key: file[key] for key in keys}
     except FileNotFoundError as error:
         raise UserError(f"the data file {path} does not exist") from error
     except KeyError as error:
         raise UserError(
-            f"the data file {path} must hold 'images' and 'labels', it has "
+            f"the data file {path} must hold {' and '.join(map(repr, keys))}, it has "
             f"{', '.join(map(repr, file.files)) or 'nothing'}"
         ) from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"the data file {path} is not a readable .npz file: {error}") from error
+
+
+def _npz_images(path: Path, images: Any) -> Tensor:
+    """[N, H, W] or [N, H, W, C] uint8 -> [N, C, H, W]."""
     shape = list(images.shape)
     wrong = len(shape) not in (3, 4)
     if len(shape) == 4:  # and not [N, C, H, W]
         wrong = shape[3] > 64 or shape[1] <= 4 < shape[3]
-    if images.dtype != np.uint8 or wrong:
+    if images.dtype != "uint8" or wrong:
         raise UserError(
             f"'images' in {path} must be uint8 of shape [N, H, W] or [N, H, W, C] with C up to 64, "
             f"got {images.dtype} {shape}"
         )
     if 0 in shape:
         raise UserError(f"'images' in {path} are empty: {shape}")
-    if labels.dtype.kind not in "iu" or list(labels.shape) != shape[:1]:
-        raise UserError(
-            f"'labels' in {path} must be integers of shape {shape[:1]}, got {labels.dtype} "
-            f"{list(labels.shape)}"
-        )
-    if labels.min() < 0:
-        raise UserError(f"'labels' in {path} must not be negative, got {labels.min()}")
-    classes = tuple(str(label) for label in range(int(labels.max()) + 1))
-    return Labelled(
-        _planes(torch.from_numpy(images)), torch.from_numpy(labels.astype(np.int64)), classes
-    )
+    return _planes(torch.from_numpy(images))
 
 
 def _image_folder(path: Path, image_size: ImageSize | None, channels: int) -> Labelled:
@@ -269,7 +286,7 @@ def _image_folder(path: Path, image_size: ImageSize | None, channels: int) -> La
         except OSError as error:
             raise UserError(f"the image {file} cannot be read: {error}") from error
         if image_size is not None and image.size != sides(image_size)[::-1]:
-            image = resize(image, _covering(image.height, image.width, *sides(image_size)))
+            image = resize(image, covering(image.height, image.width, *sides(image_size)))
             image = center_crop(image, list(sides(image_size)))
         return pil_to_tensor(image)
 
@@ -295,7 +312,7 @@ def _image_folder(path: Path, image_size: ImageSize | None, channels: int) -> La
     return Labelled(images, torch.tensor(labels), tuple(folder.classes))
 
 
-def _covering(height: int, width: int, rows: int, columns: int) -> list[int]:
+def covering(height: int, width: int, rows: int, columns: int) -> list[int]:
     """Height and width of an image that is resized until it just covers rows x columns; for a
     square, as torchvision's `Resize` of its side does."""
     if width * rows > height * columns:

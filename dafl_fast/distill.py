@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from .pages import page_of_result, write_report
 from .progress import Mode, Progress, outcome
 from .recipes import WITHOUT_BATCH_NORM, make_config
 from .records import Run
+from .unlabelled import Given, given_tensor, read_images
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,8 @@ def distill(
     *,
     image_shape: tuple[int, int, int],
     num_classes: int | None = None,
-    generator: nn.Module | None = None,
+    generator: nn.Module | Literal["none"] | None = None,
+    images: Tensor | Path | str | Sequence[Path | str] = (),
     feature_layer: str | None = None,
     recipe: str = "fast",
     steps: int | None = None,
@@ -119,7 +121,10 @@ def distill(
             are brought to what `pixels` says; of one channel if `grey` is set. By default the
             published one, with as many stages as the image size needs. If it has a method `reset`,
             which initialises its parameters anew, it is restarted as the recipe says; otherwise it
-            is never restarted.
+            is never restarted. "none": the student learns from `images` alone.
+        images: real images that are not the data, without labels: paths of photographs, folders or
+            .npz files, see docs/recipes.md, or a tensor [N, C, H, W] in the teacher's units. Such a
+            tensor must be given again when the run is resumed.
         feature_layer: name of the teacher's layer whose input is the feature vector of the
             activation loss. By default its last linear layer.
         recipe: "fast", "published" or "paper"; see docs/recipes.md.
@@ -138,6 +143,8 @@ def distill(
         TrainingStopped: the generator collapsed, a loss is not finite, or another process ended
             unexpectedly. The run's last good checkpoint is kept.
     """
+    if isinstance(generator, str):
+        settings["generator"], generator = generator, None
     if generator is not None and not hasattr(generator, "reset"):
         settings.setdefault("generator_restart_every", 0)
     given: dict[str, Any] = {
@@ -145,14 +152,17 @@ def distill(
         "max_seconds": max_seconds, "feature_layer": feature_layer, "eval": "none",
         "teacher": None, "student": None,
     }  # fmt: skip
+    tensor = images if isinstance(images, Tensor) else None
+    if tensor is None and images:
+        settings["images"] = (images,) if isinstance(images, (str, Path)) else images
     config = make_config(preset, recipe, **(given | settings))
     if config.resume is not None:
-        # What was chosen for the teacher, or for the memory, when the run began.
+        # What was chosen for the teacher, or for the memory, when the run began, and its images.
         before = Config(**read_config(config.resume))
-        kept = {name: getattr(before, name) for name in ADAPTED if name not in settings}
-        config = dataclasses.replace(config, **kept)
+        own = {*ADAPTED, "images"} - settings.keys()
+        config = dataclasses.replace(config, **{name: getattr(before, name) for name in own})
         check_resumed(config)
-    return _run(config, teacher, student, generator, eval_loader, callbacks, progress)
+    return _run(config, teacher, student, generator, tensor, eval_loader, callbacks, progress)
 
 
 def train(
@@ -175,7 +185,7 @@ def train(
         )
         held_out = list(zip(images.split(1000), labels.split(1000), strict=True))
     callbacks = [report] if report else []
-    return _run(config, teacher, student, None, held_out, callbacks, progress).summary
+    return _run(config, teacher, student, None, None, held_out, callbacks, progress).summary
 
 
 def _run(
@@ -183,6 +193,7 @@ def _run(
     teacher: nn.Module,
     student: nn.Module,
     generator: nn.Module | None,
+    images: Tensor | None,
     held_out: Iterable[tuple[Tensor, Tensor]] | None,
     callbacks: Sequence[Callable[[dict[str, Any]], None]],
     progress: Mode,
@@ -191,15 +202,19 @@ def _run(
         raise UserError("--steps or --max-seconds must say when to stop")
     if config.tensorboard:
         require("tensorboard", "--tensorboard")
+    config.check_images(images is not None or bool(config.images))
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
+    given = None if images is None else given_tensor(images, config.shape)
+    if config.images:
+        given = read_images(config.images, config.image_format)
     if teacher is student:
         raise UserError("teacher and student must be two networks, got the same twice")
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     config = adapted(config, teacher, device, world)
-    config = _with_bank_that_fits(config, device, world)
+    config = _with_bank_that_fits(config, device, world, given)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
     board = step = None
@@ -209,7 +224,7 @@ def _run(
         contextlib.ExitStack() as held,
     ):  # fmt: skip
         try:
-            step = prepare(config, teacher, student, device, precision, generator, world)
+            step = prepare(config, teacher, student, device, precision, generator, world, given)
             if world.first:
                 give_notice(config, teacher, step)
             shown.announce(config, teacher, step)
@@ -236,13 +251,15 @@ def _run(
                 give_back(student, step.student)
             if config.compile:
                 vars(student).pop("_compiled_call_impl", None)
-    images = [
+    examples = [
         torch.randn(count, *config.shape, device=device, dtype=step.dtype) for count in (2, 3)
     ]
-    return Result(_in_evaluation_mode(student, images), loop.history, summary, folder.path)
+    return Result(_in_evaluation_mode(student, examples), loop.history, summary, folder.path)
 
 
-def _with_bank_that_fits(config: Config, device: torch.device, world: World) -> Config:
+def _with_bank_that_fits(
+    config: Config, device: torch.device, world: World, given: Given | None = None
+) -> Config:
     """`config` with fewer images in the replay bank, if those of the recipe take too much memory. A
     resumed run keeps the number that it began with.
 
@@ -253,6 +270,8 @@ def _with_bank_that_fits(config: Config, device: torch.device, world: World) -> 
     if config.student_source != "bank" or config.resume is not None or free is None:
         return config
     entry = bytes_of_entry(config.shape, config.num_classes or 0, config.bank_dtype)
+    if given is not None and given.photographs and config.generator != "none":
+        entry = round(entry * (1 + config.images_share))  # their crops have a bank of their own
     # Processes on CPUs share the memory of the host, and each has the whole bank.
     free //= world.size if device.type == "cpu" else 1
     wanted = most = config.bank_images

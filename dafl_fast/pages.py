@@ -71,6 +71,8 @@ def curves(runs: Sequence[Run]) -> list[Markup]:
             made.append(chart(title, lines, percent))
     if one and (counts := runs[0].last("class_counts")):
         made.append(bars("Class balance of the newest images", counts))
+    if one and (counts := runs[0].last("images_class_counts")):
+        made.append(bars("Class balance of the real images", counts))
     return made
 
 
@@ -114,7 +116,7 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     found = [
         ("Student", percentage(run.accuracy), "accuracy on held-out images"),
         ("Teacher", percentage(teacher), "accuracy on the same images"),
-        ("Agreement", percentage(run.agreement), "same class, generated images"),
+        ("Agreement", percentage(run.agreement), f"same class, {run.agreed_on}"),
         ("Training", f"{seconds:,.0f} s", f"{run.rows[-1]['step']:,} steps"),
     ]
     if speed is not None:
@@ -132,7 +134,9 @@ SUMMARY = {
     "agreement_fresh": "Agreement on generated images", "eval_set": "Held-out images",
     "eval_count": "Number of held-out images", "steps": "Generator steps",
     "generator_images": "Images the generator learned from",
-    "student_images": "Images the student learned from", "train_seconds": "Seconds of training",
+    "student_images": "Images the student learned from",
+    "images": "Real images without labels", "images_share": "Share of them in its batches",
+    "train_seconds": "Seconds of training",
     "evaluation_seconds": "Seconds of evaluation", "saving_seconds": "Seconds of saving",
     "wall_seconds": "Seconds in all", "images_per_second": "Images per second",
     "device": "Device", "precision": "Precision", "processes": "Processes",
@@ -212,6 +216,8 @@ def page_of_run(run: Run) -> dict[str, Any]:
         Table("Environment", (), _flat(run.environment), folded=True),
     ]
     pictures = [grid(path, step_of(path)) for path in spread(run.grids(), GRIDS)]
+    if run.images_grid.exists():
+        pictures.append(grid(run.images_grid, "real images"))
     return {
         "title": run.name,
         "kind": f"{run.config.preset}, recipe {run.config.recipe}",

@@ -103,9 +103,10 @@ def headline(config: Config, teacher: nn.Module, step: Step) -> str:
         *([f"{config.steps:,} steps"] if config.steps is not None else []),
         *([f"{config.max_seconds:g} s"] if config.max_seconds is not None else []),
     ]
+    given = f", with {step.found.words}" if step.found is not None else ""
     return (
         f"distilling {names[0]} ({large} parameters) into {names[1]} ({small}) on "
-        f"{', '.join(where)}, {' or '.join(length)}"
+        f"{', '.join(where)}, {' or '.join(length)}{given}"
     )
 
 
@@ -121,7 +122,7 @@ def figures(row: dict[str, Any], accuracy: float | None) -> str:
     found += [
         f"step {row['step']:,}",
         f"{row['steps_per_second']:.1f} steps/s",
-        f"generator loss {row['generator_loss']:.3f}",
+        *([f"generator loss {row['generator_loss']:.3f}"] if "generator_loss" in row else []),
         f"student loss {row['distill_loss']:.3f}",
     ]
     return " · ".join(found)

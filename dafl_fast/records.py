@@ -73,6 +73,11 @@ class Run:
         """With the teacher on generated images, 0..1, as last measured."""
         return self.summary["agreement_fresh"] if self.summary else self.last("agreement_training")
 
+    @property
+    def agreed_on(self) -> str:
+        """The images that `agreement` is about."""
+        return "images given to it" if self.config.generator == "none" else "generated images"
+
     def classes(self) -> list[tuple[float, float]]:
         """(seconds, effective number of classes): the exponential of the entropy of p̄.
 
@@ -84,6 +89,11 @@ class Run:
         """The PNG grids of generated images, oldest first."""
         found = (self.path / "samples").glob("step-*.png")
         return sorted(path for path in found if path.stem.removeprefix("step-").isdigit())
+
+    @property
+    def images_grid(self) -> Path:
+        """The PNG grid of real images that the user gave; there is none without."""
+        return self.path / "samples" / "images.png"
 
 
 class Grid(NamedTuple):

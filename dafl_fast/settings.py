@@ -57,6 +57,7 @@ class Mark(Enum):
 
     RESUMABLE = "It may change when a run is resumed: how long, where, and how closely watched."
     OWN_FOLDER = "It is about the run's folder, and is therefore not written into it."
+    REPEATED = "On a command line its name stands before each of its values."
     ON_CARD = "A student's model card tells it in words of its own."
 
 
@@ -98,7 +99,14 @@ def plain(settings: Any, without: Mark) -> dict[str, Any]:
     """All settings but those with the mark, paths as text, for a file."""
     left_out = marked(type(settings), without)
     values = {name: value for name, value in vars(settings).items() if name not in left_out}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return {name: _as_text(value) for name, value in values.items()}
+
+
+def _as_text(value: Any) -> Any:
+    """A path as text, also each of several."""
+    if isinstance(value, tuple):
+        return tuple(map(_as_text, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def check_unchanged(before: dict[str, Any], settings: Any, place: str, remedy: str = "") -> None:
@@ -126,6 +134,8 @@ def from_arguments(
         words = "; ".join(rule.words for rule in rules if isinstance(rule, Bound))
         ending = (f"Must be {words}. " if words else "") + "(default: {})"
         hints[name] = Annotated[hints[name], tyro.conf.arg(help_behavior_hint=ending.format)]
+        if Mark.REPEATED in rules:
+            hints[name] = Annotated[hints[name], tyro.conf.UseAppendAction]
     text = f"{kind.__doc__}\n\n{note}".rstrip()
     names = {"__annotations__": hints, "__module__": kind.__module__}
     told: Any = type(kind.__name__, (kind,), names)  # only its annotations differ, for tyro

@@ -41,6 +41,8 @@ def parse(arguments: list[str]) -> Config:
         defaults = make_config(preset, _value_of(arguments, "--recipe") or "fast")
     if _value_of(arguments, "--steps") or _value_of(arguments, "--max-seconds"):
         defaults = dataclasses.replace(defaults, steps=None, max_seconds=None)
+    if _value_of(arguments, "--images"):
+        defaults = dataclasses.replace(defaults, images=())
     config = from_arguments(Config, defaults, arguments, "python -m dafl_fast.train", _NOTE)
     if config.resume is not None:
         check_resumed(config)

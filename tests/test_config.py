@@ -33,6 +33,8 @@ BOUNDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "student_batch_size": ([None, 2], [1, 0]),
     },
     "auto, or at least 1": {"threads": (["auto", 1, 64], [0, -1])},
+    "greater than 0 and less than 1": {"images_share": ([1e-9, 0.5], [0.0, 1.0, -0.1])},
+    "at least 4 (a quarter is kept)": {"images_candidates": ([4, 256], [3, 0])},
     "at least 2": {"num_classes": ([None, 2, 1000], [1, 0])},
     "positive": {
         "steps": ([None, 1], [0, -1]),
@@ -215,6 +217,7 @@ def test_what_may_change_when_a_run_is_resumed():
         "steps", "max_seconds", "out_dir", "resume", "device", "cuda_graph", "compile", "teacher",
         "teacher_weights", "eval", "data_dir", "download", "eval_every", "save_every", "log_every",
         "tensorboard", "stall_seconds", "threads", "trust_run", "trust_teacher", "adapt",
+        "images",
     }  # fmt: skip
     assert marked(TeacherConfig, Mark.RESUMABLE) == {
         "data_dir", "download", "eval", "out", "resume", "device", "save_every", "log_every",

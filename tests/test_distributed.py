@@ -17,11 +17,13 @@ import torch
 from torch import nn
 
 from dafl_fast import generator_loss
+from dafl_fast.data import FORMATS
 from dafl_fast.distill import train
 from dafl_fast.engine import loop
 from dafl_fast.engine.distributed import World
 from dafl_fast.errors import TrainingStopped, UserError
 from dafl_fast.recipes import make_config
+from dafl_fast.unlabelled import Given
 
 from .test_step import make_step
 from .test_train import TINY, assert_same_student
@@ -158,6 +160,35 @@ def test_two_processes_equal_one(in_two_processes, recipe, pixels):
                 )
         assert theirs[3] == agreement
     torch.testing.assert_close(torch.cat([first[2], second[2]]), logits, rtol=1e-6, atol=1e-6)
+
+
+def three_steps_with_images(world: World, generator: str):
+    draw = torch.Generator().manual_seed(3)
+    photograph, whole = (
+        torch.randint(256, shape, generator=draw, dtype=torch.uint8)
+        for shape in ((1, 80, 99), (5, 1, 32, 32))
+    )
+    step = make_step(
+        "fast", world=world, given=Given([photograph], whole, FORMATS["mnist"]),
+        generator=generator, images_candidates=32, images_share=0.4, **SETTINGS["fast"],
+    )  # fmt: skip
+    for _ in range(3):
+        step()
+    assert step.found is not None
+    agreement = step.fresh_agreement(2)
+    return step.averaged_student.state_dict(), step.found.bank.newest(100), agreement
+
+
+@pytest.mark.parametrize("generator", ["auto", "none"])
+def test_two_processes_find_the_same_images_as_one(in_two_processes, generator):
+    student, (images, logits), agreement = three_steps_with_images(World(), generator)
+    assert len(images) == (24 if generator == "none" else 16)  # of a ring of 40, and of 16
+    for theirs in in_two_processes(three_steps_with_images, generator):
+        assert torch.equal(theirs[1][0], images)
+        torch.testing.assert_close(theirs[1][1], logits)
+        assert theirs[2] == agreement
+        for name, tensor in student.items():
+            torch.testing.assert_close(theirs[0][name], tensor, rtol=1e-6, atol=1e-6)
 
 
 def test_a_batch_that_cannot_be_shared():

@@ -75,7 +75,7 @@ def test_the_figures_of_a_row():
 def test_what_is_about_to_happen(monkeypatch):
     teacher, student = nn.Linear(2000, 10), nn.Linear(10, 10, bias=False)
     step = SimpleNamespace(
-        student=student, device=torch.device("cpu"), precision="bf16", world=World()
+        student=student, device=torch.device("cpu"), precision="bf16", world=World(), found=None
     )
     torch.set_num_threads(2)
     config = make_config("mnist", max_seconds=120)
@@ -91,6 +91,8 @@ def test_what_is_about_to_happen(monkeypatch):
         "distilling Linear (20,010 parameters) into Linear (100) on the CPU, bf16, 1 thread, "
         "4 processes, 24,000 steps or 0.5 s"
     )
+    step.found = SimpleNamespace(words="1 photograph")
+    assert headline(config, teacher, step).endswith("24,000 steps or 0.5 s, with 1 photograph")
     step.device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     assert "into Linear (100) on NVIDIA H100, bf16, 4 processes, " in headline(

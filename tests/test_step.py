@@ -15,6 +15,7 @@ from dafl_fast.engine.teacher import FrozenTeacher
 from dafl_fast.models import Generator, LeNet5, LeNet5Half
 from dafl_fast.models.pixels import GeneratorOf
 from dafl_fast.recipes import make_config
+from dafl_fast.unlabelled import Given
 
 from .published import PublishedGenerator, PublishedLeNet5, PublishedStep
 
@@ -27,6 +28,7 @@ def make_step(
     precision: str = "fp32",
     device: torch.device = CPU,
     world: World | None = None,
+    given: Given | None = None,
     **overrides,
 ) -> Step:
     overrides = {"batch_size": 16, "generator_width": 8, "seed": 5, **overrides}
@@ -39,7 +41,7 @@ def make_step(
     teacher = FrozenTeacher(teacher, "fc1")
     if config.from_generated is not None:
         generator = GeneratorOf(generator, *config.from_generated).to(device)
-    return Step(config, generator, teacher, student, 10, device, precision, world)
+    return Step(config, generator, teacher, student, 10, device, precision, world, given)
 
 
 def witness_of(step: Step) -> PublishedStep:

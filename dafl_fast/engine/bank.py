@@ -112,14 +112,7 @@ class ReplayBank:
             shape, high = (count, *more), torch.iinfo(torch.int64).max
             return torch.randint(high, shape, device=device, generator=generator)[part]
 
-        # The number of entries is on the device, so it cannot be randint's bound. Taking the
-        # remainder instead is not exactly uniform, by less than 1e-12.
-        filled = self.count.clamp(max=self.capacity)
-        if self._held_out:
-            which = random() % (filled - filled // self._held_out)
-            which = which + which // (self._held_out - 1)  # passes over every k-th
-        else:
-            which = random() % filled
+        which = self._chosen(random())
         if crop or flip:
             images = self._moved(which, random(3), crop, flip)
         else:
@@ -143,6 +136,22 @@ class ReplayBank:
             low, level = self.levels.index_select(0, which).view(-1, 2, 1, 1, 1).unbind(1)
             pixels = pixels.float() * level + low
         return pixels.permute(0, 3, 1, 2)
+
+    def newest(self, count: int) -> tuple[Tensor, Tensor]:
+        """The last `count` entries at most, as `draw` returns them. Waits for the device."""
+        which = self._slots(self.added - min(count, len(self)), self.added)
+        images = self._pixels.index_select(0, which)
+        return self._restored(images, which), self.logits.index_select(0, which)
+
+    def _chosen(self, random: Tensor) -> Tensor:
+        """The entries [n] that random numbers [n] of 63 bits choose."""
+        # The number of entries is on the device, so it cannot be randint's bound. Taking the
+        # remainder instead is not exactly uniform, by less than 1e-12.
+        filled = self.count.clamp(max=self.capacity)
+        if not self._held_out:
+            return random % filled
+        which = random % (filled - filled // self._held_out)
+        return which + which // (self._held_out - 1)  # passes over every k-th
 
     def _moved(self, which: Tensor, random: Tensor, crop: int, flip: bool) -> Tensor:
         """Entries `which` [n], cropped and flipped by random numbers [n, 3], in a single gather."""

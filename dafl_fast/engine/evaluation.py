@@ -76,3 +76,18 @@ def accuracy_on(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
         right += int((predictions(network, images) == labels).sum())
         count += len(labels)
     return right / max(count, 1), count
+
+
+def answers_to_images(network: nn.Module, images: Tensor) -> Tensor:
+    """A network's logits in evaluation mode, with a gradient to the images but not to its
+    weights."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with evaluation_mode(network):
+            logits: Tensor = network(images)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return logits

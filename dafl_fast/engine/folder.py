@@ -1,7 +1,7 @@
 """The folder of a run: its files, and how they are written and read.
 
 config.yaml  metrics.jsonl  summary.json  environment.json  checkpoint.pt  bank/*.safetensors
-student.safetensors  samples/*.png  report.html  tensorboard/  .lock
+images/*.safetensors  student.safetensors  samples/*.png  report.html  tensorboard/  .lock
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ _LEFTOVER = re.compile(r"\.[\w-]+\.(pt2?|yaml|jsonl?|safetensors|png|onnx|html)(
 # and files with entries of the replay bank.
 _SHARD = re.compile(r"\d{9,}-\d{9,}\.safetensors")
 
+# The folders of banks, named as in `Step.banks`.
+_BANKS = ("bank", "images")
+
 
 class RunFolder:
     """Paths and files of a run.
@@ -52,8 +55,9 @@ class RunFolder:
         self.path = path
         self.checkpoint = path / "checkpoint.pt"
         self.metrics = path / "metrics.jsonl"
-        # The bank entries that are on disk: (start, stop) counts of added images, for each file.
-        self._shards: list[tuple[int, int]] = []
+        # The banks' entries that are on disk, by the bank's name: (start, stop) counts of added
+        # images, for each file.
+        self._shards: dict[str, list[tuple[int, int]]] = {name: [] for name in _BANKS}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="dafl_fast-writer")
         self._pending: list[Future[None]] = []
 
@@ -86,6 +90,11 @@ class RunFolder:
     def samples(self, step: int) -> Path:
         """The grid of images generated at `step`."""
         return self.path / "samples" / f"step-{step:07d}.png"
+
+    @property
+    def images_grid(self) -> Path:
+        """The grid of images that the user gave."""
+        return self.path / "samples" / "images.png"
 
     def write_config(self, config: Config) -> None:
         """Writes config.yaml, from which a run can be resumed."""
@@ -156,17 +165,18 @@ class RunFolder:
             UserError: an earlier file could not be written.
         """
         self.flush()
-        entries = {} if step.bank is None else self._new_entries(step.bank)
-        state = copied(
-            {"step": step.state_dict(), "progress": progress, "bank_shards": self._shards}
-        )
+        entries: dict[Path, dict[str, Tensor]] = {}
+        for name, (bank, _) in step.banks.items():
+            entries |= self._new_entries(name, bank)
+        shards = {f"{name}_shards": shards for name, shards in self._shards.items()}
+        state = copied({"step": step.state_dict(), "progress": progress, **shards})
 
         def write() -> None:
             for shard, tensors in entries.items():
                 save_weights(shard, tensors)
             self._check_it_is_there()
             save_checkpoint(self.checkpoint, map_tensors(state, Tensor.cpu))
-            self._remove_other_shards(state["bank_shards"])
+            self._remove_other_shards(state)
 
         self.later(write, step.device)
 
@@ -174,18 +184,20 @@ class RunFolder:
         """Loads the last checkpoint into `step`, and returns its progress; None without one.
 
         Raises:
-            UserError: there is none although the run has got further, it cannot be read, or a part
-                of the folder is a link to another place.
+            UserError: there is none although the run has got further, it cannot be read, the run
+                had other images that are not the data, or a part of the folder is a link to another
+                place.
         """
         first = step.world.first
-        for folder in (self.path / "bank", self.path / "samples"):
+        inside = [self.path / name for name in (*_BANKS, "samples")]
+        for folder in inside:
             if folder.is_symlink():
                 raise UserError(
                     f"{folder} is a link, and the run would change what it leads to; put a copy of "
                     "that in its place"
                 )
         if first:
-            for folder in (self.path, self.path / "bank", self.path / "samples"):
+            for folder in (self.path, *inside):
                 for path in folder.glob(".*"):
                     if _LEFTOVER.fullmatch(path.name) and path.is_file():
                         path.unlink()  # left by a killed process
@@ -200,13 +212,18 @@ class RunFolder:
                 self.metrics.unlink(missing_ok=True)
             return None
         state = load_checkpoint(self.checkpoint)
+        if state["progress"].get("images") != (step.found and step.found.fingerprint):
+            raise UserError(
+                f"the run in {self.path} was begun with other images, or without; give the same "
+                "with --images"
+            )
         step.load_state_dict(state["step"])
-        self._shards = [(start, stop) for start, stop in state["bank_shards"]]
-        if step.bank is not None:
-            for start, stop in self._shards:
-                step.bank.restore(start, load_tensors(self._shard(start, stop), "replay bank"))
+        for name, (bank, _) in step.banks.items():
+            self._shards[name] = [(start, stop) for start, stop in state[f"{name}_shards"]]
+            for start, stop in self._shards[name]:
+                bank.restore(start, load_tensors(self._shard(name, start, stop), "replay bank"))
         if first:
-            self._remove_other_shards(self._shards)
+            self._remove_other_shards(state)
         if first and self.metrics.exists():
             # Rows after the checkpoint, and a half-written last row, will be written again.
             rows = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
@@ -222,25 +239,27 @@ class RunFolder:
                 "more is written there"
             )
 
-    def _shard(self, start: int, stop: int) -> Path:
-        return self.path / "bank" / f"{start:09d}-{stop:09d}.safetensors"
+    def _shard(self, name: str, start: int, stop: int) -> Path:
+        return self.path / name / f"{start:09d}-{stop:09d}.safetensors"
 
-    def _new_entries(self, bank: ReplayBank) -> dict[Path, dict[str, Tensor]]:
+    def _new_entries(self, name: str, bank: ReplayBank) -> dict[Path, dict[str, Tensor]]:
         """The file for the entries that are not on disk yet, and copies of them."""
         oldest = bank.added - len(bank)
-        saved = self._shards[-1][1] if self._shards else 0
-        start = max(saved, oldest)
-        self._shards = [shard for shard in self._shards if shard[1] > oldest]
+        shards = self._shards[name]
+        start = max(shards[-1][1] if shards else 0, oldest)
+        self._shards[name] = shards = [shard for shard in shards if shard[1] > oldest]
         if bank.added == start:
             return {}
-        self._shards.append((start, bank.added))
-        return {self._shard(start, bank.added): bank.span(start, bank.added)}
+        shards.append((start, bank.added))
+        return {self._shard(name, start, bank.added): bank.span(start, bank.added)}
 
-    def _remove_other_shards(self, shards: list[tuple[int, int]]) -> None:
-        wanted = {self._shard(*shard) for shard in shards}
-        for path in (self.path / "bank").glob("*.safetensors"):
-            if path not in wanted and _SHARD.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+    def _remove_other_shards(self, state: dict[str, Any]) -> None:
+        """Removes the entries that a checkpoint does not name."""
+        for name in _BANKS:
+            wanted = {self._shard(name, *shard) for shard in state.get(f"{name}_shards", [])}
+            for path in (self.path / name).glob("*.safetensors"):
+                if path not in wanted and _SHARD.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -146,15 +146,16 @@ def uncollected() -> Iterator[None]:
 @contextlib.contextmanager
 def unchanged(step: Step, runs: int) -> Iterator[None]:
     """Restores afterwards, in place, everything that `runs` runs of `step.body` inside change."""
-    kept, newest, bank = copied(step.state_dict()), step.newest, step.bank
-    if bank is not None:
-        first = bank.added
-        entries = bank.span(first, first + min(runs * step.config.batch_size, bank.capacity))
+    kept, newest = copied(step.state_dict()), step.newest
+    entries = [
+        (bank, bank.added, bank.span(bank.added, bank.added + min(runs * count, bank.capacity)))
+        for bank, count in step.banks.values()
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
             step.load_state_dict(kept)
         step.newest = newest
-        if bank is not None:
-            bank.restore(first, entries)
+        for bank, first, before in entries:
+            bank.restore(first, before)

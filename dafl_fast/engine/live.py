@@ -6,6 +6,7 @@ CUDA graph is captured all use this list and the two functions here.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,29 @@ def restore(live: Live, state: Any) -> None:
                 own[index][key].copy_(value)
     else:
         live.load_state_dict(state)
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Lets the optimizer create its state now, so that later steps only write it in place."""
+    (group,) = optimizer.param_groups
+    for parameter in group["params"]:
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    rate = group["lr"].clone()
+    group["lr"].zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a capturable optimizer outside a capture
+        optimizer.step()
+    group["lr"].copy_(rate)
+    optimizer.zero_grad(set_to_none=True)
+    clear_state(optimizer)
+
+
+def clear_state(optimizer: torch.optim.Optimizer) -> None:
+    """Forgets, in place, what the optimizer has learned from earlier steps."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -25,7 +25,7 @@ from .folder import RunFolder
 from .graph import compile_and_capture
 from .outputs import as_classifier, convention_of
 from .schedule import Schedule
-from .step import STATISTICS, Step
+from .step import Step
 from .threads import Threads
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 # Below this share of the largest possible entropy, a batch counts as images of one class only.
 # After this many such steps in a row training stops; a new generator may go through a few.
 COLLAPSED_ENTROPY, COLLAPSED_STEPS = 0.02, 300
+# Of the user's images, from so many of the newest the pictures of a grid are chosen.
+SHOWN = 256
 
 
 class Loop:
@@ -154,6 +156,7 @@ class Loop:
     def _progress(self) -> dict[str, Any]:
         return {
             "teacher": self.teacher_hash,
+            "images": self.step.found and self.step.found.fingerprint,
             "train_seconds": self.clock.seconds,
             "wall_seconds": self._wall_seconds(),
             "seconds_apart": self.clock.apart,
@@ -172,7 +175,7 @@ class Loop:
         if count == 0:
             return
         self.watchdog.beat(f"the end of step {step.steps}")
-        means = dict(zip(STATISTICS, self.world.mean(step.take_means(count)).tolist(), strict=True))
+        means = dict(zip(step.names, self.world.mean(step.take_means(count)).tolist(), strict=True))
         self.logged = step.steps
         broken = [name for name, value in means.items() if not math.isfinite(value)]
         if broken:
@@ -181,7 +184,8 @@ class Loop:
                 f"--precision fp32{self._kept()}"
             )
         self._check_weights()
-        self._watch_for_collapse(means["entropy"], count)
+        if "entropy" in means:
+            self._watch_for_collapse(means["entropy"], count)
         seconds = self.clock.seconds
         images = count * self._images_per_step()
         row = {
@@ -231,7 +235,10 @@ class Loop:
     def _images_per_step(self) -> int:
         config = self.config
         count = config.student_batch_size or config.batch_size
-        return config.batch_size + config.student_updates * count
+        return self._generated_per_step() + config.student_updates * count
+
+    def _generated_per_step(self) -> int:
+        return self.config.batch_size if self.config.generator != "none" else 0
 
     def _save(self) -> None:
         self.watchdog.beat(f"saving after step {self.step.steps}")
@@ -255,6 +262,7 @@ class Loop:
             agreement = step.agreement(images, logits)
             estimate = step.estimate()
             counts = logits.argmax(1).bincount(minlength=step.num_classes).tolist()
+            found = self._evaluate_found()
         row = {
             "step": step.steps,
             "train_seconds": round(self.clock.seconds, 3),
@@ -262,11 +270,23 @@ class Loop:
             "agreement_newest": agreement,
             **({} if estimate is None else estimate.as_row()),
             "class_counts": counts,
+            **found,
         }
         self._write_row(row)
         if estimate is not None:
             self.schedule.note(estimate.held_out, self._share())
         return student
+
+    def _evaluate_found(self) -> dict[str, Any]:
+        """Saves a grid of the images that were given. Returns how many of each class are drawn
+        from."""
+        found = self.step.found
+        if found is None:
+            return {}
+        images, logits = found.bank.newest(SHOWN)
+        path = self.folder.images_grid
+        self.folder.later(lambda: save_samples(path, images, logits), self.step.device)
+        return {"images_class_counts": found.bank.counts.tolist()}
 
     def _finish(self, interrupted: bool) -> dict[str, Any]:
         step, config, folder = self.step, self.config, self.folder
@@ -289,7 +309,7 @@ class Loop:
             if self.held_out is not None:
                 network = as_classifier(self.teacher.to(step.device), step.teacher.reading)
                 teacher, count = accuracy_on(network, self.held_out)
-        generator_images = step.steps * config.batch_size
+        generator_images = step.steps * self._generated_per_step()
         images = step.steps * self._images_per_step()
         summary = {
             "preset": config.preset,
@@ -318,7 +338,8 @@ class Loop:
             "convention": convention_of(self.teacher, step.teacher.reading, config.shape).as_json(),
             "teacher_parameters": parameters_of(self.teacher),
             "student_parameters": parameters_of(step.student),
-            "bank_bytes": step.bank.bytes if step.bank is not None else 0,
+            "bank_bytes": sum(bank.bytes for bank, *_ in step.sources),
+            **(step.found.summary() if step.found is not None else {}),
             **peak_memory(step.device),
             "teacher_sha256": self.teacher_hash,
             "interrupted": interrupted,

@@ -17,6 +17,7 @@ from ..models import Generator
 from ..models.pixels import Affine, GeneratorOf
 from ..models.twin import answers_alike
 from ..models.winograd import accelerated, becomes_faster
+from ..unlabelled import Given
 from .checks import check_answers, check_generator, check_student, run_lazy_layers
 from .distributed import World
 from .evaluation import buffers_kept, evaluation_mode
@@ -37,6 +38,7 @@ def prepare(
     precision: str,
     generator: nn.Module | None = None,
     world: World | None = None,
+    given: Given | None = None,
 ) -> Step:
     """Checks that networks and generator fit together, and makes a Step of them on `device`.
 
@@ -48,6 +50,7 @@ def prepare(
         device, precision: see `pick_device` and `pick_precision`.
         generator: by default the published one.
         world: the processes of this job.
+        given: images that are not the data, for the student.
 
     Raises:
         UserError: a network does not take such images, or they differ in the number of classes.
@@ -55,7 +58,9 @@ def prepare(
     torch.manual_seed(config.seed)
     channels, height, width = shape = config.shape
     made = (1 if config.grey else channels, height, width)
-    if generator is None:
+    if config.generator == "none":
+        generator = NoGenerator()
+    elif generator is None:
         generator = Generator(config.latent_dim, (height, width), made[0], config.generator_width)
     frozen = freeze(teacher, config, random_images(config, 16))
     for module in (generator, student, frozen):
@@ -74,20 +79,23 @@ def prepare(
     precision = precision_of(student, config.precision, precision)
     images = many[:2]
     check_student(student, images, num_classes)
-    check_generator(generator, noise, made)
-    if config.generator_restart_every and not hasattr(generator, "reset"):
+    generating = config.generator != "none"
+    if generating:
+        check_generator(generator, noise, made)
+    if generating and config.generator_restart_every and not hasattr(generator, "reset"):
         raise UserError(
             "--generator-restart-every needs a generator with a method reset() that draws its "
             "parameters anew; give it one, or set it to 0"
         )
-    use_channels_last(generator, noise, "generator", trained=True)
+    if generating:
+        use_channels_last(generator, noise, "generator", trained=True)
     use_channels_last(student, images, "student", trained=True)
     use_channels_last(frozen.network, images, "teacher")
-    if config.from_generated is not None:
+    if generating and config.from_generated is not None:
         generator = GeneratorOf(generator, *config.from_generated).to(device)
     if precision in AUTOCAST:
         for role, network, inputs in (
-            ("generator", generator, noise),
+            *([("generator", generator, noise)] if generating else []),
             ("student", student, images),
         ):
             precision = _narrow(precision, device, network, inputs, role)
@@ -102,7 +110,15 @@ def prepare(
     if config.compile:
         for module in (generator, student, frozen):
             module.compile()
-    return Step(config, generator, frozen, student, num_classes, device, precision, world)
+    return Step(config, generator, frozen, student, num_classes, device, precision, world, given)
+
+
+class NoGenerator(nn.Module):
+    """Stands in a Step where a generator would. It is never run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(1))
 
 
 def random_images(config: Config, count: int, grain: int = 1) -> Tensor:
@@ -192,7 +208,8 @@ def freeze(teacher: nn.Module, config: Config, images: Tensor) -> FrozenTeacher:
     reading = reading_of(teacher, images, config.teacher_output)
     if config.teacher_output == "auto":
         demand_exclusive_classes(reading)
-    watch = config.bn_statistics != 0 or config.bn_relative != 0
+    generating = config.generator != "none"
+    watch = generating and (config.bn_statistics != 0 or config.bn_relative != 0)
     frozen = FrozenTeacher(teacher, config.feature_layer, watch=watch, reading=reading)
     ordinary = reading.plain and reading.kind == "logits" and not reading.doubts
     log.log(logging.INFO if ordinary else logging.WARNING, reading.describe(frozen.read_as))

@@ -7,14 +7,14 @@
     S:  L_KD(S(x'), t') on images x' with teacher logits t', K times
 
 Recipes differ in x': the images of this step's generator update (`published`), freshly generated
-images (`paper`), or images drawn from the replay bank (`fast`). All else is numbers.
+images (`paper`), or images drawn from the replay bank (`fast`). All else is numbers. A share of
+x' may be real images that are not the data; without a generator, all of it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,12 +31,14 @@ from ..losses import (
     distill_loss,
     generator_loss,
 )
+from ..unlabelled import Given
 from .bank import ReplayBank
 from .distributed import World
 from .ema import Average
 from .estimate import Estimate, estimate
-from .evaluation import accuracy, evaluation_mode, training_mode
-from .live import Live, restore, state_of
+from .evaluation import accuracy, answers_to_images, training_mode
+from .images import Found, draw_from, sources_of
+from .live import Live, clear_state, make_state, restore, state_of
 from .teacher import FrozenTeacher
 
 HELD_OUT = 2048  # images at most, on which the agreement is measured
@@ -46,6 +48,7 @@ _FUSED = GeneratorLoss._fields[1:]
 STATISTICS = (
     "generator_loss", *_FUSED, *PLAIN_GENERATOR_LOSSES, "distill_loss", "agreement_training",
 )  # fmt: skip
+_OF_STUDENT = 2
 
 
 # And of runs that were begun before checkpoints told them.
@@ -71,6 +74,7 @@ class Step:
         device: the device of all tensors.
         precision: "fp32" (no autocast; also right for fp64 networks), "bf16" or "fp16".
         world: the processes that share each batch; all hold the same networks and the same bank.
+        given: images that are not the data, for the student.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Step:
         device: torch.device,
         precision: str = "fp32",
         world: World | None = None,
+        given: Given | None = None,
     ) -> None:
         self.config, self.device, self.precision = config, device, precision
         self.num_classes = num_classes
@@ -99,7 +104,7 @@ class Step:
         self._generator = world.average_gradients(self.generator)
         self._student = world.average_gradients(self.student)
         self.bank: ReplayBank | None = None
-        if config.student_source == "bank":
+        if config.student_source == "bank" and config.generator != "none":
             self.bank = ReplayBank(
                 config.bank_images, config.shape, num_classes, config.bank_dtype, device,
                 config.bank_held_out,
@@ -135,17 +140,19 @@ class Step:
                 fused=True,
             )
         for optimizer in (self.generator_optimizer, self.student_optimizer):
-            _make_state(optimizer)
+            make_state(optimizer)
         # bf16 has fp32's range; only fp16 gradients need scaling.
         self.scalers = [
             torch.amp.GradScaler(device.type, enabled=precision == "fp16") for _ in range(2)
         ]
         self.random = torch.Generator(device).manual_seed(config.seed)
         self.dtype = next(generator.parameters()).dtype
-        self.statistics = torch.zeros(len(STATISTICS), device=device)
+        # The names of the values in `statistics`: without a generator, those of the student.
+        self.names = STATISTICS if config.generator != "none" else STATISTICS[-_OF_STUDENT:]
+        self.statistics = torch.zeros(len(self.names), device=device)
         # In fp16, how many steps each value is missing from, because it overflowed. The scalers do
         # not take these steps either.
-        self.overflows = torch.zeros(len(STATISTICS), device=device)
+        self.overflows = torch.zeros(len(self.names), device=device)
         # Everything that `body` changes, except the bank's entries. What is missing here is not
         # saved, not resumed and not restored after a warm-up; test_live.py checks the list.
         self.live: dict[str, Live] = {
@@ -168,15 +175,26 @@ class Step:
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             self.live["cuda_random"] = torch.cuda.default_generators[index]
-        # The last generated batch and the teacher's logits for it.
+        # The last generated batch and the teacher's logits for it. Without a generator, the images
+        # that were found last.
         self.newest = (torch.empty(0), torch.empty(0))
+        self.found: Found | None = None
+        if given is not None:
+            self.found = Found(config, given, num_classes, self.random, world, self._answered)
+            if self.found.cutter is not None:
+                self.live["found_added"] = self.found.bank.count
+            else:
+                self.newest = self.found.bank.newest(config.batch_size)
+        # The banks that a student's batch is drawn from: how many images from each, and which of
+        # those are this process's.
+        self.sources = sources_of(self.found, self.bank, self._count, self._student_rows)
         self.steps = 0
         # The function that runs a step: `body`, or the replay of its CUDA graph.
         self.run: Callable[[], None] = self.body
 
     def __call__(self) -> None:
         every = self.config.generator_restart_every
-        if every and self.steps and self.steps % every == 0:
+        if every and self.config.generator != "none" and self.steps and self.steps % every == 0:
             self._restart_generator()
         if self.average is not None:
             self.average.ramp(self.steps * self.config.student_updates)
@@ -188,29 +206,54 @@ class Step:
     def body(self) -> None:
         """The step itself: work for the device only, and the same operations every time."""
         config = self.config
-        images, logits, parts = self._update_generator()
-        self.newest = (images, logits)
+        parts: list[Tensor] = []
+        if self.found is not None and self.found.cutter is not None:
+            self.newest = self.found.renew()
+        if config.generator != "none":
+            images, logits, parts = self._update_generator()
+            self.newest = (images, logits)
         if self.bank is not None:
             self.bank.add(*self._finite(self.world.gather(images), self.world.gather(logits)))
         learned = torch.zeros(2, device=self.device)
         for _ in range(config.student_updates):
-            if self.bank is not None:
-                images, logits = self.bank.draw(
-                    self._count, self.random, self._student_rows, config.bank_crop,
-                    config.bank_flip,
-                )  # fmt: skip
-            elif config.student_source == "fresh":
-                with torch.no_grad(), self._autocast():
-                    images = self.generator(self.noise(self._count)[self._student_rows])
-                    logits, _ = self.teacher(images)
-            loss, agreement = self._update_student(images, logits)
+            loss, agreement = self._update_student(*self._draw())
             learned += torch.stack([loss, agreement])
-        values = torch.cat([torch.stack(parts), learned / config.student_updates])
+        values = torch.cat([*(part.view(1) for part in parts), learned / config.student_updates])
         if self.precision == "fp16":
             finite = values.isfinite()
             self.overflows += ~finite
             values = torch.where(finite, values, 0.0)
         self.statistics += values
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """Images [n, C, H, W] for a student update, and the teacher's logits for them: this
+        process's rows."""
+        config = self.config
+        if self.sources:
+            return draw_from(self.sources, self.random, config.bank_crop, config.bank_flip)
+        if config.student_source == "fresh":
+            with torch.no_grad(), self._autocast():
+                images = self.generator(self.noise(self._count)[self._student_rows])
+                return images, self.teacher(images)[0]
+        return self.newest
+
+    @torch.no_grad()
+    def _answered(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [N, C, H, W] in the dtype of training, and the teacher's logits for them."""
+        images = images.to(self.dtype, memory_format=torch.channels_last)
+        with self._autocast():
+            return self._finite(images, self.teacher.network(images))
+
+    @property
+    def banks(self) -> dict[str, tuple[ReplayBank, int]]:
+        """The banks that a step changes, by the names of their folders, and how many images a step
+        adds to each."""
+        banks: dict[str, tuple[ReplayBank, int]] = {}
+        if self.bank is not None:
+            banks["bank"] = (self.bank, self.config.batch_size)
+        if self.found is not None and self.found.cutter is not None:
+            banks["images"] = (self.found.bank, self.found.kept)
+        return banks
 
     def take_means(self, count: int) -> Tensor:
         """The means of the values in `STATISTICS` over the last `count` steps, which are forgotten.
@@ -251,18 +294,23 @@ class Step:
         return accuracy(self.averaged_student, images.to(self.dtype), logits.argmax(1))
 
     def estimate(self) -> Estimate | None:
-        """How well the student does, judged by images of the bank that it never learns from; None
-        if there are none. Waits for the device."""
-        if self.bank is None:
+        """How well the student does, judged by images of the bank that it never learns from, which
+        are generated ones unless there is no generator; None if there are none. Waits for the
+        device."""
+        if not self.sources:
             return None
-        images, logits = self.bank.held_out(HELD_OUT)
+        images, logits = self.sources[-1][0].held_out(HELD_OUT)
         teacher = self.teacher.network
         return estimate(self.averaged_student, teacher, images.to(self.dtype), logits)
 
     @torch.no_grad()
     def fresh(self) -> tuple[Tensor, Tensor]:
-        """A freshly generated batch and the teacher's logits for it. It draws noise, so call it
-        only after the last checkpoint of a run, and in all processes."""
+        """A freshly generated batch, or without a generator freshly cut images, and the teacher's
+        logits for it. It draws noise, so call it only after the last checkpoint of a run, and in
+        all processes."""
+        if self.config.generator == "none":
+            assert self.found is not None
+            return self.found.fresh()
         with self._autocast():
             images = self.generator(self.noise(self.config.batch_size)[self._rows])
             logits = self.teacher(images)[0]
@@ -310,17 +358,7 @@ class Step:
         return self.teacher.batch_norm_loss(self.world, loss_of)
 
     def _student_for_images(self, images: Tensor) -> Tensor:
-        """The student's logits, with a gradient to the images but not to the student's weights."""
-        trained = [p for p in self.student.parameters() if p.requires_grad]
-        try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            with evaluation_mode(self.student):
-                logits: Tensor = self.student(images)
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-        return logits
+        return answers_to_images(self.student, images)
 
     def _update_student(self, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -352,7 +390,7 @@ class Step:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self._seed_at_this_step())
             self.generator.reset()  # type: ignore[operator]
-        _clear_state(self.generator_optimizer)
+        clear_state(self.generator_optimizer)
 
     def is_finite(self) -> bool:
         """Whether all weights are finite. Waits for the device."""
@@ -370,7 +408,7 @@ class Step:
         state = {name: state_of(live) for name, live in self.live.items()}
         return {
             **state,
-            "statistics_of": STATISTICS,
+            "statistics_of": self.names,
             "steps": self.steps,
             "bank_added": self.bank.added if self.bank else 0,
         }
@@ -383,7 +421,7 @@ class Step:
             if name in state:
                 # What is new since then was off in that run.
                 values = dict(zip(saved, torch.as_tensor(state[name]).tolist(), strict=True))
-                state = {**state, name: torch.tensor([values.get(one, 0.0) for one in STATISTICS])}
+                state = {**state, name: torch.tensor([values.get(one, 0.0) for one in self.names])}
         for name, live in self.live.items():
             if name == "random" and state[name].shape != self.random.get_state().shape:
                 # The run began on another kind of device, whose random numbers differ anyway.
@@ -395,25 +433,3 @@ class Step:
         """A seed that depends only on the run's seed and the step, so that a resumed run draws the
         same. With the large prime factor, runs with different seeds get different ones."""
         return self.config.seed * 1_000_003 + self.steps
-
-
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Lets the optimizer create its state now, so that later steps only write it in place."""
-    (group,) = optimizer.param_groups
-    for parameter in group["params"]:
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    rate = group["lr"].clone()
-    group["lr"].zero_()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a capturable optimizer outside a capture
-        optimizer.step()
-    group["lr"].copy_(rate)
-    optimizer.zero_grad(set_to_none=True)
-    _clear_state(optimizer)
-
-
-def _clear_state(optimizer: torch.optim.Optimizer) -> None:
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()

@@ -1,0 +1,357 @@
+"""Images that the user gave, on the device: where the student's real images come from.
+
+Photographs are cut at every step: many crops, of which the teacher's answers choose the few that go
+into a ring. Images of the teacher's size are put into a bank once, all of them. In both, the
+classes that are rare are drawn more often.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import Config
+from ..data import Normaliser
+from ..unlabelled import Given
+from .bank import ReplayBank
+from .distributed import World
+
+# Of the crops that the teacher sees, one in so many is kept.
+KEPT = 4
+# No image is drawn more often than so many times the average, however rare its class.
+MOST_OFTEN = 8
+# How crops differ: pixels of the photograph for one of the crop at least; the ratio of width to
+# height; the angles by which they are turned and sheared; factors of contrast and of each colour;
+# and the brightness that is added, of 255.
+FINEST, ASPECT, TURN, SHEAR = 0.5, 4 / 3, math.radians(30), math.tan(math.radians(20))
+CONTRAST, TINT, BRIGHTNESS = 1.5, 1.2, 40.0
+# The random numbers that one crop takes, and one more for each channel.
+_NUMBERS = 11
+# Images that the teacher answers at once when the bank is filled.
+_BATCH = 256
+
+
+class BalancedBank(ReplayBank):
+    """A replay bank that draws each image the more often, the fewer of its class there are.
+
+    A class is the one that the teacher's logits choose. All classes are drawn equally often, except
+    that no image is drawn more than `MOST_OFTEN` times as often as the average one. Call `weigh`
+    between `add` and `draw`.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        dtype: str = "bf16",
+        device: torch.device | str = "cpu",
+        held_out: int = 0,
+    ) -> None:
+        super().__init__(capacity, image_shape, num_classes, dtype, device, held_out)
+        # These follow from the logits.
+        self.labels = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        self._cumulative = torch.zeros(capacity, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, images: Tensor, logits: Tensor) -> None:
+        """Stores a batch: images [N, C, H, W], logits [N, num_classes]."""
+        where = (self.count + torch.arange(len(images), device=images.device)) % self.capacity
+        self.labels.index_copy_(0, where, logits.argmax(1))
+        super().add(images, logits)
+
+    def restore(self, start: int, entries: dict[str, Tensor]) -> None:
+        """Writes back the entries that `span` returned."""
+        super().restore(start, entries)
+        logits = entries["logits"].to(self.labels.device)
+        self.labels[self._slots(start, start + len(logits))] = logits.argmax(1)
+        self.weigh()
+
+    @torch.no_grad()
+    def weigh(self) -> None:
+        """Counts the images of each class, and sets how often each image is drawn."""
+        held = self.count.clamp(max=self.capacity)
+        places = torch.arange(self.capacity, device=held.device)
+        filled = places < held
+        self.counts.zero_().index_add_(0, self.labels, filled.to(torch.int64))
+        least = held.double() / (MOST_OFTEN * len(self.counts))
+        if self._held_out:
+            filled &= places % self._held_out != self._held_out - 1
+        weights = filled / torch.maximum(self.counts.double(), least)[self.labels]
+        torch.cumsum(weights, 0, out=self._cumulative)
+
+    def _chosen(self, random: Tensor) -> Tensor:
+        place = random.double() * (self._cumulative[-1] / torch.iinfo(torch.int64).max)
+        which = torch.searchsorted(self._cumulative, place, right=True)
+        # A number that is rounded up to the end would lie behind the last image.
+        return torch.minimum(which, self.count.clamp(max=self.capacity) - 1)
+
+
+class Cutter:
+    """Cuts images of the teacher's size out of photographs of any sizes, on the device.
+
+    A crop is turned, sheared, mirrored and recoloured, and always inside its photograph. Its size
+    is drawn from half of the teacher's image up to the whole photograph, each doubling being
+    equally likely. It is read from a copy of the photograph of about the scale of the crop, so that
+    nothing is lost between its pixels. Images that were given whole, if there are some, are half of
+    what is cut and stay as they are.
+
+    All pixels are in one buffer, uint8, so photographs of different sizes can be cut at once and
+    shapes are static. They take 4/3 of the memory of the photographs.
+    """
+
+    def __init__(
+        self, given: Given, image_shape: tuple[int, int, int], device: torch.device
+    ) -> None:
+        assert given.form is not None
+        self._size = image_shape[1:]
+        self._own = torch.tensor(self._size[::-1], device=device, dtype=torch.float32)
+        self._whole = len(given.whole)
+        items = [_pyramid(image, min(self._size)) for image in given.photographs]
+        items += [[image] for image in given.whole]
+        depth = max(map(len, items))
+        # Of every level of every image: where it begins in the buffer, its height and width. Those
+        # that are missing are the last one again.
+        table, place = [], 0
+        for levels in items:
+            rows = []
+            for level in levels:
+                rows.append((place, *level.shape[1:]))
+                place += level[0].numel()
+            table.append(rows + rows[-1:] * (depth - len(rows)))
+        self._levels = torch.tensor(table, device=device)
+        flat = [level.flatten(1).T for levels in items for level in levels]
+        self._pixels = torch.cat(flat).contiguous().to(device)
+        self._normaliser = Normaliser(given.form).to(device)
+
+    @torch.no_grad()
+    def cut(
+        self, count: int, generator: torch.Generator | None = None, rows: slice | None = None
+    ) -> Tensor:
+        """Crops [count, C, H, W] fp32 in the units of the teacher's images.
+
+        Args:
+            generator: source of randomness, on the photographs' device.
+            rows: return only these crops; other processes cut the others.
+        """
+        shape = (count, _NUMBERS + self._pixels.shape[1])
+        random = torch.rand(shape, device=self._pixels.device, generator=generator)
+        random = random[rows or slice(count)]
+        which = self._item(random[:, 0])
+        matrix, centre = self._frame(which, random)
+        crops = self._sampled(which, matrix, centre)
+        recoloured = _recoloured(crops, random[:, 8:])
+        if self._whole:
+            photograph = which < len(self._levels) - self._whole
+            recoloured = torch.where(photograph.view(-1, 1, 1, 1), recoloured, crops)
+        images: Tensor = self._normaliser(recoloured.permute(0, 3, 1, 2))
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def _item(self, random: Tensor) -> Tensor:
+        """Which image each number in [0, 1) chooses."""
+        photographs = len(self._levels) - self._whole
+        share = 0.5 if self._whole else 1.0
+        one = (random / share * photographs).long().clamp(max=photographs - 1)
+        if not self._whole:
+            return one
+        other = ((random - share) / (1 - share) * self._whole).long().clamp(max=self._whole - 1)
+        return torch.where(random < share, one, photographs + other)
+
+    def _frame(self, which: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each crop the matrix [n, 2, 2] that takes steps (x, y) in it to steps in its image,
+        and its centre [n, 2] in the image's pixels, so that all of it is inside."""
+        size = self._levels[which, 0, 1:].flip(1).to(random.dtype)  # width and height
+        coarsest = (size / self._own).amin(1)
+        centred = 2 * random[:, 1:5] - 1
+        scale = FINEST * (coarsest / FINEST) ** random[:, 1]
+        aspect = ASPECT ** (centred[:, 1] / 2)
+        angle, shear = TURN * centred[:, 2], SHEAR * centred[:, 3]
+        mirror = torch.where(random[:, 5] < 0.5, -1.0, 1.0)
+        if self._whole:
+            photograph = which < len(self._levels) - self._whole
+            scale, aspect, mirror = (
+                torch.where(photograph, x, 1.0) for x in (scale, aspect, mirror)
+            )
+            angle, shear = (torch.where(photograph, x, 0.0) for x in (angle, shear))
+        cos, sin = angle.cos(), angle.sin()
+        x = torch.stack([cos, sin], 1) * (scale * aspect * mirror).unsqueeze(1)
+        y = torch.stack([shear * cos - sin, shear * sin + cos], 1) * (scale / aspect).unsqueeze(1)
+        matrix = torch.stack([x, y], 2)
+        reach = (matrix.abs() * self._own).sum(2) / 2  # half of the crop's bounding box
+        fits = (size / (2 * reach)).amin(1).clamp(max=1.0)
+        matrix, reach = matrix * fits.view(-1, 1, 1), reach * fits.unsqueeze(1)
+        return matrix, reach + random[:, 6:8] * (size - 2 * reach)
+
+    def _sampled(self, which: Tensor, matrix: Tensor, centre: Tensor) -> Tensor:
+        """The crops [n, H, W, C] in grey levels of 0..255, interpolated between four pixels."""
+        height, width = self._size
+        scale = torch.linalg.vector_norm(matrix, dim=1).prod(1).sqrt()
+        level = scale.log2().round().clamp(0, self._levels.shape[1] - 1).long()
+        start, rows, columns = self._levels[which, level].unbind(1)
+        # Smaller copies of an image cover all of it, also if their sizes were rounded.
+        shrunk = torch.stack([columns, rows], 1) / self._levels[which, 0, 1:].flip(1)
+        x = torch.arange(width, device=which.device) - (width - 1) / 2
+        y = torch.arange(height, device=which.device) - (height - 1) / 2
+        x, y = (steps.flatten() for steps in torch.meshgrid(x, y, indexing="xy"))
+        place = centre.unsqueeze(2) + matrix[:, :, :1] * x + matrix[:, :, 1:] * y
+        place = place * shrunk.unsqueeze(2) - 0.5
+        last = torch.stack([columns, rows], 1).unsqueeze(2) - 1
+        place = torch.minimum(place.clamp(min=0), last)
+        low = place.floor()
+        (right, down), (x0, y0) = (place - low).unsqueeze(3).unbind(1), low.long().unbind(1)
+        (x1, y1) = torch.minimum(low.long() + 1, last).unbind(1)
+
+        def pixels(y: Tensor, x: Tensor) -> Tensor:
+            index = start.unsqueeze(1) + y * columns.unsqueeze(1) + x
+            found = self._pixels.index_select(0, index.flatten()).float()
+            return found.view(*index.shape, -1)
+
+        upper = torch.lerp(pixels(y0, x0), pixels(y0, x1), right)
+        lower = torch.lerp(pixels(y1, x0), pixels(y1, x1), right)
+        return torch.lerp(upper, lower, down).view(len(which), height, width, -1)
+
+
+def _pyramid(image: Tensor, side: int) -> list[Tensor]:
+    """An image [C, H, W] uint8, and copies of a half, a quarter, ... of its size, as long as crops
+    of `side` pixels can be taken from them."""
+    levels = [image]
+    while min(image.shape[1:]) >= 2 * side:
+        halved = F.avg_pool2d(image.float(), 2, ceil_mode=True, count_include_pad=False)
+        image = halved.round().to(torch.uint8)
+        levels.append(image)
+    return levels
+
+
+def _recoloured(crops: Tensor, random: Tensor) -> Tensor:
+    """Crops [n, H, W, C] of 0..255 with other contrast, brightness, saturation and tint."""
+    centred = 2 * random.view(len(crops), -1, 1, 1) - 1
+    contrast, brightness, saturation = centred[:, :3].unsqueeze(2).unbind(1)
+    tint = centred[:, 3:].view(len(crops), 1, 1, -1)
+    mean = crops.mean((1, 2, 3), keepdim=True)
+    crops = torch.lerp(mean, crops, CONTRAST**contrast) + BRIGHTNESS * brightness
+    if crops.shape[3] > 1:
+        crops = torch.lerp(crops.mean(3, keepdim=True), crops, 1 + saturation) * TINT**tint
+    return crops.clamp(0, 255)
+
+
+class Found:
+    """The user's images with the teacher's answers, as a bank to draw from.
+
+    Args:
+        config: sizes and shares.
+        given: the images.
+        num_classes: of the teacher.
+        random: the source of randomness, on the device where the images are kept.
+        world: the processes that share the candidates. All have the same bank.
+        answer: the teacher: images [n, C, H, W] -> images as they are kept, and logits.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        given: Given,
+        num_classes: int,
+        random: torch.Generator,
+        world: World,
+        answer: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        self._random, self._world, self._answer = random, world, answer
+        self.words, self.fingerprint = given.words, given.fingerprint()
+        self._candidates, device = config.images_candidates, random.device
+        self._rows = world.rows_of_batch("images-candidates", self._candidates)
+        self.kept = max(1, config.images_candidates // KEPT)
+        self.cutter = Cutter(given, config.shape, device) if given.photographs else None
+        self.share = config.images_share if config.generator != "none" else 1.0
+        capacity = len(given.whole)
+        if self.cutter is not None:
+            capacity = max(self.kept, round(self.share * config.bank_images))
+        self.bank = BalancedBank(
+            capacity, config.shape, num_classes, config.bank_dtype, device, config.bank_held_out
+        )
+        if self.cutter is None:
+            form = given.form
+            prepared = (lambda x: x) if form is None else Normaliser(form).to(device)
+            for part in given.whole.split(_BATCH):
+                self.bank.add(*answer(prepared(part.to(device))))
+            self.bank.weigh()
+
+    def renew(self) -> tuple[Tensor, Tensor]:
+        """Cuts candidates, and puts those of them into the bank that help. Returns these: images
+        [kept, C, H, W] and logits."""
+        images, logits = map(self._world.gather, self._cut(self._rows))
+        which = self.chosen(logits)
+        images, logits = images.index_select(0, which), logits.index_select(0, which)
+        self.bank.add(images, logits)
+        self.bank.weigh()
+        return images, logits
+
+    def fresh(self) -> tuple[Tensor, Tensor]:
+        """Candidates, chosen by nobody, and the teacher's logits for them; of images that are not
+        cut, as many as the bank draws."""
+        if self.cutter is None:
+            return self.bank.draw(self._candidates, self._random)
+        return self._cut()
+
+    def _cut(self, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        assert self.cutter is not None
+        return self._answer(self.cutter.cut(self._candidates, self._random, rows))
+
+    def chosen(self, logits: Tensor) -> Tensor:
+        """Which of the candidates go into the bank, given the teacher's logits for all of them.
+
+        An image counts as much as the teacher's confidence in it, divided by the number of its
+        class that come before it: those in the bank, and those of the candidates of which the
+        teacher is surer. So each place goes to the class that is furthest behind, unless the
+        teacher is not sure at all.
+        """
+        confidence, labels = logits.float().softmax(1).max(1)
+        surer = confidence.unsqueeze(0) > confidence.unsqueeze(1)
+        equal = confidence.unsqueeze(0) == confidence.unsqueeze(1)
+        surer |= equal.tril(-1)  # the first of those that are equal
+        before = (surer & (labels.unsqueeze(0) == labels.unsqueeze(1))).sum(1)
+        score = confidence / (1 + self.bank.counts[labels] + before)
+        return score.topk(self.kept).indices
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says of them. Waits for the device."""
+        return {
+            "images": self.words,
+            "images_share": self.share,
+            "images_class_counts": self.bank.counts.tolist(),
+        }
+
+
+def sources_of(
+    found: Found | None, generated: ReplayBank | None, count: int, rows: slice
+) -> list[tuple[ReplayBank, int, slice]]:
+    """What a batch of `count` images is drawn from: the banks, how many images from each, and which
+    of those are among the batch's `rows`. The images that were found come first."""
+    parts: list[tuple[ReplayBank, int]] = []
+    if found is not None:
+        most = count if generated is None else count - 1
+        parts.append((found.bank, min(max(1, round(found.share * count)), most)))
+    if generated is not None:
+        parts.append((generated, count - sum(taken for _, taken in parts)))
+    sources, start = [], 0
+    for bank, taken in parts:
+        first, last = (min(max(row - start, 0), taken) for row in (rows.start, rows.stop))
+        sources.append((bank, taken, slice(first, last)))
+        start += taken
+    return sources
+
+
+def draw_from(
+    sources: list[tuple[ReplayBank, int, slice]], random: torch.Generator, crop: int, flip: bool
+) -> tuple[Tensor, Tensor]:
+    """A batch from several banks, see `sources_of` and `ReplayBank.draw`: images and logits."""
+    drawn = [bank.draw(count, random, rows, crop, flip) for bank, count, rows in sources]
+    if len(drawn) == 1:
+        return drawn[0]
+    images, logits = zip(*drawn, strict=True)
+    return torch.cat(images), torch.cat(logits)

@@ -1,0 +1,211 @@
+"""Reads images that a user gives beside the teacher, and that are not its data: no labels needed.
+
+Photographs are much larger than what the teacher takes, and will be cut. All other images are
+brought to the teacher's size here, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .data import Format, ImageSize, check_channels, covering, images_of_npz, resized, sides
+from .errors import UserError, first_line
+
+log = logging.getLogger(__name__)
+
+# The names of files that count as images in a folder.
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# An image is cut if both of its sides are at least so many times those that the teacher takes.
+LARGE = 2
+# Photographs are made smaller if they have more pixels than this on a side, or all of a path
+# together.
+LONGEST_SIDE, PIXELS = 4096, 2**28
+
+
+@dataclass(frozen=True)
+class Given:
+    """Images that are not the data, on the CPU.
+
+    Attributes:
+        photographs: each [C, H, W] uint8 of its own size, to be cut.
+        whole: [N, C, H, W], of the teacher's size; uint8, or floats that are already as the
+            networks take them.
+        form: how uint8 images are brought to what the networks take; None if there are none.
+    """
+
+    photographs: list[Tensor]
+    whole: Tensor
+    form: Format | None
+
+    @property
+    def words(self) -> str:
+        """How many there are of which kind."""
+        kinds = {"photograph": len(self.photographs), "image": len(self.whole)}
+        return " and ".join(f"{n:,} {kind}{'s' * (n > 1)}" for kind, n in kinds.items() if n)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all pixels, in their order. A resumed run must have the same images."""
+        digest = hashlib.sha256()
+        for images in (*self.photographs, self.whole):
+            digest.update(repr((images.shape, images.dtype)).encode())
+            digest.update(images.contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def given_tensor(images: Tensor, shape: tuple[int, int, int]) -> Given:
+    """Images [N, C, H, W] in the units of the teacher's images.
+
+    Raises:
+        UserError: they are of another shape, no floats, or not finite.
+    """
+    wanted = f"images must be a tensor of floats [N, {', '.join(map(str, shape))}]"
+    if not images.is_floating_point() or tuple(images.shape[1:]) != shape or not len(images):
+        raise UserError(
+            f"{wanted} in the teacher's units, got {images.dtype} {list(images.shape)}; files of "
+            "images are given by their paths"
+        )
+    if not images.isfinite().all():
+        raise UserError(f"{wanted} without NaN and infinity")
+    return Given([], images.detach().cpu(), None)
+
+
+def read_images(paths: Sequence[Path], form: Format) -> Given:
+    """Reads images for a network that takes images of `form`.
+
+    Files that are no images or damaged are left out, and counted in a warning.
+
+    Args:
+        paths: each is an image, an .npz file with `images`, or a folder, in which images are looked
+            for at any depth.
+
+    Raises:
+        UserError: a path does not exist or holds no image that can be read, an .npz file has
+            another number of channels, or the network takes neither 1 nor 3 from files.
+    """
+    photographs: list[Tensor] = []
+    whole: list[Tensor] = []
+    for path in paths:
+        images = _npz(path, form) if path.suffix == ".npz" else _files(path, form)
+        for image in images:
+            if _is_large(image.shape[1:], form.image_size):
+                photographs.append(image)
+            else:
+                whole.append(_fitted(image, form.image_size))
+    shape = (0, form.stored_channels, *sides(form.image_size))
+    return Given(
+        photographs, torch.stack(whole) if whole else torch.empty(shape, dtype=torch.uint8), form
+    )
+
+
+def _npz(path: Path, form: Format) -> list[Tensor]:
+    images = images_of_npz(path)
+    try:
+        check_channels(images, form.stored_channels)
+    except UserError as error:
+        raise UserError(f"--images {path}: {error}") from error
+    return list(images)
+
+
+def _files(path: Path, form: Format) -> list[Tensor]:
+    """The images [C, H, W] uint8 of a file, or of all files in a folder by the order of their
+    paths."""
+    from PIL import Image, ImageOps
+    from torchvision.transforms.functional import pil_to_tensor
+
+    mode = {1: "L", 3: "RGB"}.get(form.stored_channels)
+    if mode is None:
+        raise UserError(
+            f"--images {path}: files of images are read with 1 or 3 channels, the network takes "
+            f"{form.stored_channels}; give them as an .npz file"
+        )
+    if not path.exists():
+        raise UserError(f"--images {path} does not exist")
+    files = [path]
+    if path.is_dir():
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+        )
+    if not files:
+        raise UserError(
+            f"--images {path} holds no images: no file in it ends in {', '.join(SUFFIXES)}"
+        )
+
+    # A file that is no image, damaged, or larger than PIL reads.
+    unreadable = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+    def side_of(file: Path) -> tuple[int, float]:
+        """The longer side of a photograph, and its pixels with that as far as allowed."""
+        with contextlib.suppress(*unreadable), Image.open(file) as opened:
+            if _is_large(opened.size[::-1], form.image_size):
+                side = max(opened.size)
+                return side, opened.width * opened.height * min(1, LONGEST_SIDE / side) ** 2
+        return 0, 0.0
+
+    def decode(file: Path) -> Tensor | str:
+        try:
+            with Image.open(file) as opened:
+                side = max(opened.size)
+                large = _is_large(opened.size[::-1], form.image_size)
+                most = math.ceil(min(side, LONGEST_SIDE) * factor) if large else side
+                # JPEG can be decoded at a half or a quarter of its size.
+                opened.draft(mode, (most, most))
+                image = ImageOps.exif_transpose(opened).convert(mode)
+        except unreadable as error:
+            return f"{file}: {first_line(error)}"
+        if max(image.size) > most:
+            image.thumbnail((most, most), Image.Resampling.BOX)
+        tensor: Tensor = pil_to_tensor(image)
+        # At once, so that a folder of many takes no more than their final sizes.
+        if _is_large(tensor.shape[1:], form.image_size):
+            return tensor
+        return _fitted(tensor, form.image_size)
+
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        # Of photographs as large as ours may be.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        found = list(pool.map(side_of, files))
+        factor = min(1.0, (PIXELS / max(1.0, sum(pixels for _, pixels in found))) ** 0.5)
+        decoded = list(pool.map(decode, files))
+    images = [image for image in decoded if isinstance(image, Tensor)]
+    broken = [image for image in decoded if isinstance(image, str)]
+    if not images:
+        raise UserError(f"--images {path}: no image can be read ({broken[0]})")
+    if broken:
+        log.warning(
+            "--images %s: %s of %s files cannot be read and are left out, such as %s",
+            path, f"{len(broken):,}", f"{len(files):,}", broken[0],
+        )  # fmt: skip
+    smaller = sum(side > LONGEST_SIDE or side * factor < side for side, _ in found)
+    if smaller:
+        log.warning(
+            "--images %s: %s are made smaller, to at most %s pixels on a side, to take less memory",
+            path, f"{smaller:,} photograph(s)",
+            f"{math.ceil(LONGEST_SIDE * factor):,}",
+        )  # fmt: skip
+    return images
+
+
+def _is_large(size: Sequence[int], wanted: ImageSize) -> bool:
+    return all(side >= LARGE * least for side, least in zip(size, sides(wanted), strict=True))
+
+
+def _fitted(image: Tensor, size: ImageSize) -> Tensor:
+    """An image [C, H, W] uint8, resized until it just covers the size, and cut to its middle."""
+    height, width = sides(size)
+    rows, columns = covering(image.shape[1], image.shape[2], height, width)
+    image = resized(image.unsqueeze(0), (rows, columns))[0]
+    top, left = (rows - height) // 2, (columns - width) // 2
+    return image[:, top : top + height, left : left + width].contiguous()

@@ -1,0 +1,556 @@
+"""Real images that are not the data: how they are read, cut, chosen, balanced and drawn."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dafl_fast import data, distill
+from dafl_fast import train as command
+from dafl_fast.data import FORMATS, Format, normalise
+from dafl_fast.distill import train
+from dafl_fast.engine import graph
+from dafl_fast.engine.distributed import World
+from dafl_fast.engine.images import BalancedBank, Cutter, Found, sources_of
+from dafl_fast.engine.prepare import prepare
+from dafl_fast.engine.step import STATISTICS, Step
+from dafl_fast.errors import UserError
+from dafl_fast.models import LeNet5, LeNet5Half
+from dafl_fast.recipes import make_config
+from dafl_fast.records import Run
+from dafl_fast.unlabelled import Given, given_tensor, read_images
+
+from .conftest import NO_GPU
+from .test_graph import assert_same, everything
+from .test_live import forgotten
+from .test_train import TINY, assert_same_student, run, student_of, tiny
+
+CPU = torch.device("cpu")
+GREY, COLOUR = FORMATS["mnist"], FORMATS["cifar10"]
+PIXELS = Format(8, 1, (0.0,), (1 / 255,))  # grey levels as they are
+SMALL = dict(image_shape=(1, 8, 8), batch_size=8, bank_images=64, images_candidates=16)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    """A picture of 96 x 128 with something of everything: noise on a slope."""
+    slope = np.linspace(0, 200, 128, dtype=np.float32)[None, :, None] + noise(96, 128, 3) / 5
+    path = tmp_path / "photograph.png"
+    Image.fromarray(slope.clip(0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+def given(*photographs, whole=(), form=PIXELS) -> Given:
+    side = form.image_size
+    images = torch.as_tensor(np.asarray(whole, dtype=np.uint8)).view(-1, 1, side, side)
+    return Given([torch.as_tensor(p).unsqueeze(0) for p in photographs], images, form)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_holds_images_of_both_kinds_at_any_depth(tmp_path, caplog):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    Image.fromarray(noise(80, 64, 3)).save(tmp_path / "large.png")
+    Image.fromarray(noise(63, 200, 3)).save(tmp_path / "a" / "long.jpg")
+    Image.fromarray(noise(16, 8)).save(tmp_path / "a" / "b" / "tall.PNG")
+    (tmp_path / "a" / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "notes.txt").write_text("not looked at")
+    (tmp_path / ".hidden.png").write_text("not looked at")
+    found = read_images([tmp_path], COLOUR)
+    assert [tuple(image.shape) for image in found.photographs] == [(3, 80, 64)]
+    assert found.whole.shape == (2, 3, 32, 32) and found.whole.dtype == torch.uint8
+    assert found.words == "1 photograph and 2 images"
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "1 of 4 files cannot be read and are left out, such as" in message
+    assert "broken.jpg" in message
+    # The tall one is brought to 32 columns, so 64 rows, of which the middle ones stay.
+    tall = torch.from_numpy(noise(16, 8))[None, None]
+    middle = data.resized(tall, (64, 32))[0, :, 16:48]
+    assert torch.equal(found.whole[0], middle.expand(3, -1, -1))
+    grey = read_images([tmp_path / "large.png"], GREY)
+    assert grey.photographs[0].shape == (1, 80, 64)
+    assert found.fingerprint() == read_images([tmp_path], COLOUR).fingerprint()
+    assert found.fingerprint() != read_images([tmp_path / "large.png"], COLOUR).fingerprint()
+
+
+def test_npz_files_need_no_labels(tmp_path):
+    path = tmp_path / "images.npz"
+    np.savez(path, images=noise(5, 8, 8))
+    found = read_images([path, path], GREY)
+    assert found.photographs == [] and found.whole.shape == (10, 1, 32, 32)
+    expected = data.resized(torch.from_numpy(noise(5, 8, 8)).unsqueeze(1), 32)
+    assert torch.equal(found.whole[5:], expected)
+    np.savez(path, images=noise(2, 64, 70), labels=np.zeros(2, int))
+    assert read_images([path], GREY).words == "2 photographs"
+
+
+def test_huge_photographs_are_made_smaller(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("dafl_fast.unlabelled.LONGEST_SIDE", 100)
+    Image.fromarray(noise(75, 150, 3)).save(tmp_path / "a.png")
+    Image.fromarray(noise(80, 64, 3)).save(tmp_path / "b.png")
+    shapes = lambda: [tuple(x.shape[1:]) for x in read_images([tmp_path], PIXELS).photographs]  # noqa: E731
+    assert shapes() == [(50, 100), (80, 64)]
+    assert "1 photograph(s) are made smaller, to at most 100 pixels on a side" in caplog.text
+    monkeypatch.setattr("dafl_fast.unlabelled.PIXELS", (50 * 100 + 80 * 64) // 4)
+    assert shapes() == [(25, 50), (40, 32)]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda path: None, r"--images .*thing does not exist"),
+        (lambda path: path.mkdir(), r"holds no images: no file in it ends in \.bmp, \.gif"),
+        (lambda path: path.write_text("?"), r"no image can be read \(.*cannot identify"),
+    ],
+)
+def test_paths_without_images(tmp_path, make, sentence):
+    make(tmp_path / "thing")
+    with pytest.raises(UserError, match=sentence):
+        read_images([tmp_path / "thing"], COLOUR)
+
+
+def test_images_of_other_channels(tmp_path, photograph):
+    np.savez(tmp_path / "x.npz", images=noise(5, 8, 8))
+    with pytest.raises(UserError, match=r"--images .*x\.npz: the images have 1 channel\(s\), .* 3"):
+        read_images([tmp_path / "x.npz"], COLOUR)
+    with pytest.raises(UserError, match="1 or 3 channels, the network takes 5; .* as an .npz file"):
+        read_images([photograph], Format(8, 5, (0.0,) * 5, (1.0,) * 5))
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        (torch.zeros(3, 1, 8, 9), r"floats \[N, 1, 8, 8\] in .* got torch.float32 \[3, 1, 8, 9\]"),
+        (torch.zeros(3, 1, 8, 8, dtype=torch.uint8), r"got torch.uint8 \[3, 1, 8, 8\]; files of"),
+        (torch.zeros(0, 1, 8, 8), r"got torch.float32 \[0, 1, 8, 8\]"),
+        (torch.full((1, 1, 8, 8), torch.nan), "without NaN and infinity"),
+    ],
+)
+def test_tensors_that_are_no_images(images, sentence):
+    with pytest.raises(UserError, match=sentence):
+        given_tensor(images, (1, 8, 8))
+
+
+# -- cutting ---------------------------------------------------------------------------------------
+
+
+def test_crops_are_reproducible_and_lie_inside():
+    """Photographs of 1s with an invisible outside: a value below shows a pixel from elsewhere."""
+    cutter = Cutter(given(noise(40, 50), noise(16, 99)), (1, 8, 8), CPU)
+    one, two = cutter.cut(64, seeded()), cutter.cut(64, seeded())
+    assert one.shape == (64, 1, 8, 8) and torch.equal(one, two)
+    assert one.is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(one, cutter.cut(64, seeded(1)))
+    parts = [cutter.cut(64, seeded(), rows) for rows in (slice(0, 32), slice(32, 64))]
+    assert torch.equal(torch.cat(parts), one)
+    random = torch.rand((4000, 12), generator=seeded())
+    which = cutter._item(random[:, 0])
+    assert which.bincount().tolist() == pytest.approx([2000, 2000], abs=150)
+    matrix, centre = cutter._frame(which, random)
+    corners = torch.tensor([[-4.0, -4], [-4, 4], [4, -4], [4, 4]])
+    places = centre.unsqueeze(1) + corners @ matrix.mT
+    size = cutter._levels[which, 0, 1:].flip(1).unsqueeze(1)
+    assert (places > -1e-3).all() and (places < size + 1e-3).all()
+    scale = matrix.det().abs().sqrt()
+    assert scale.min() >= 0.49 and (scale[which == 0] > 4).any() and (scale < 1).any()
+    assert (matrix.det() < 0).float().mean().item() == pytest.approx(0.5, abs=0.05)  # mirrored
+
+
+def test_large_crops_see_all_pixels(monkeypatch):
+    """A checkerboard is grey from afar. Taking single pixels would show black and white."""
+    board = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
+    monkeypatch.setattr("dafl_fast.engine.images._recoloured", lambda crops, random: crops)
+    cutter = Cutter(given(board), (1, 8, 8), CPU)
+    random = torch.rand((256, 12), generator=seeded())
+    matrix, _ = cutter._frame(cutter._item(random[:, 0]), random)
+    crops = cutter.cut(256, seeded())
+    far = matrix.det().abs().sqrt() > 3
+    assert far.sum() > 50
+    assert ((crops[far] - 127.5).abs() < 2).all()
+    near = matrix.det().abs().sqrt() < 0.7
+    assert crops[near].std() > 40
+
+
+def test_whole_images_stay_as_they_are():
+    whole = noise(3, 8, 8)
+    cutter = Cutter(given(np.full((20, 20), 7, np.uint8), whole=whole), (1, 8, 8), CPU)
+    crops = cutter.cut(400, seeded())
+    same = [(crops == torch.from_numpy(image)).flatten(1).all(1).sum().item() for image in whole]
+    assert sum(same) == pytest.approx(200, abs=40) and min(same) > 40
+
+
+def test_crops_are_in_the_teachers_units():
+    flat = np.full((3, 64, 64), 100, np.uint8)
+    form = Format(8, 3, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    cutter = Cutter(Given([torch.from_numpy(flat)], torch.empty(0), form), (3, 8, 8), CPU)
+    low, high = (normalise(torch.full((1, 3, 8, 8), v, dtype=torch.uint8), form) for v in (0, 255))
+    crops = cutter.cut(500, seeded())
+    assert (crops >= low - 1e-4).all() and (crops <= high + 1e-4).all()
+    assert (crops.amax((2, 3)) - crops.amin((2, 3)) < 1e-3).all()  # of one colour, each another
+    assert crops.mean((0, 2, 3)).tolist() == pytest.approx(
+        normalise(torch.full((1, 3, 8, 8), 100, dtype=torch.uint8), form)[0, :, 0, 0].tolist(),
+        abs=0.5,
+    )
+    grey = Format(8, 3, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), grey=True)
+    cutter = Cutter(Given([torch.from_numpy(flat[:1])], torch.empty(0), grey), (3, 8, 8), CPU)
+    assert cutter.cut(5, seeded()).shape == (5, 3, 8, 8)
+
+
+# -- choosing and drawing --------------------------------------------------------------------------
+
+
+def skewed(images):
+    """A teacher of four classes: flat images are of the first, which most are."""
+    spread = images.float().flatten(1).std(1)
+    label = (spread.unsqueeze(1) > torch.tensor([0.1, 8, 25])).sum(1)
+    return images, nn.functional.one_hot(label, 4) * 4.0
+
+
+def found_of(config, images: Given, answer, world=None) -> Found:
+    return Found(config, images, 4, seeded(), world or World(), answer)
+
+
+def test_rare_classes_are_chosen_first():
+    config = make_config("mnist", num_classes=4, **{**SMALL, "images_candidates": 64})
+    found = found_of(config, given(noise(32, 32)), lambda images: (images, torch.zeros(64, 4)))
+    labels = torch.tensor([0] * 52 + [1] * 6 + [2] * 5 + [3])
+    logits = nn.functional.one_hot(labels, 4) * torch.linspace(9, 5, 64).unsqueeze(1)
+    chosen = found.chosen(logits)
+    assert len(chosen) == 16 and len(chosen.unique()) == 16
+    assert labels[chosen].bincount().tolist() == [5, 5, 5, 1]
+    assert {0, 1, 2, 3, 4} <= set(chosen.tolist())  # the surest of the first class
+    # What is in the bank counts.
+    found.bank.add(torch.zeros(32, 1, 8, 8), nn.functional.one_hot(torch.arange(32) % 2, 4))
+    found.bank.weigh()
+    assert labels[found.chosen(logits)].bincount(minlength=4).tolist() == [5, 5, 5, 1]
+    assert found.bank.counts.tolist() == [16, 16, 0, 0]
+    # A class of which the teacher is not sure does not displace those of which it is.
+    logits[labels == 2] *= 0.02
+    unsure = found_of(config, given(noise(32, 32)), lambda images: (images, torch.zeros(64, 4)))
+    assert labels[unsure.chosen(logits)].bincount(minlength=4).tolist()[2] < 4
+    assert unsure.chosen(torch.zeros(64, 4)).sort().values.tolist() == list(range(16))
+
+
+def test_the_bank_of_crops_is_balanced():
+    """Most crops are of the flat sky. Chosen, they are one class of four."""
+    sky = np.full((96, 96), 128, np.uint8)
+    sky[:24, :24] = noise(24, 24)
+    sizes = {**SMALL, "images_candidates": 64, "bank_images": 640}
+    found = found_of(make_config("mnist", num_classes=4, **sizes), given(sky), skewed)
+    seen = torch.zeros(4)
+    for _ in range(30):
+        images, logits = found.renew()
+        assert torch.equal(skewed(images)[1], logits)
+        seen += found.fresh()[1].argmax(1).bincount(minlength=4)
+    assert len(found.bank) == found.bank.capacity == 320
+    before, after = (counts / counts.sum() for counts in (seen, found.bank.counts))
+    assert before.max() > 0.6 and (before > 0).all()
+    assert after.max() < 0.45 and after.min() > 2 * before.min()
+
+
+def test_draws_are_balanced_up_to_a_limit():
+    bank = BalancedBank(1000, (1, 2, 2), 4, "fp32")
+    labels = torch.tensor([0] * 600 + [1] * 250 + [2] * 49 + [3])
+    images = torch.arange(900.0).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    bank.add(images, nn.functional.one_hot(labels, 4))
+    bank.weigh()
+    drawn = [bank.draw(4000, seeded(seed)) for seed in range(5)]
+    share = torch.cat([logits.argmax(1) for _, logits in drawn]).bincount() / 20000
+    # 900 images, four classes: 28.1 is an eighth of an even share.
+    weights = torch.tensor([1, 1, 1, 1 / 28.125])
+    torch.testing.assert_close(share, weights / weights.sum(), rtol=0.05, atol=0.004)
+    for images, logits in drawn:  # each with its own answer, and never an empty place
+        assert torch.equal(labels[images[:, 0, 0, 0].long()], logits.argmax(1))
+    rows = [bank.draw(10, seeded(), part) for part in (slice(0, 4), slice(4, 10))]
+    whole = bank.draw(10, seeded())
+    assert torch.equal(torch.cat([images for images, _ in rows]), whole[0])
+    assert bank.draw(10, seeded(), slice(3, 3))[0].shape == (0, 1, 2, 2)
+
+
+def test_the_share_of_rows():
+    config = make_config("mnist", num_classes=4, images_share=0.3, **SMALL)
+    found = found_of(config, given(noise(32, 32)), lambda images: (images, torch.zeros(16, 4)))
+    other = BalancedBank(8, (1, 8, 8), 4)
+    count = lambda sources: [(bank is found.bank, n, part) for bank, n, part in sources]  # noqa: E731
+    assert count(sources_of(found, other, 10, slice(0, 10))) == [
+        (True, 3, slice(0, 3)), (False, 7, slice(0, 7)),
+    ]  # fmt: skip
+    assert count(sources_of(found, other, 10, slice(0, 5))) == [
+        (True, 3, slice(0, 3)), (False, 7, slice(0, 2)),
+    ]  # fmt: skip
+    assert count(sources_of(found, other, 10, slice(5, 10))) == [
+        (True, 3, slice(3, 3)), (False, 7, slice(2, 7)),
+    ]  # fmt: skip
+    assert count(sources_of(None, other, 10, slice(0, 10))) == [(False, 10, slice(0, 10))]
+    assert sources_of(None, None, 10, slice(0, 10)) == []
+    found.share = 1.0
+    assert count(sources_of(found, None, 10, slice(0, 10))) == [(True, 10, slice(0, 10))]
+    found.share = 0.999
+    assert [n for _, n, _ in sources_of(found, other, 10, slice(0, 10))] == [9, 1]
+
+
+# -- the step --------------------------------------------------------------------------------------
+
+
+def step_with(images: Given, precision: str = "fp32", device=CPU, **overrides) -> Step:
+    settings = {
+        "batch_size": 8, "generator_width": 8, "student_updates": 2, "student_batch_size": 8,
+        "bank_images": 40, "images_candidates": 16, "eval": "none", **overrides,
+    }  # fmt: skip
+    config = make_config("mnist", "fast", **settings)
+    torch.manual_seed(1)
+    return prepare(config, LeNet5(), LeNet5Half(), device, precision, given=images)
+
+
+def photograph_and_digits() -> Given:
+    form = GREY
+    return given(noise(80, 100), whole=noise(3, 32, 32), form=form)
+
+
+def test_the_student_learns_from_both():
+    step = step_with(photograph_and_digits(), images_share=0.25, bank_dtype="fp32")
+    for _ in range(3):
+        step()
+    images, logits = step._draw()
+    assert images.shape == (8, 1, 32, 32) and logits.shape == (8, 10)
+    found, generated = (
+        bank.images[: len(bank)].flatten(1).tolist() for bank in (step.found.bank, step.bank)
+    )
+    rows = images.flatten(1).tolist()
+    assert [row in found for row in rows] == [True] * 2 + [False] * 6
+    assert all(row in generated for row in rows[2:])
+    assert len(step.found.bank) == 10 and step.found.bank.added == 12  # a quarter of 40 x 0.25
+    # The teacher's answers belong to the images.
+    bank = step.found.bank
+    torch.testing.assert_close(bank.logits, step.teacher.network(bank.images.contiguous()))
+
+
+def test_without_a_generator_only_the_student_learns():
+    step = step_with(photograph_and_digits(), generator="none", bn_statistics=1.0)
+    assert step.names == STATISTICS[-2:] == ("distill_loss", "agreement_training")
+    assert step.bank is None
+    before = copy.deepcopy(step.student.state_dict())
+    for _ in range(3):
+        step()
+    assert not torch.equal(before["fc2.weight"], step.student.state_dict()["fc2.weight"])
+    assert step.newest[0].shape == (4, 1, 32, 32)
+    assert step.found.bank.capacity == 40 and len(step.found.bank) == 12
+    assert step.take_means(3).isfinite().all()
+    assert 0 <= step.fresh_agreement(2) <= 1
+
+
+def test_images_of_the_teachers_size_are_answered_once():
+    images = torch.randn(30, 1, 32, 32)
+    step = step_with(given_tensor(images, (1, 32, 32)), bank_dtype="fp32", generator="none")
+    assert len(step.found.bank) == step.found.bank.capacity == 30 and step.banks == {}
+    torch.testing.assert_close(step.found.bank.images, images, rtol=0, atol=0)
+    torch.testing.assert_close(step.found.bank.logits, step.teacher.network(images))
+    step()
+    assert step.found.bank.added == 30
+
+
+@pytest.mark.parametrize("generator", ["auto", "none"])
+@pytest.mark.parametrize("dtype", ["uint8", "bf16"])
+def test_the_inventory_is_complete(generator, dtype):
+    step = step_with(photograph_and_digits(), generator=generator, bank_dtype=dtype)
+    assert forgotten(step) == set()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("generator", ["auto", "none"])
+def test_warming_up_for_a_graph_leaves_no_trace(generator, precision):
+    step = step_with(photograph_and_digits(), precision, generator=generator)
+    for bank, _ in step.banks.values():  # what was never written may hold NaN
+        zeros = {k: torch.zeros_like(v) for k, v in bank.span(0, bank.capacity).items()}
+        bank.restore(0, zeros)
+    for _ in range(2):
+        step()
+
+    def state():
+        banks = {name: bank.span(0, bank.capacity) for name, (bank, _) in step.banks.items()}
+        derived = [step.found.bank.labels, step.found.bank.counts, step.found.bank._cumulative]
+        return copy.deepcopy({**everything(step), "banks": banks, "derived": derived})
+
+    before = state()
+    with graph.unchanged(step, 3):
+        for _ in range(3):
+            step.body()
+        assert not torch.equal(state()["derived"][0], before["derived"][0])
+    assert_same(state(), before)
+
+
+def test_the_host_does_not_wait(monkeypatch):
+    """No step asks a tensor for its value, which a CUDA graph could not hold."""
+    step = step_with(photograph_and_digits(), generator="none")
+    step()
+
+    def refuse(*args):
+        raise AssertionError("the host waits for the device")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    step.found.renew()
+    step._draw()
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("generator", ["auto", "none"])
+def test_replays_of_a_graph_equal_steps(generator):
+    torch.backends.cudnn.deterministic = True
+    device = torch.device("cuda")
+    one, two = (
+        step_with(photograph_and_digits(), device=device, generator=generator, cuda_graph="on",
+                  generator_lr=1e-3)
+        for _ in range(2)
+    )  # fmt: skip
+    assert graph.compile_and_capture(two) is None
+    for _ in range(20):
+        one(), two()
+    assert torch.equal(one.found.bank.labels, two.found.bank.labels)
+    assert torch.equal(one.random.get_state(), two.random.get_state())
+    for mine, theirs in zip(one.student.parameters(), two.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path, photograph, monkeypatch, capsys):
+    np.savez(tmp_path / "digits.npz", images=noise(5, 8, 8))
+    out = tmp_path / "run"
+    code, printed, errors = run(
+        monkeypatch, capsys, "mnist", "--steps", "4", "--images", str(photograph), "--images",
+        str(tmp_path / "digits.npz"), "--images-share", "0.25", "--eval", "none", "--out-dir",
+        str(out), "--images-candidates", "16", *TINY,
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "with 1 photograph and 5 images" in errors
+    assert "on generated images" in printed
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["images"] == "1 photograph and 5 images" and summary["images_share"] == 0.25
+    assert sum(summary["images_class_counts"]) == 16
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["images_class_counts"] == summary["images_class_counts"]
+    assert (out / "samples" / "images.png").exists()
+    page = (out / "report.html").read_text()
+    assert "real images" in page and "1 photograph and 5 images" in page
+    assert "Class balance of the real images" in page
+    config = Run.read(out).config
+    assert config.images == (photograph, tmp_path / "digits.npz")
+
+
+def test_the_command_without_a_generator(tmp_path, photograph, monkeypatch, capsys):
+    out = tmp_path / "run"
+    code, printed, errors = run(
+        monkeypatch, capsys, "mnist", "--steps", "4", "--images", str(photograph), "--generator",
+        "none", "--eval", "mnist-5k", "--out-dir", str(out), *TINY,
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "on given images" in printed
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["generator_images"] == 0 and summary["student_images"] == 4 * 2 * 16
+    assert summary["images_share"] == 1.0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert "distill_loss" in rows[0] and not {"generator_loss", "entropy"} & rows[0].keys()
+    page = (out / "report.html").read_text()
+    assert "Generator loss" not in page and "of images given to it" in page
+
+
+@pytest.mark.parametrize("generator", ["auto", "none"])
+def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, photograph, generator):
+    settings = dict(images=(photograph,), generator=generator, images_candidates=16, steps=8)
+    train(tiny(tmp_path / "whole", **settings))
+    original = Step.__call__
+
+    def interrupting(self):
+        original(self)
+        if self.steps == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "__call__", interrupting)
+        assert train(tiny(tmp_path / "broken", **settings))["steps"] == 3
+    assert list((tmp_path / "broken" / "images").iterdir())
+    moved = photograph.rename(tmp_path / "moved.png")
+    with pytest.raises(UserError, match=r"--images .*photograph\.png does not exist"):
+        train(command.parse(["--resume", str(tmp_path / "broken")]))
+    resumed = command.parse(["--resume", str(tmp_path / "broken"), "--images", str(moved)])
+    assert resumed.images == (moved,)
+    summary = train(resumed)
+    assert summary["steps"] == 8
+    assert_same_student(tmp_path / "whole", tmp_path / "broken")
+    whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["images_class_counts"] == whole["images_class_counts"]
+    assert summary["agreement_fresh"] == whole["agreement_fresh"]
+
+
+def test_a_run_goes_on_with_its_own_images_only(tmp_path, photograph):
+    train(tiny(tmp_path / "with", images=(photograph,), steps=2))
+    train(tiny(tmp_path / "without", steps=2))
+    Image.fromarray(noise(96, 128, 3)).save(tmp_path / "other.png")
+    for folder in ("with", "without"):
+        config = command.parse(
+            ["--resume", str(tmp_path / folder), "--images", str(tmp_path / "other.png")]
+        )
+        with pytest.raises(UserError, match="was begun with other images, or without; give the"):
+            train(config)
+
+
+def test_distill_takes_paths_and_tensors(tmp_path, photograph):
+    common = dict(
+        image_shape=(1, 32, 32), preset="mnist", steps=3, batch_size=16, bank_images=64,
+        student_batch_size=16, student_updates=2, generator_width=8, precision="fp32",
+    )  # fmt: skip
+    teacher = LeNet5()
+    for name, images in (
+        ("path", photograph), ("paths", [str(photograph)]), ("tensor", torch.randn(20, 1, 32, 32)),
+    ):  # fmt: skip
+        result = distill(
+            teacher, LeNet5Half(), images=images, generator="none", out_dir=tmp_path / name,
+            **common,
+        )  # fmt: skip
+        words = "20 images" if name == "tensor" else "1 photograph"
+        assert result.summary["images"] == words
+        assert student_of(tmp_path / name)["fc2.weight"].isfinite().all()
+    again = {**common, "steps": 4, "generator": "none"}
+    result = distill(teacher, LeNet5Half(), resume=tmp_path / "path", **again)
+    assert result.summary["steps"] == 4 and result.summary["images"] == "1 photograph"
+    with pytest.raises(UserError, match="without images; give it some with --images"):
+        distill(teacher, LeNet5Half(), resume=tmp_path / "tensor", **again)
+
+
+def test_settings_that_do_not_fit(tmp_path, photograph):
+    with pytest.raises(UserError, match="--images need --student-source bank, got same"):
+        make_config("mnist", "published", images=(photograph,))
+    with pytest.raises(UserError, match="--generator none leaves the student without images"):
+        train(tiny(tmp_path / "run", generator="none"))
+    unknown = dict(image_shape=(3, 8, 8), mean=None, std=None)
+    config = make_config("custom", images=(photograph,), **unknown)
+    with pytest.raises(UserError, match="--mean and --std are needed .* or to learn from them"):
+        _ = config.image_format
+    config = make_config("mnist", num_classes=4, **SMALL)
+    with pytest.raises(UserError, match="--images-candidates must be a multiple of .* 3, .* 16"):
+        found_of(config, given(noise(32, 32)), skewed, World(0, 3))
+    with pytest.raises(UserError, match="--student-source bank, got fresh"):
+        distill(
+            LeNet5(), LeNet5Half(), image_shape=(1, 32, 32), preset="mnist", recipe="paper",
+            images=torch.randn(4, 1, 32, 32), out_dir=tmp_path / "paper", steps=1,
+        )  # fmt: skip
