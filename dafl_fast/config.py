@@ -171,6 +171,9 @@ class Config:
     """What the student learns from: this step's images, freshly drawn ones, or the replay bank."""
     student_updates: Annotated[int, POSITIVE] = 1
     """Student updates per generator step. More than one needs the bank or fresh images."""
+    student_after: Annotated[int, NOT_NEGATIVE] = 0
+    """Generated images before the student begins to learn, but at most a tenth of the run. Those of
+    a bank of few images would be learned by heart."""
     student_batch_size: Annotated[int | None, BATCH] = None
     """Images per student update; the generator's batch size when not given."""
     student_optimizer: Literal["adam", "sgd"] = "adam"

@@ -113,7 +113,8 @@ def headline(config: Config, teacher: nn.Module, step: Step) -> str:
 def figures(row: dict[str, Any], accuracy: float | None) -> str:
     """The figures of a row of losses and the accuracy as last measured, in one line."""
     done = min(row["done"], 1.0)
-    found = [f"agreement {row['agreement_training']:.1%}"]
+    begun = "agreement_training" in row  # before, the bank gets its first images
+    found = [f"agreement {row['agreement_training']:.1%}"] if begun else []
     if 0 < done < 1:  # seconds and share are those of the whole run, also of a resumed one
         left = timedelta(seconds=round(row["train_seconds"] * (1 - done) / done))
         found.insert(0, f"{left} left")
@@ -123,7 +124,7 @@ def figures(row: dict[str, Any], accuracy: float | None) -> str:
         f"step {row['step']:,}",
         f"{row['steps_per_second']:.1f} steps/s",
         *([f"generator loss {row['generator_loss']:.3f}"] if "generator_loss" in row else []),
-        f"student loss {row['distill_loss']:.3f}",
+        *([f"student loss {row['distill_loss']:.3f}"] if begun else []),
     ]
     return " · ".join(found)
 

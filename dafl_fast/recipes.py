@@ -61,8 +61,9 @@ _FAST_CIFAR: Values = {
     "generator_width": 64, "batch_size": 128, "generator_lr": 2e-3, "generator_beta1": 0.5,
     "generator_restart_every": 100,
     "one_hot": 0.5, "entropy": 5.0, "activation": 0.01, "log_base": math.e, "bn_statistics": 1.0,
-    "student_source": "bank", "student_updates": 6, "student_batch_size": 128,
-    "student_lr": 2e-3, "student_schedule": "cosine", "temperature": 8.0, "ema_decay": 0.998,
+    "student_source": "bank", "student_after": 5_000,
+    "student_updates": 12, "student_batch_size": 128,
+    "student_lr": 3e-3, "student_schedule": "cosine", "temperature": 8.0, "ema_decay": 0.998,
     "bank_images": 60_000, "bank_dtype": "uint8", "bank_crop": 4, "bank_flip": True,
     "bank_held_out": 32,
 }  # fmt: skip

@@ -50,6 +50,7 @@ BOUNDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     "zero or positive": {
         "generator_restart_every": ([0, 1], [-1]),
         "adversarial_after": ([0, 1], [-1]),
+        "student_after": ([0, 1], [-1]),
         "bank_images": ([0, 1], [-1]),
         "bank_crop": ([0, 1], [-1]),
         "eval_every": ([0.0, 1.5], [-0.1]),
@@ -77,7 +78,8 @@ BOUNDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
 NUMBERS = {
     "a whole number": (
         "steps", "seed", "num_classes", "generator_width", "latent_dim", "batch_size",
-        "generator_restart_every", "adversarial_after", "student_updates", "student_batch_size",
+        "generator_restart_every", "adversarial_after", "student_updates", "student_after",
+        "student_batch_size",
         "bank_images", "bank_held_out", "bank_crop", "log_every", "threads",
     ),
     "a finite number": (

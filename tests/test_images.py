@@ -352,7 +352,7 @@ def test_without_a_generator_only_the_student_learns():
     assert not torch.equal(before["fc2.weight"], step.student.state_dict()["fc2.weight"])
     assert step.newest[0].shape == (4, 1, 32, 32)
     assert step.found.bank.capacity == 40 and len(step.found.bank) == 12
-    assert step.take_means(3).isfinite().all()
+    assert step.take_means(3, 3).isfinite().all()
     assert 0 <= step.fresh_agreement(2) <= 1
 
 
@@ -480,8 +480,8 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, photograph, generator):
     train(tiny(tmp_path / "whole", **settings))
     original = Step.__call__
 
-    def interrupting(self):
-        original(self)
+    def interrupting(self, *arguments):
+        original(self, *arguments)
         if self.steps == 3:
             os.kill(os.getpid(), signal.SIGINT)
 

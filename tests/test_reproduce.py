@@ -236,9 +236,9 @@ def test_without_losses_the_generator_stays_as_it_is(monkeypatch, tmp_path, digi
     steps = []
     call = Step.__call__
 
-    def remember(self):
+    def remember(self, *arguments):
         before = [p.detach().clone() for p in self.generator.parameters()]
-        call(self)
+        call(self, *arguments)
         pairs = zip(before, self.generator.parameters(), strict=True)
         steps.append(all(torch.equal(a, b) for a, b in pairs))
 
@@ -376,7 +376,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch, tmp_path, digits, cap
     out = tmp_path / "out"
 
     def interrupt(self):
-        original(self)
+        original(self, *arguments)
         signal.raise_signal(signal.SIGINT)
 
     original = Step.__call__

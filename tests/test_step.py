@@ -238,6 +238,26 @@ class Overflowing(nn.Module):
         return logits * factor, features
 
 
+def test_before_the_student_begins_only_the_bank_grows():
+    step = make_step("fast", torch.float32, bank_images=64, student_batch_size=8, student_updates=2)
+    kept = {name: copy.deepcopy(value) for name, value in step.state_dict().items()}
+    for _ in range(3):
+        step(learn=False)
+    assert (step.steps, step.learned, step.bank.added) == (3, 0, 48)
+    now = step.state_dict()
+    for name in ("student", "average"):
+        assert all(torch.equal(now[name][key], kept[name][key]) for key in kept[name])
+    assert not any(value.any() for state in now["student_optimizer"].values()
+                   for value in state.values())  # fmt: skip
+    assert not torch.equal(now["generator"]["l1.0.weight"], kept["generator"]["l1.0.weight"])
+    step(learn=True)
+    assert step.learned == 1
+    assert not torch.equal(now["student"]["fc2.weight"], kept["student"]["fc2.weight"])
+    generator, student = step.statistics[:-2].clone(), step.statistics[-2:].clone()
+    means = step.take_means(4, 1)
+    assert torch.equal(means[:-2], generator / 4) and torch.equal(means[-2:], student)
+
+
 @pytest.mark.parametrize("recipe", ["published", "fast"])
 def test_an_fp16_overflow_in_the_forward_pass_is_left_out(recipe):
     values = []
@@ -247,7 +267,7 @@ def test_an_fp16_overflow_in_the_forward_pass_is_left_out(recipe):
         step()
         first = step.statistics.clone()
         step()
-        values.append(step.take_means(2))
+        values.append(step.take_means(2, 2))
         assert not step.statistics.any() and not step.overflows.any()
     assert step.is_finite() and values[1].isfinite().all()
     one_hot = STATISTICS.index("one_hot")
@@ -264,7 +284,7 @@ def test_overflow_in_every_step_shows_as_nan():
     step.teacher = Overflowing(step.teacher, {0, 1})
     step()
     step()
-    assert step.take_means(2)[0].isnan()
+    assert step.take_means(2, 2)[0].isnan()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

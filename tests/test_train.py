@@ -23,6 +23,7 @@ from dafl_fast.config import Config
 from dafl_fast.distill import train
 from dafl_fast.engine import loop
 from dafl_fast.engine.clock import Clock
+from dafl_fast.engine.folder import read_metrics
 from dafl_fast.engine.prepare import freeze, prepare
 from dafl_fast.engine.step import Step
 from dafl_fast.errors import TrainingStopped, UserError
@@ -125,7 +126,7 @@ def test_a_stalled_step_is_named(tmp_path, caplog):
     def stalling(self):
         if self.steps == 2:
             time.sleep(0.4)
-        original(self)
+        original(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "body", stalling)
@@ -193,6 +194,21 @@ def test_same_seed_same_student(tmp_path):
     )
 
 
+def interrupted(config: Config, stop_at: int) -> None:
+    """Trains until a signal comes in step `stop_at`."""
+    original = Step.__call__
+
+    def interrupting(self, *arguments):
+        original(self, *arguments)
+        if self.steps == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "__call__", interrupting)
+        summary = train(config)
+    assert summary["interrupted"] and summary["steps"] == stop_at
+
+
 @pytest.mark.parametrize("recipe", ["fast", "published", "paper"])
 @pytest.mark.parametrize("stop_at", [1, 5, 6])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, recipe, stop_at):
@@ -204,22 +220,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, recipe, stop_at)
     whole = Config(**base)
     train(whole)
 
-    broken = Config(**{**base, "out_dir": tmp_path / "broken"})
-    calls = 0
-    original = Step.__call__
-
-    def interrupting(self):
-        nonlocal calls
-        original(self)
-        calls += 1
-        if calls == stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "__call__", interrupting)
-        summary = train(broken)
-    assert summary["interrupted"]
-    assert summary["steps"] == stop_at
+    interrupted(Config(**{**base, "out_dir": tmp_path / "broken"}), stop_at)
     resumed = command.parse(["--resume", str(tmp_path / "broken")])
     assert train(resumed)["steps"] == 12
     assert_same_student(tmp_path / "whole", tmp_path / "broken")
@@ -311,6 +312,36 @@ def test_resume_may_extend_but_not_change_the_run(tmp_path, monkeypatch, capsys)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 6
 
 
+@pytest.mark.parametrize(
+    ("images", "steps", "after"),
+    [(40, 40, 3), (1000, 40, 4), (0, 40, 0), (1000, 9, 0), (17, 40, 2)],
+)
+def test_the_student_begins_when_there_are_images(tmp_path, images, steps, after):
+    """After so many images, of 16 a step, but at most a tenth of the run."""
+    summary = train(tiny(tmp_path / "run", steps=steps, student_after=images, log_every=1))
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "generator_loss" in row]
+    begun = ["distill_loss" in row for row in rows]
+    assert begun == [False] * after + [True] * (steps - after)
+    assert summary["generator_images"] == 16 * steps
+    assert summary["student_images"] == 32 * (steps - after)
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 4, 5])
+def test_a_run_that_is_resumed_before_its_student_begins(tmp_path, stop_at):
+    """Also in the middle of a row: of its three steps, two are the student's."""
+    settings = dict(steps=40, student_after=64, log_every=3, save_every=1e-9)
+    train(tiny(tmp_path / "whole", **settings))
+    interrupted(tiny(tmp_path / "broken", **settings), stop_at)
+    train(command.parse(["--resume", str(tmp_path / "broken")]))
+    assert_same_student(tmp_path / "whole", tmp_path / "broken")
+    whole, broken = (
+        [row["distill_loss"] for row in read_metrics(tmp_path / name) if "distill_loss" in row]
+        for name in ("whole", "broken")
+    )
+    assert whole == broken
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     first = train(tiny(tmp_path / "run", steps=3))
     before = student_of(tmp_path / "run")
@@ -346,13 +377,13 @@ def test_collapse_stops_the_run_with_the_checkpoint_kept(tmp_path, monkeypatch):
 def test_non_finite_loss_stops_the_run_with_the_checkpoint_kept(tmp_path):
     original, calls = Step.__call__, 0
 
-    def poisoned(self):
+    def poisoned(self, *arguments):
         nonlocal calls
         calls += 1
         if calls == 6:
             with torch.no_grad():
                 self.generator.l1[0].weight[0, 0] = float("nan")
-        original(self)
+        original(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "__call__", poisoned)
@@ -387,10 +418,10 @@ def test_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(tmp_path, monke
 def test_non_finite_weights_are_never_saved(tmp_path):
     original, calls = Step.__call__, 0
 
-    def poisoned(self):
+    def poisoned(self, *arguments):
         nonlocal calls
         calls += 1
-        original(self)
+        original(self, *arguments)
         if calls == 6:  # after the step whose losses are looked at
             with torch.no_grad():
                 self.student.fc1.weight[0, 0] = float("inf")

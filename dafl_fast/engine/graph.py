@@ -116,7 +116,13 @@ def capture(step: Step) -> Callable[[], None]:
         for generator, spare in zip(generators, spares, strict=True):
             generator.graphsafe_set_state(spare)
         raise
-    return graph.replay
+    newest = step.newest  # of ordinary steps before the first replay there may be others
+
+    def replay() -> None:
+        graph.replay()
+        step.newest = newest
+
+    return replay
 
 
 def release(pool: tuple[int, int], device: int) -> None:

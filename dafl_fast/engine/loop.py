@@ -25,7 +25,7 @@ from .folder import RunFolder
 from .graph import compile_and_capture
 from .outputs import as_classifier, convention_of
 from .schedule import Schedule
-from .step import Step
+from .step import STUDENTS, Step
 from .threads import Threads
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 # Below this share of the largest possible entropy, a batch counts as images of one class only.
 # After this many such steps in a row training stops; a new generator may go through a few.
 COLLAPSED_ENTROPY, COLLAPSED_STEPS = 0.02, 300
+LATEST = 0.1  # of a run, after which the student learns however few images there are
 # Of the user's images, from so many of the newest the pictures of a grid are chosen.
 SHOWN = 256
 
@@ -79,6 +80,7 @@ class Loop:
         self.wall_before: float = progress.get("wall_seconds", 0.0)
         self.collapsed_steps: int = progress.get("collapsed_steps", 0)
         self.logged = progress.get("logged", step.steps)  # the step at which losses were last read
+        self.logged_learned = progress.get("logged_learned", self.logged)
         self.schedule = Schedule(config, progress.get("schedule"))
         self.signalled = threading.Event()
         self.lost_contact = False
@@ -121,16 +123,17 @@ class Loop:
         while True:
             # The first process's clock decides, and a signal to any process.
             share = self._share() if world.first else 0.0
-            done, factor, signalled = world.all_reduce_max(
+            done, factor, learn, signalled = world.all_reduce_max(
                 self.schedule.done(share) if world.first else 0.0,
                 self.schedule.factor(share) if world.first else 0.0,
+                self._learns() if world.first else 0.0,
                 self.signalled.is_set(),
             )
             if done >= 1 or signalled:
                 return done < 1
             self.watchdog.beat(f"step {step.steps + 1}")
             step.set_student_lr(config.student_lr * factor)
-            step()
+            step(learn > 0)
             if self.threads is not None:
                 self.threads.after_step(self.clock.seconds)
             # After a stop, the resumed run must write its rows at the same steps.
@@ -143,12 +146,23 @@ class Loop:
                     self._evaluate()
                     self.evaluated_at = self.clock.seconds
 
-    def _share(self) -> float:
-        """Of the run's longest length, by steps or by time, whichever is larger."""
+    def _learns(self) -> bool:
+        """Whether the student learns in the next step: the bank has enough images by now."""
+        config, step = self.config, self.step
+        return (
+            step.learned > 0
+            or step.bank is None
+            or step.steps * config.batch_size >= config.student_after
+            or self._share(ahead=1) > LATEST
+        )
+
+    def _share(self, ahead: int = 0) -> float:
+        """Of the run's longest length, by steps or by time, whichever is larger; or that share a
+        number of steps `ahead`."""
         config = self.config
         done = [0.0]
         if config.steps is not None:
-            done.append(self.step.steps / config.steps)
+            done.append((self.step.steps + ahead) / config.steps)
         if config.max_seconds is not None:
             done.append(self.clock.seconds / config.max_seconds)
         return max(done)
@@ -162,6 +176,7 @@ class Loop:
             "seconds_apart": self.clock.apart,
             "collapsed_steps": self.collapsed_steps,
             "logged": self.logged,
+            "logged_learned": self.logged_learned,
             "schedule": self.schedule.state(),
         }
 
@@ -175,8 +190,13 @@ class Loop:
         if count == 0:
             return
         self.watchdog.beat(f"the end of step {step.steps}")
-        means = dict(zip(step.names, self.world.mean(step.take_means(count)).tolist(), strict=True))
-        self.logged = step.steps
+        learned = step.learned - self.logged_learned
+        values = self.world.mean(step.take_means(count, learned)).tolist()
+        means = dict(zip(step.names, values, strict=True))
+        if not learned:
+            for name in step.names[-STUDENTS:]:
+                del means[name]
+        self.logged, self.logged_learned = step.steps, step.learned
         broken = [name for name, value in means.items() if not math.isfinite(value)]
         if broken:
             raise TrainingStopped(
@@ -187,7 +207,7 @@ class Loop:
         if "entropy" in means:
             self._watch_for_collapse(means["entropy"], count)
         seconds = self.clock.seconds
-        images = count * self._images_per_step()
+        images = count * self._generated_per_step() + learned * self._learned_per_step()
         row = {
             "step": step.steps,
             "train_seconds": round(seconds, 3),
@@ -232,10 +252,9 @@ class Loop:
             return ""
         return f" (the last good checkpoint is kept: {self.folder.checkpoint})"
 
-    def _images_per_step(self) -> int:
+    def _learned_per_step(self) -> int:
         config = self.config
-        count = config.student_batch_size or config.batch_size
-        return self._generated_per_step() + config.student_updates * count
+        return config.student_updates * (config.student_batch_size or config.batch_size)
 
     def _generated_per_step(self) -> int:
         return self.config.batch_size if self.config.generator != "none" else 0
@@ -310,7 +329,7 @@ class Loop:
                 network = as_classifier(self.teacher.to(step.device), step.teacher.reading)
                 teacher, count = accuracy_on(network, self.held_out)
         generator_images = step.steps * self._generated_per_step()
-        images = step.steps * self._images_per_step()
+        images = generator_images + step.learned * self._learned_per_step()
         summary = {
             "preset": config.preset,
             "teacher": config.teacher or type(self.teacher).__name__,

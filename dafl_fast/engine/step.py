@@ -48,9 +48,7 @@ _FUSED = GeneratorLoss._fields[1:]
 STATISTICS = (
     "generator_loss", *_FUSED, *PLAIN_GENERATOR_LOSSES, "distill_loss", "agreement_training",
 )  # fmt: skip
-_OF_STUDENT = 2
-
-
+STUDENTS = 2  # of them, at the end
 # And of runs that were begun before checkpoints told them.
 _FIRST_STATISTICS = (
     "generator_loss", "one_hot", "entropy", "activation", "bn_statistics", "adversarial",
@@ -148,7 +146,7 @@ class Step:
         self.random = torch.Generator(device).manual_seed(config.seed)
         self.dtype = next(generator.parameters()).dtype
         # The names of the values in `statistics`: without a generator, those of the student.
-        self.names = STATISTICS if config.generator != "none" else STATISTICS[-_OF_STUDENT:]
+        self.names = STATISTICS if config.generator != "none" else STATISTICS[-STUDENTS:]
         self.statistics = torch.zeros(len(self.names), device=device)
         # In fp16, how many steps each value is missing from, because it overflowed. The scalers do
         # not take these steps either.
@@ -188,22 +186,27 @@ class Step:
         # The banks that a student's batch is drawn from: how many images from each, and which of
         # those are this process's.
         self.sources = sources_of(self.found, self.bank, self._count, self._student_rows)
-        self.steps = 0
+        self.steps = self.learned = 0  # steps so far, and those in which the student learned
         # The function that runs a step: `body`, or the replay of its CUDA graph.
         self.run: Callable[[], None] = self.body
 
-    def __call__(self) -> None:
+    def __call__(self, learn: bool = True) -> None:
+        """Runs one step; without `learn` the generator's part only."""
         every = self.config.generator_restart_every
         if every and self.config.generator != "none" and self.steps and self.steps % every == 0:
             self._restart_generator()
         if self.average is not None:
-            self.average.ramp(self.steps * self.config.student_updates)
+            self.average.ramp(self.learned * self.config.student_updates)
         begun = self.steps >= self.config.adversarial_after
         self._adversarial.fill_(self.config.adversarial if begun else 0.0)
-        self.run()
+        if learn:
+            self.run()
+            self.learned += 1
+        else:
+            self.body(learn=False)
         self.steps += 1
 
-    def body(self) -> None:
+    def body(self, learn: bool = True) -> None:
         """The step itself: work for the device only, and the same operations every time."""
         config = self.config
         parts: list[Tensor] = []
@@ -215,7 +218,7 @@ class Step:
         if self.bank is not None:
             self.bank.add(*self._finite(self.world.gather(images), self.world.gather(logits)))
         learned = torch.zeros(2, device=self.device)
-        for _ in range(config.student_updates):
+        for _ in range(config.student_updates if learn else 0):
             loss, agreement = self._update_student(*self._draw())
             learned += torch.stack([loss, agreement])
         values = torch.cat([*(part.view(1) for part in parts), learned / config.student_updates])
@@ -255,10 +258,12 @@ class Step:
             banks["images"] = (self.found.bank, self.found.kept)
         return banks
 
-    def take_means(self, count: int) -> Tensor:
-        """The means of the values in `STATISTICS` over the last `count` steps, which are forgotten.
-        A value that overflowed in all of them is NaN."""
-        means = self.statistics / (count - self.overflows)
+    def take_means(self, count: int, learned: int) -> Tensor:
+        """The means of the values in `names` over the last `count` steps, which are forgotten; in
+        `learned` of them the student learned. A value that overflowed in all of them is NaN."""
+        counts = torch.full_like(self.statistics, count)
+        counts[-STUDENTS:] = learned
+        means = self.statistics / (counts - self.overflows)
         self.statistics.zero_()
         self.overflows.zero_()
         return means
@@ -347,7 +352,8 @@ class Step:
                     # The host writes this weight before each step.
                     weight = self._adversarial if name == "adversarial" else weight
                     total = total + weight * parts[-1]
-        self.teacher.forget_statistics()
+        if self.teacher.watching:
+            self.teacher.forget_statistics()
         self._descend(total, self.generator_optimizer, self.scalers[0])
         parts = [part.detach().float() for part in (total, *parts)]
         return images.detach(), logits.detach(), parts
@@ -410,12 +416,14 @@ class Step:
             **state,
             "statistics_of": self.names,
             "steps": self.steps,
+            "learned": self.learned,
             "bank_added": self.bank.added if self.bank else 0,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores, in place, what `state_dict` returned."""
         self.steps = state["steps"]
+        self.learned = state.get("learned", self.steps)
         saved = list(state.get("statistics_of", _FIRST_STATISTICS))
         for name in ("statistics", "overflows"):
             if name in state:
