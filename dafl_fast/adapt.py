@@ -5,8 +5,11 @@ Only settings that stand as the recipe has them are changed, and each choice is 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import logging
+import math
 import time
 from statistics import fmean
 from typing import Any
@@ -17,9 +20,11 @@ from torch import Tensor, nn
 from .config import Config
 from .engine.distributed import World
 from .engine.evaluation import buffers_kept, evaluation_mode, predictions
+from .engine.fold import thaw_batch_norm
 from .engine.outputs import as_classifier, reading_of
 from .engine.prepare import random_images
-from .engine.teacher import has_statistics
+from .engine.teacher import layers_with_statistics
+from .losses import batch_norm_loss
 from .recipes import WITHOUT_BATCH_NORM, make_config
 
 log = logging.getLogger(__name__)
@@ -34,8 +39,10 @@ PASSES = 3
 # chance: in this share of the cases in which chance would not. It is 0.35 for a ResNet-20 that
 # learned from mirrored photographs, and 0.1 or less for two networks that tell digits apart.
 MIRRORED, GRAINS, LOOKED_AT = 0.2, (2, 4, 8), 128
+# The BatchNorm loss of noise for the ResNet-20 for which the recipe's weight was found.
+BATCH_NORM = 72.0
 # All that may be chosen; of the bank's size also for want of memory.
-ADAPTED = {*WITHOUT_BATCH_NORM, "diversity", "batch_size", "student_batch_size", "bank_flip"}
+ADAPTED = {*WITHOUT_BATCH_NORM, "student_after"}
 
 
 def adapted(config: Config, teacher: nn.Module, device: torch.device, world: World) -> Config:
@@ -65,9 +72,16 @@ def adapted(config: Config, teacher: nn.Module, device: torch.device, world: Wor
 
     images = random_images(config, 16).to(next(teacher.parameters(), torch.empty(0)).device)
     reading = reading_of(teacher, images, config.teacher_output)
-    if not has_statistics(teacher):
+    normed = _with_batch_norm(teacher)
+    if not layers_with_statistics(normed):
         choose("chosen for a teacher without BatchNorm", **WITHOUT_BATCH_NORM)
-    elif config.bank_flip and not _knows_mirrored(as_classifier(teacher, reading), config):
+    else:
+        choose(
+            "chosen for the size of the teacher's BatchNorm loss",
+            bn_statistics=_weight_of_batch_norm(normed, images, usual.bn_statistics),
+        )
+    flips = dataclasses.replace(config, **choices).bank_flip
+    if flips and not _knows_mirrored(as_classifier(teacher, reading), config):
         choose("chosen for a teacher that takes mirrored images for others", bank_flip=False)
     if reading.classes <= FEW_CLASSES:
         choose(f"chosen for {reading.classes} classes", diversity=DIVERSITY)
@@ -86,6 +100,43 @@ def adapted(config: Config, teacher: nn.Module, device: torch.device, world: Wor
                 student_batch_size=max(SMALLEST, student * batch // now.batch_size),
             )
     return dataclasses.replace(config, **choices)
+
+
+def _with_batch_norm(teacher: nn.Module) -> nn.Module:
+    """A copy of a teacher with nn.BatchNorm2d where it computes BatchNorm in another way; itself
+    if it cannot be copied."""
+    with contextlib.suppress(Exception):  # a network may raise anything
+        copied = copy.deepcopy(teacher)
+        thaw_batch_norm(copied)
+        return copied
+    return teacher
+
+
+@torch.no_grad()
+def _weight_of_batch_norm(teacher: nn.Module, images: Tensor, usual: float) -> float:
+    """Of the BatchNorm loss, with two digits; the `usual` one if it is right to a factor of two."""
+    statistics: list[tuple[Any, Tensor, Tensor]] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].float()
+        variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
+        statistics.append((layer, mean, variance))
+
+    handles = [layer.register_forward_pre_hook(keep) for layer in layers_with_statistics(teacher)]
+    try:
+        with evaluation_mode(teacher), buffers_kept(teacher):
+            teacher(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not statistics:  # none of them runs
+        return usual
+    layers, means, variances = (list(part) for part in zip(*statistics, strict=True))
+    value = float(batch_norm_loss(means, variances, layers))
+    if not (math.isfinite(value) and value > 0):
+        return usual
+    factor = BATCH_NORM / value
+    return usual if 0.5 <= factor <= 2 else float(f"{factor * usual:.2g}")
 
 
 @torch.no_grad()

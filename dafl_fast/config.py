@@ -154,9 +154,6 @@ class Config:
     bn_statistics: float = 0.0
     """Weight of the BatchNorm loss: at each BatchNorm of the teacher the batch's statistics should
     equal those of the training data, which the layer has stored (Yin et al. 2020)."""
-    bn_relative: float = 0.0
-    """Weight of the relative BatchNorm loss: the same in units of what each channel varies, and a
-    mean over layers, so that one weight suits all teachers."""
     diversity: float = 0.0
     """Weight of the diversity loss: the teacher's features of a batch should differ in many
     directions. It keeps the images of a class different, which matters most with few classes."""

@@ -160,37 +160,6 @@ def batch_norm_loss(
     return torch.stack(norms_of).sum()
 
 
-def relative_batch_norm_loss(
-    means: list[Tensor], variances: list[Tensor], norms: Sequence[_BatchNorm]
-) -> Tensor:
-    """As `batch_norm_loss`, in units of each channel's stored deviation, and a mean over layers:
-    ``mean_l rms_c((mean - running_mean) / s) + rms_c((sqrt(var) - sqrt(running_var)) / s)``.
-
-    So it has about the same size for any network, however many layers and channels there are, and
-    whatever their scale. The deviation s of a channel is that of `running_var`, but at least a
-    tenth of that of the layer's mean variance, as some channels hardly vary.
-
-    The arguments are those of `batch_norm_loss`.
-    """
-    values: list[Tensor] = []
-    for mean, variance, norm in zip(means, variances, norms, strict=True):
-        assert norm.running_mean is not None and norm.running_var is not None
-        stored = norm.running_var
-        least = torch.clamp_min(0.01 * stored.mean(), torch.finfo(stored.dtype).tiny)
-        scale = stored.clamp_min(least).rsqrt()
-        # The square root of a variance of 0 has no derivative.
-        deviation = variance.clamp_min(1e-8 * least).sqrt()
-        values += [(mean - norm.running_mean) * scale, (deviation - stored.sqrt()) * scale]
-    sizes = [len(value) for value in values]
-    # All layers at once, as above.
-    lengths = torch.stack(torch._foreach_norm(torch.cat(values).split(sizes)))
-    return (lengths / lengths.new_tensor(sizes).sqrt()).sum() / max(len(norms), 1)
-
-
-# Means and variances of the input of each layer, and the layers -> the loss.
-BatchNormLoss = Callable[..., Tensor]
-
-
 class GeneratedBatch(NamedTuple):
     """What a generator loss in plain PyTorch may use.
 
@@ -198,7 +167,7 @@ class GeneratedBatch(NamedTuple):
         images: [N, C, H, W], differentiable like all the others.
         logits, features: the teacher's, [N, C] and [N, F] or None.
         student: images -> the student's logits [N, C], in evaluation mode, its weights constant.
-        batch_norm: the given loss of the teacher's BatchNorm layers for this batch.
+        batch_norm_loss: `batch_norm_loss` of the teacher's layers for this batch.
         gather: the rows of all processes, differentiable, of those of this one.
     """
 
@@ -206,7 +175,7 @@ class GeneratedBatch(NamedTuple):
     logits: Tensor
     features: Tensor | None
     student: Callable[[Tensor], Tensor]
-    batch_norm: Callable[[BatchNormLoss], Tensor]
+    batch_norm_loss: Callable[[], Tensor]
     gather: Callable[[Tensor], Tensor]
 
     def diversity_loss(self) -> Tensor:
@@ -219,8 +188,7 @@ class GeneratedBatch(NamedTuple):
 # The generator losses in plain PyTorch, by the setting that is their weight. They are added to the
 # fused ones, and not computed if the weight is 0.
 PLAIN_GENERATOR_LOSSES: dict[str, Callable[[GeneratedBatch], Tensor]] = {
-    "bn_statistics": lambda batch: batch.batch_norm(batch_norm_loss),
-    "bn_relative": lambda batch: batch.batch_norm(relative_batch_norm_loss),
+    "bn_statistics": lambda batch: batch.batch_norm_loss(),
     "diversity": GeneratedBatch.diversity_loss,
     "adversarial": lambda batch: adversarial_loss(batch.student(batch.images), batch.logits),
 }

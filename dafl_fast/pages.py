@@ -35,7 +35,6 @@ CURVES: tuple[tuple[str, dict[str, str], str | None, bool], ...] = (
     ("Entropy loss", {"entropy": ""}, "entropy", False),
     ("Activation loss", {"activation": ""}, "activation", False),
     ("BatchNorm loss", {"bn_statistics": ""}, "bn_statistics", False),
-    ("BatchNorm loss, relative", {"bn_relative": ""}, "bn_relative", False),
     ("Diversity loss", {"diversity": ""}, "diversity", False),
     ("Adversarial loss", {"adversarial": ""}, "adversarial", False),
     ("Images per second", {"images_per_second": ""}, None, False),

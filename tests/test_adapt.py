@@ -8,12 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dafl_fast import distill
+from dafl_fast import FrozenTeacher, distill
 from dafl_fast.adapt import ADAPTED, adapted
 from dafl_fast.engine.distributed import World
+from dafl_fast.engine.prepare import random_images
 from dafl_fast.recipes import WITHOUT_BATCH_NORM, make_config
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def usual_size(monkeypatch, request):
+    """Of the BatchNorm loss of these small teachers, where nothing else is tested."""
+    if "factor" not in request.fixturenames:
+        monkeypatch.setattr("dafl_fast.adapt._weight_of_batch_norm", lambda *given: given[-1])
 
 
 class Plain(nn.Sequential):
@@ -79,6 +87,22 @@ def test_images_are_mirrored_if_the_teacher_knows_them_mirrored(caplog):
     assert caplog.messages == [
         "chosen for a teacher that takes mirrored images for others: --bank-flip False"
     ]
+
+
+@pytest.mark.parametrize(
+    ("factor", "weight"), [(1.0, None), (1.9, None), (0.55, None), (40.0, 0.025), (0.1, 10.0)]
+)
+def test_the_batch_norm_loss_gets_its_usual_size(monkeypatch, factor, weight):
+    """That of noise is a number of times that of the recipe's own teacher."""
+    torch.manual_seed(0)
+    teacher = normed()
+    frozen = FrozenTeacher(teacher, watch=True)
+    frozen(random_images(config(), 16))
+    value = frozen.batch_norm_loss(World()).item()
+    monkeypatch.setattr("dafl_fast.adapt.BATCH_NORM", value / factor)
+    found = changed(config(), teacher)
+    assert found == ({} if weight is None else {"bn_statistics": weight})
+    assert not teacher[1]._forward_pre_hooks
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])

@@ -84,7 +84,7 @@ NUMBERS = {
     ),
     "a finite number": (
         "max_seconds", "generator_lr", "generator_beta1", "one_hot", "entropy", "activation",
-        "log_base", "bn_statistics", "bn_relative", "diversity", "adversarial", "student_lr",
+        "log_base", "bn_statistics", "diversity", "adversarial", "student_lr",
         "student_weight_decay", "temperature", "ema_decay", "eval_every", "save_every",
         "stall_seconds",
     ),

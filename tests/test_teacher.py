@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import math
 
 import pytest
 import torch
@@ -13,13 +12,11 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models import mobilenet_v3_small, resnet18
 
 from dafl_fast import FrozenTeacher, generator_loss
 from dafl_fast.engine.distributed import World
 from dafl_fast.errors import UserError
-from dafl_fast.losses import relative_batch_norm_loss
-from dafl_fast.models import LeNet5, build
+from dafl_fast.models import LeNet5
 
 from .published import PublishedLeNet5
 
@@ -569,62 +566,6 @@ def test_the_batch_norm_loss_of_all_layers_is_that_of_each_bit_for_bit():
         results.append((loss.detach(), *torch.autograd.grad(loss, x)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert results[0][1].abs().sum() > 0
-
-
-def relative_distance(x: torch.Tensor, norm) -> torch.Tensor:
-    deviation = norm.running_var.sqrt()
-    mean = (x.mean((0, 2, 3)) - norm.running_mean) / deviation
-    spread = x.var((0, 2, 3), unbiased=False).sqrt() / deviation - 1
-    return (mean.square().mean().sqrt() + spread.square().mean().sqrt()) / 3
-
-
-def test_the_relative_batch_norm_loss_is_in_units_of_the_deviation():
-    network = randomised(Auxiliary()).double()
-    teacher = FrozenTeacher(network, watch=True)
-    network.eval()
-    x = torch.randn(6, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    teacher(x)
-    loss = teacher.batch_norm_loss(World(), relative_batch_norm_loss)
-    norms = (network.norm, network.norm, network.last)
-    inputs = zip(network.inputs(x), norms, strict=True)
-    expected = sum(relative_distance(y, norm) for y, norm in inputs)
-    torch.testing.assert_close(loss, expected)
-    for a, b in zip(*(torch.autograd.grad(value, x) for value in (loss, expected))):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_the_relative_batch_norm_loss_knows_no_scale_and_bears_dead_channels(scale):
-    norm = nn.BatchNorm2d(3)
-    norm.running_mean = torch.tensor([1.0, 2.0, 0.0]) * scale
-    norm.running_var = torch.tensor([4.0, 1.0, 0.0]) * scale**2  # the last one is always 0
-    mean = (torch.tensor([3.0, 2.0, 0.0]) * scale).requires_grad_()
-    variance = (torch.tensor([4.0, 0.0, 0.0]) * scale**2).requires_grad_()
-    loss = relative_batch_norm_loss([mean], [variance], [norm])
-    assert loss.item() == pytest.approx(math.sqrt(1 / 3) + math.sqrt(1 / 3), rel=1e-3)
-    for grad in torch.autograd.grad(loss, (mean, variance)):
-        assert grad.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    "make",
-    [lambda: build("ResNet8"), lambda: build("ResNet20"), lambda: build("WRN-16-1"),
-     lambda: mobilenet_v3_small(num_classes=4), lambda: resnet18(num_classes=4)],
-)  # fmt: skip
-def test_one_weight_suits_all_networks(make):
-    """Its first value, for noise, is of one order of magnitude; the other loss's is not."""
-    torch.manual_seed(0)
-    network = make()
-    with torch.no_grad():
-        for norm in network.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.momentum = None  # the mean over all batches
-        for _ in range(3):  # smooth images and some noise, as in photographs
-            smooth = F.interpolate(torch.randn(32, 3, 8, 8), size=32, mode="bilinear")
-            network.train()(smooth + 0.3 * torch.randn(32, 3, 32, 32))
-    teacher = FrozenTeacher(network, watch=True)
-    teacher(torch.randn(16, 3, 32, 32))
-    assert 0.3 < teacher.batch_norm_loss(World(), relative_batch_norm_loss).item() < 10
 
 
 def test_batch_norm_that_never_runs_is_told(caplog):

@@ -123,7 +123,7 @@ def test_the_clock_stands_still_while_paused():
 def test_a_stalled_step_is_named(tmp_path, caplog):
     original = Step.body
 
-    def stalling(self):
+    def stalling(self, *arguments):
         if self.steps == 2:
             time.sleep(0.4)
         original(self, *arguments)

@@ -208,8 +208,7 @@ def freeze(teacher: nn.Module, config: Config, images: Tensor) -> FrozenTeacher:
     reading = reading_of(teacher, images, config.teacher_output)
     if config.teacher_output == "auto":
         demand_exclusive_classes(reading)
-    generating = config.generator != "none"
-    watch = generating and (config.bn_statistics != 0 or config.bn_relative != 0)
+    watch = config.generator != "none" and config.bn_statistics != 0
     frozen = FrozenTeacher(teacher, config.feature_layer, watch=watch, reading=reading)
     ordinary = reading.plain and reading.kind == "logits" and not reading.doubts
     log.log(logging.INFO if ordinary else logging.WARNING, reading.describe(frozen.read_as))

@@ -2,8 +2,8 @@
 
     z = randn(N, latent_dim)   x = G(z)   t, f = T(x)
     G:  one_hot L_oh(t) + entropy L_ie(t) + activation L_a(f)
-        (+ bn_statistics L_bn(x) + bn_relative L_rel(x) + diversity L_div(f)
-         + adversarial L_adv(S(x), t), which the paper does not have)
+        (+ bn_statistics L_bn(x) + diversity L_div(f) + adversarial L_adv(S(x), t), which the paper
+        does not have)
     S:  L_KD(S(x'), t') on images x' with teacher logits t', K times
 
 Recipes differ in x': the images of this step's generator update (`published`), freshly generated
@@ -25,7 +25,6 @@ from ..config import Config
 from ..device import AUTOCAST, autocast
 from ..losses import (
     PLAIN_GENERATOR_LOSSES,
-    BatchNormLoss,
     GeneratedBatch,
     GeneratorLoss,
     distill_loss,
@@ -352,16 +351,14 @@ class Step:
                     # The host writes this weight before each step.
                     weight = self._adversarial if name == "adversarial" else weight
                     total = total + weight * parts[-1]
-        if self.teacher.watching:
-            self.teacher.forget_statistics()
         self._descend(total, self.generator_optimizer, self.scalers[0])
         parts = [part.detach().float() for part in (total, *parts)]
         return images.detach(), logits.detach(), parts
 
-    def _batch_norm_loss(self, loss_of: BatchNormLoss) -> Tensor:
+    def _batch_norm_loss(self) -> Tensor:
         if not self.teacher.watching:
             return torch.zeros((), device=self.device)
-        return self.teacher.batch_norm_loss(self.world, loss_of)
+        return self.teacher.batch_norm_loss(self.world)
 
     def _student_for_images(self, images: Tensor) -> Tensor:
         return answers_to_images(self.student, images)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import UserError, first_line
-from ..losses import BatchNormLoss, batch_norm_loss
+from ..losses import batch_norm_loss
 from ..models.functional import with_moments
 from .checks import logits_of
 from .distributed import World
@@ -99,7 +99,7 @@ class FrozenTeacher(nn.Module):
         # in which the layers ran. One that ran twice is there twice, one that did not run is not.
         self._statistics: list[tuple[Any, Tensor, Tensor]] = []
         self._running: list[tuple[Any, Tensor, Tensor]] | None = None
-        watched = _with_statistics(network) if watch else []
+        watched = layers_with_statistics(network) if watch else []
         if watch and not watched:
             log.warning(_why_none_is_watched(network))
         for layer in watched:
@@ -114,7 +114,7 @@ class FrozenTeacher(nn.Module):
     @property
     def watched(self) -> list[Any]:
         """The BatchNorm layers whose input statistics are recorded."""
-        return _with_statistics(self.network) if self.watching else []
+        return layers_with_statistics(self.network) if self.watching else []
 
     def _keep_features(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._features = inputs[0]
@@ -129,20 +129,17 @@ class FrozenTeacher(nn.Module):
             self._running.append((layer, mean, variance))
         return (x, *inputs[1:])
 
-    def batch_norm_loss(self, world: World, loss_of: BatchNormLoss = batch_norm_loss) -> Tensor:
-        """A BatchNorm loss of `losses` of the last batch, over all processes of `world`. A layer
-        counts as often as it ran."""
-        layers, means, variances = zip(*self._statistics, strict=True)
+    def batch_norm_loss(self, world: World) -> Tensor:
+        """`losses.batch_norm_loss` of the last batch, over all processes of `world`. A layer counts
+        as often as it ran."""
+        statistics, self._statistics = self._statistics, []
+        layers, means, variances = zip(*statistics, strict=True)
         sizes = [len(mean) for mean in means]
         mean, variance = torch.cat(means), torch.cat(variances)
         # Mean and mean square, because these can be averaged over several processes.
         mean, square = world.mean(torch.stack([mean, variance + mean.square()]))
         variance = square - mean.square()
-        return loss_of(mean.split(sizes), variance.split(sizes), layers)
-
-    def forget_statistics(self) -> None:
-        """Lets go of the last batch's, and so of the graph that they belong to."""
-        self._statistics = []
+        return batch_norm_loss(mean.split(sizes), variance.split(sizes), layers)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Does nothing: the teacher stays in evaluation mode, with its BatchNorm statistics."""
@@ -237,12 +234,8 @@ class Autocast(nn.Module):
             return self.network(images if self.enabled else images.float())
 
 
-def has_statistics(network: nn.Module) -> bool:
-    """Whether a network has BatchNorm layers with running statistics."""
-    return bool(_with_statistics(network))
-
-
-def _with_statistics(network: nn.Module) -> list[nn.Module]:
+def layers_with_statistics(network: nn.Module) -> list[nn.Module]:
+    """The BatchNorm layers of a network that have running statistics."""
     return [
         layer
         for layer in network.modules()
