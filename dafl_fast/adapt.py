@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .config import Config
 from .engine.distributed import World
+from .engine.estimate import FEW_CLASSES
 from .engine.evaluation import buffers_kept, evaluation_mode, predictions
 from .engine.fold import thaw_batch_norm
 from .engine.outputs import as_classifier, reading_of
@@ -29,7 +30,7 @@ from .recipes import WITHOUT_BATCH_NORM, make_config
 
 log = logging.getLogger(__name__)
 
-FEW_CLASSES, DIVERSITY = 4, 3.0  # up to so many classes the images of a class need more variety
+DIVERSITY = 3.0  # of few classes
 # What a run bounded by time should at least come to, and the smallest batch made smaller for it.
 STEPS, SMALLEST = 300, 16
 # A generator's update runs the teacher forward, and backward to the images: about three forward

@@ -29,6 +29,7 @@ EMPTY = "—"
 CURVES: tuple[tuple[str, dict[str, str], str | None, bool], ...] = (
     ("Accuracy on held-out images", {"accuracy": "student"}, None, True),
     ("Agreement with the teacher", _AGREEMENTS, None, True),
+    ("Estimated agreement on real images", {"estimated_agreement": ""}, None, True),
     ("Distillation loss", {"distill_loss": ""}, None, False),
     ("Generator loss, weighted sum", {"generator_loss": ""}, None, False),
     ("One-hot loss", {"one_hot": ""}, "one_hot", False),
@@ -115,6 +116,17 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     found = [
         ("Student", percentage(run.accuracy), "accuracy on held-out images"),
         ("Teacher", percentage(teacher), "accuracy on the same images"),
+        *(
+            []
+            if run.estimate is None
+            else [
+                (
+                    "Estimate",
+                    percentage(run.estimate[0]),
+                    f"agreement on real images, {100 * run.estimate[1]:.0f} to {100 * run.estimate[2]:.0f}",
+                )
+            ]
+        ),
         ("Agreement", percentage(run.agreement), f"same class, {run.agreed_on}"),
         ("Training", f"{seconds:,.0f} s", f"{run.rows[-1]['step']:,} steps"),
     ]
@@ -130,6 +142,8 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
 SUMMARY = {
     "recipe": "Recipe", "preset": "Preset", "teacher": "Teacher", "student": "Student",
     "teacher_accuracy": "Accuracy of the teacher", "student_accuracy": "Accuracy of the student",
+    "estimated_agreement": "Estimated agreement on real images",
+    "agreement_held_out": "Agreement on held-out generated images",
     "agreement_fresh": "Agreement on generated images", "eval_set": "Held-out images",
     "eval_count": "Number of held-out images", "steps": "Generator steps",
     "generator_images": "Images the generator learned from",
@@ -150,7 +164,7 @@ def figure_of(key: str, value: Any) -> str:
     """A value of summary.json for people."""
     if value is None or isinstance(value, (bool, str)):
         return setting(value)
-    if key.endswith("accuracy") or key == "agreement_fresh":
+    if key.endswith("accuracy") or "agreement" in key:
         return percentage(value)
     if key.endswith("bytes"):
         return f"{value / 1e6:,.1f} MB"

@@ -136,6 +136,12 @@ def outcome(summary: dict[str, Any]) -> str:
         f"{summary['train_seconds']:.1f} s",
         f"agreement {summary['agreement_fresh']:.2%}",
     ]
+    if summary.get("estimated_agreement") is not None:
+        low, high = summary["estimated_between"]
+        found[1] = (
+            f"agreement on real images about {summary['estimated_agreement']:.1%} "
+            f"({low:.0%} to {high:.0%})"
+        )
     if summary["student_accuracy"] is not None:
         teacher = summary["teacher_accuracy"]
         found.append(f"accuracy {summary['student_accuracy']:.2%} (teacher {teacher:.2%})")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config import Config
+from .engine.estimate import FEW_CLASSES
 from .engine.folder import read_config, read_json, read_metrics, read_summary
 from .errors import UserError
 from .recipes import make_config
@@ -57,7 +58,8 @@ class Run:
 
     def curve(self, key: str, scale: float = 1.0) -> list[tuple[float, float]]:
         """(seconds of training, `scale` times the value) of every row that has `key`."""
-        return [(row["train_seconds"], scale * row[key]) for row in self.rows if key in row]
+        rows = [row for row in self.rows if row.get(key) is not None]
+        return [(row["train_seconds"], scale * row[key]) for row in rows]
 
     def last(self, key: str) -> Any:
         """The newest value of `key` among the rows of metrics; None when there is none."""
@@ -77,6 +79,22 @@ class Run:
     def agreed_on(self) -> str:
         """The images that `agreement` is about."""
         return "images given to it" if self.config.generator == "none" else "generated images"
+
+    @property
+    def estimate(self) -> tuple[float, float, float] | None:
+        """Of the agreement with the teacher on real images, 0..1, and two values between which it
+        probably lies; None if there is none."""
+        told = self.summary or next((r for r in reversed(self.rows) if "class_counts" in r), {})
+        if told.get("estimated_agreement") is None:
+            return None
+        low, high = told["estimated_between"]
+        return told["estimated_agreement"], low, high
+
+    @property
+    def cannot_tell(self) -> bool:
+        """Whether there is no estimate because the images of a class may all be alike."""
+        few = self.summary.get("num_classes", FEW_CLASSES + 1) <= FEW_CLASSES
+        return few and not self.config.diversity and self.config.generator != "none"
 
     def classes(self) -> list[tuple[float, float]]:
         """(seconds, effective number of classes): the exponential of the entropy of p̄.

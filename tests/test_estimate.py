@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -11,43 +13,79 @@ from dafl_fast.engine.estimate import FEWEST, estimate
 
 
 class Says(nn.Module):
-    """Chooses the class that stands in a corner of an image, surely or not."""
+    """Chooses the class that an image's pixels hold, surely from a class on; noise rounds away. Of
+    some classes it says the next one."""
 
-    def __init__(self, column: int, least: float = 0.0):
+    def __init__(self, least: int = 0, wrong: tuple[int, ...] = ()):
         super().__init__()
-        self.column, self.least = column, least
+        self.least, self.wrong = least, wrong
 
     def forward(self, images):
-        classes = images[:, 0, 0, self.column]
+        classes = (images.mean((1, 2, 3)) / 1000).round().long()
         sure = torch.where(classes >= self.least, 9.0, 1.0).unsqueeze(1)
-        return sure * nn.functional.one_hot(classes.long(), 3)
+        wrong = torch.isin(classes, torch.tensor(self.wrong, dtype=torch.int64))
+        return sure * nn.functional.one_hot((classes + wrong) % 3, 3)
 
 
-def images_of(left, right):
-    halves = [torch.tensor(side).float().view(-1, 1, 1, 1).expand(-1, 1, 4, 2)
-              for side in (left, right)]  # fmt: skip
-    return torch.cat(halves, 3)
+class Wrapped(Says):
+    """Sees noise as the class 2."""
+
+    def forward(self, images):
+        noisy = (images.mean((1, 2, 3)) % 1000 != 0).view(-1, 1)
+        return torch.where(noisy, torch.tensor([0.0, 0.0, 9.0]), super().forward(images))
 
 
-def test_it_counts_composed_images_of_which_the_teacher_is_sure():
-    """The teacher looks at the left, the student at the right, of which the image before is on the
-    left of a composed one."""
-    images = images_of([0, 1, 2] * 100, [0, 1, 0] * 100)
-    told = estimate(Says(3), Says(0), images, Says(0)(images))
-    assert told is not None and told.held_out == pytest.approx(2 / 3)
-    # Composed: left 2 0 1 ..., right 0 1 0 ...
-    assert told.sure == 0 and told.images == 300
-    told = estimate(Says(0), Says(0, least=1.0), images, Says(0)(images))
-    assert told is not None and told == (1.0, 1.0, 200)
-    assert told.as_row() == {"agreement_held_out": 1.0, "estimated_agreement": 1.0}
-    assert torch.equal(images, images_of([0, 1, 2] * 100, [0, 1, 0] * 100))
+def images_of(classes):
+    return 1000.0 * torch.tensor(classes).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+
+
+def odds(share):
+    return math.log(share / (1 - share))
+
+
+def test_it_is_fitted_to_two_figures():
+    """1,000 images of class 0 that the teacher is not sure of, 60 of 1 and 140 of 2. The student is
+    wrong on class 1. Noise is too weak to change a class."""
+    images = images_of([0] * 1000 + [1] * 60 + [2] * 140)
+    images = images.clone()
+    teacher, student = Says(least=1), Says(wrong=(1,))
+    told = estimate(student, teacher, images, teacher(images))
+    assert told is not None and told.held_out == pytest.approx(1140 / 1200)
+    middle = 0.26 * odds(140 / 200) + 1.03 * odds(2 / 3) + 0.90  # two classes of three, balanced
+    low, high = told.between
+    assert [odds(x) for x in (low, told.real, high)] == pytest.approx(
+        [middle - 0.85, middle, middle + 0.85]
+    )
+    assert told.as_row() == {
+        "agreement_held_out": told.held_out,
+        "estimated_agreement": told.real,
+        "estimated_between": [low, high],
+    }
+    assert torch.equal(images, images_of([0] * 1000 + [1] * 60 + [2] * 140))
+
+
+def test_noise_is_added_in_the_images_own_units():
+    images = images_of([0, 1] * 100).clone()
+    told = estimate(Says(), Wrapped(), images, Says()(images))
+    assert told is not None and told.held_out == 1
+    # With noise the teacher says 2, and the student what it said.
+    assert odds(told.real) == pytest.approx(0.26 * odds(0.995) + 1.03 * odds(0.01) + 0.90)
+
+
+def test_nobody_is_all_right_or_all_wrong():
+    images = images_of([0, 1, 2] * 50).clone()
+    best, worst = (
+        estimate(Says(wrong=wrong), Says(), images, Says()(images)) for wrong in ((), (0, 1, 2))
+    )
+    assert odds(best.real) == pytest.approx((0.26 + 1.03) * odds(0.995) + 0.90)
+    assert 0 < worst.real < 0.01 < 0.99 < best.real < 1
 
 
 def test_it_says_nothing_from_too_few_images():
-    images = images_of([0] * 40 + [1] * (FEWEST - 1), [0] * (FEWEST + 39))
-    told = estimate(Says(0), Says(0, least=1.0), images, Says(0)(images))
-    assert told == (1.0, None, FEWEST - 1)
-    assert estimate(Says(0), Says(0), images[:0], torch.zeros(0, 3)) is None
+    images = images_of([0] * 40 + [1] * (FEWEST - 1)).clone()
+    told = estimate(Says(), Says(least=1), images, Says(least=1)(images))
+    assert told == (1.0, None, None)
+    assert estimate(Says(), Says(), images[:0], torch.zeros(0, 3)) is None
 
 
 def test_a_run_tells_it(tmp_path):

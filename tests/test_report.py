@@ -444,3 +444,35 @@ def test_in_a_browser_nothing_is_wider_than_the_screen(make_run, tmp_path):
     for width, scrolled, figures, beyond in measured:
         assert figures > 8
         assert scrolled <= width and beyond == 0, measured
+
+
+def test_the_estimate_is_told_and_judged(make_run):
+    told = {
+        "agreement_held_out": 0.8,
+        "estimated_agreement": 0.876,
+        "estimated_between": [0.75, 0.94],
+    }
+    path = make_run(summary={**SUMMARY, **told})
+    text = words(report.write_report(path).read_text())
+    assert "On real images it agrees with its teacher on about 87.60 %" in text
+    assert "(most likely 75 to 94). It lags behind its teacher: train it longer." in text
+    assert "Estimate 87.60 % agreement on real images, 75 to 94" in text
+    assert "Estimated agreement on real images 87.60 %" in text
+
+
+def test_a_good_estimate_needs_no_advice_and_none_is_not_told(make_run):
+    told = {
+        "agreement_held_out": 0.8,
+        "estimated_agreement": 0.97,
+        "estimated_between": [0.9, 0.99],
+    }
+    text = words(report.write_report(make_run("good", {**SUMMARY, **told})).read_text())
+    assert "about 97.00 %" in text and "lags" not in text
+    none = {"agreement_held_out": 0.8, "estimated_agreement": None, "estimated_between": None}
+    text = words(report.write_report(make_run("none", {**SUMMARY, **none})).read_text())
+    assert "On real images" not in text and "cannot tell" not in text
+    two = {**SUMMARY, **none, "num_classes": 2}
+    text = words(report.write_report(make_run("two", two, classes=2, diversity=0.0)).read_text())
+    assert "its images cannot tell how it does on real ones: use --diversity 3" in text
+    text = words(report.write_report(make_run("varied", two, classes=2, diversity=3.0)).read_text())
+    assert "cannot tell" not in text
