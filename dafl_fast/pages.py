@@ -116,20 +116,13 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     found = [
         ("Student", percentage(run.accuracy), "accuracy on held-out images"),
         ("Teacher", percentage(teacher), "accuracy on the same images"),
-        *(
-            []
-            if run.estimate is None
-            else [
-                (
-                    "Estimate",
-                    percentage(run.estimate[0]),
-                    f"agreement on real images, {100 * run.estimate[1]:.0f} to {100 * run.estimate[2]:.0f}",
-                )
-            ]
-        ),
         ("Agreement", percentage(run.agreement), f"same class, {run.agreed_on}"),
         ("Training", f"{seconds:,.0f} s", f"{run.rows[-1]['step']:,} steps"),
     ]
+    if run.estimate is not None:
+        estimate, low, high = run.estimate
+        remark = f"agreement on real images, {100 * low:.0f} to {100 * high:.0f}"
+        found.insert(2, ("Estimate", percentage(estimate), remark))
     if speed is not None:
         found.append(("Speed", f"{speed:,.0f}", "images per second"))
     if summary:
