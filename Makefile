@@ -41,11 +41,14 @@ ISA ?= avx2
 CAPPED = DAFL_FAST_ISA=$(ISA) $(CAP_$(ISA)) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-$(ISA)
 # Tests whose results are no matter of the CPU's instructions, or that start other commands.
 ANY_ISA := architecture bench config containers cuda cuda_emulated data distributed docs export \
-    files gpu_check info live make networks notices onnx packaging progress report reproduce \
-    threads train_teacher
+    faults files gpu_check hostile info kill_check live make networks notices onnx packaging \
+    progress report reproduce threads train_teacher
+
+SECONDS ?= 60
+KILLS ?= 100
 
 .PHONY: help demo test test-isa bench lint format build cuda-check cuda-build-check gpu-check \
-    sanitize arm-check arm-wheel dist dist-check clean
+    sanitize sanitize-cpu hostile fuzz kill-check arm-check arm-wheel dist dist-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -93,6 +96,19 @@ gpu-check: ## build, test and measure on the visible GPU (8 minutes at most); wi
 
 sanitize: ## compute-sanitizer (memory, races, barriers) over every kernel, on the visible GPU
 	$(PY_AS_IS) tools/gpu_check.py --only build,sanitizer $(ARGS)
+
+sanitize-cpu: ## AddressSanitizer and UndefinedBehaviorSanitizer over every CPU kernel, no PyTorch
+	@echo '== Compiling the CPU kernels with sanitizers, and running them (1 to 2 minutes)'
+	@$(MAKE) --no-print-directory -C tests/aarch64 sanitize
+
+hostile: $(STAMPS)/test ## give all hostile files to all readers (some minutes)
+	$(PY) -m tests.hostile $(ARGS)
+
+fuzz: $(STAMPS)/test ## change good files at random for SECONDS=60, and read them
+	$(PY) -m tests.hostile --fuzz $(SECONDS) $(ARGS)
+
+kill-check: $(STAMPS)/test ## kill runs at KILLS=100 random moments, and compare how they end
+	$(PY) tools/kill_check.py --kills $(KILLS) $(ARGS)
 
 cuda-build-check: $(STAMPS)/torch ## compile with CUDA in a throw-away folder, warnings are errors
 	@echo '== Compiling with CUDA, warnings are errors (1 to 3 minutes)'

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from .engine.folder import read_metrics
 from .errors import require
-from .files import write_atomically
+from .files import read_json, reading, write_atomically
 from .paper import Row, Table
 from .templates import render
 
@@ -17,7 +16,7 @@ from .templates import render
 def compare(table: Table, folder: Path, what: dict[str, Any]) -> dict[str, Any]:
     """The results of `table` in `folder`, results/<row>-<seed>.json, as <table>.json has them:
     after `what`, which says what was run."""
-    results = [json.loads(path.read_text()) for path in (folder / "results").glob("*.json")]
+    results = [read_result(path) for path in (folder / "results").glob("*.json")]
     results.sort(key=lambda result: result["seed"])
     teachers = [result["accuracy"] for result in results if result["row"] == "teacher"]
     return {
@@ -31,6 +30,24 @@ def compare(table: Table, folder: Path, what: dict[str, Any]) -> dict[str, Any]:
             for name, row in table.rows.items()
         ],
     }
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What came of a run; raises UserError if the file is damaged."""
+    result = read_json(path, "result")
+    with reading(path, "result", "is damaged, remove it to run that again"):
+        for name in ("accuracy", "train_seconds", "images", "wall_seconds"):
+            value = result[name]
+            number = type(value) in (int, float) and abs(value) < 2**63
+            if not number and (name == "wall_seconds" or value is not None):
+                raise ValueError(f"{name} cannot be {value!r}")
+        texts = [result[name] for name in ("row", "date")] + [result.get("data") or ""]
+        if type(result["seed"]) is not int or not all(isinstance(text, str) for text in texts):
+            raise ValueError("its row, seed, date or data")
+        if result["accuracy"] is None and not isinstance(result["stopped"], str):
+            raise ValueError("neither an accuracy nor why it was stopped")
+        _machine(result)
+    return result
 
 
 def curves(table: Table, folder: Path) -> dict[str, list[list[tuple[float, float]]]]:

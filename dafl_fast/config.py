@@ -18,6 +18,7 @@ from .settings import (
     BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
+    SEED,
     THREADS,
     Bound,
     Mark,
@@ -33,7 +34,6 @@ CHANNELS = Bound("1 to 64 channels, height and width", lambda shape: 1 <= shape[
 SIDES = Bound("channels, and height and width of at least 4", lambda shape: min(shape[1:]) >= 4)
 EVEN = Bound("an even number of channels", lambda width: width >= 2 and width % 2 == 0)
 SHARE = Bound("greater than 0 and less than 1", lambda share: 0 < share < 1)
-SEED = Bound("between -2^32 and 2^32", lambda seed: abs(seed) <= 2**32)
 HELD_OUT = Bound("0 or at least 2", lambda every: every == 0 or every >= 2)
 ABOVE_ONE = Bound("greater than 1", lambda base: base > 1)
 # Mean and deviation of pixels in 0..1 where nothing is known of the data: grey, and spread so that

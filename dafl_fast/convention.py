@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from .errors import UserError
+from .settings import check
+
 OutputKind = Literal[
     "logits", "probabilities", "log-probabilities", "sigmoids", "binary-logit", "binary-probability"
 ]
@@ -47,13 +50,22 @@ class Convention:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Convention:
-        """What `as_json` returned, also after a way through a JSON file."""
+        """What `as_json` returned, also after a way through a JSON file.
+
+        Raises:
+            UserError: it is damaged.
+        """
         known = {field.name for field in fields(cls)} & content.keys()
         values = {name: content[name] for name in known}
         for name in ("answer_shape", "image_shape", "classes"):
-            if values.get(name) is not None:
+            if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
-        return cls(**values)
+        found = cls(**values)
+        try:
+            check(found)
+        except UserError as error:
+            raise UserError(f"the convention in a run's summary is damaged: {error}") from error
+        return found
 
 
 def as_answers(logits: Tensor, kind: OutputKind, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -75,3 +87,22 @@ def as_answers(logits: Tensor, kind: OutputKind, shape: tuple[int, ...] | None =
     if shape is None or len(shape) == 1:
         return x
     return x.unflatten(1, shape) if shape else x.squeeze(1)
+
+
+def sized(value: Any) -> int | tuple[int, int]:
+    """An image size from a file; raises ValueError if it is none."""
+    both = value if isinstance(value, (list, tuple)) else (value, value)
+    if len(both) != 2 or not all(type(side) is int and 0 < side < 2**20 for side in both):
+        raise ValueError(f"an image size cannot be {value!r}")
+    return both[0] if both[0] == both[1] else (both[0], both[1])
+
+
+def normalisation(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel from a file; raises ValueError if they are none."""
+    for values in (mean, std):
+        numbers = isinstance(values, (list, tuple)) and 1 <= len(values) <= 64
+        if not numbers or not all(type(x) in (int, float) and abs(x) < 2**31 for x in values):
+            raise ValueError(f"a mean or deviation cannot be {values!r}")
+    if len(mean) != len(std) or min(std) <= 0:
+        raise ValueError(f"the mean {mean!r} cannot have the deviation {std!r}")
+    return tuple(mean), tuple(std)

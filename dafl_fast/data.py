@@ -5,6 +5,7 @@ A data set is loaded once, whole, as uint8, and can then stay on the device that
 
 from __future__ import annotations
 
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError, require
+from .device import free_memory
+from .errors import UserError, first_line, require
+from .files import reading
+from .pictures import MOST_PIXELS, image_files, open_image
 
 # Height and width, or one number for both.
 ImageSize = int | tuple[int, int]
@@ -79,6 +83,7 @@ _TORCHVISION = {
     "cifar100": ("CIFAR100", "CIFAR-100", "cifar-100-python"),
 }
 NAMES = ("mnist-5k", *_TORCHVISION, "uci-digits", "imagefolder")
+MOST_CLASSES = 2**20  # of labels in a file; each has a name
 # The subfolders of an image folder that are its splits, if it has any.
 _SPLITS = {"train": ("train",), "test": ("test", "val")}
 
@@ -118,12 +123,12 @@ def load(
     path = root if name == "imagefolder" else Path(name)
     if path.suffix == ".npz":
         return _npz(path)
-    if name != "imagefolder" and not path.is_dir():
+    if name != "imagefolder" and not os.path.isdir(path):
         raise UserError(
             f"unknown data set {name!r}: choose one of {', '.join(NAMES)}, or name an existing "
             "folder of images or .npz file"
         )
-    folder = next((path / part for part in _SPLITS[split] if (path / part).is_dir()), path)
+    folder = next((path / part for part in _SPLITS[split] if os.path.isdir(path / part)), path)
     return _image_folder(folder, image_size, channels)
 
 
@@ -133,7 +138,7 @@ def has_test_split(name: str, data_dir: Path | None = None) -> bool:
         name = str(data_dir or _default_root())
     elif name in NAMES:
         return name not in ("mnist-5k", "uci-digits")
-    return any((Path(name) / part).is_dir() for part in _SPLITS["test"])
+    return any(os.path.isdir(Path(name, part)) for part in _SPLITS["test"])
 
 
 def _default_root() -> Path:
@@ -185,14 +190,22 @@ def _torchvision(name: str, split: str, root: Path, download: bool) -> Labelled:
 
     try:
         found: Any = getattr(datasets, kind)(str(root), train=split == "train", download=download)
-    except (RuntimeError, OSError, ValueError) as error:
+        labels = torch.as_tensor(found.targets).long()
+        images = _planes(torch.as_tensor(found.data))
+        classes = getattr(found, "classes", None) or range(int(labels.max()) + 1)
+        if len(labels) != len(images) or not 0 <= labels.min() <= labels.max() < len(classes):
+            raise ValueError("the labels are not those of the images")
+    except Exception as error:  # whatever torchvision says of damaged files
+        if isinstance(error, FileNotFoundError) or "not found" in str(error):
+            raise UserError(
+                f"{title} was not found in {root} (looked for {root}/{where}): name its folder "
+                "with --data-dir or DAFL_DATA, or allow a download with --download"
+            ) from error
         raise UserError(
-            f"{title} was not found in {root} (looked for {root}/{where}): name its folder with "
-            "--data-dir or DAFL_DATA, or allow a download with --download"
+            f"{title} in {root}/{where} cannot be read: {first_line(error)}; remove it, and allow "
+            "a download with --download"
         ) from error
-    labels = torch.as_tensor(found.targets).long()
-    classes = getattr(found, "classes", None) or range(int(labels.max()) + 1)
-    return Labelled(_planes(torch.as_tensor(found.data)), labels, tuple(map(str, classes)))
+    return Labelled(images, labels, tuple(map(str, classes)))
 
 
 def _planes(images: Tensor) -> Tensor:
@@ -211,6 +224,11 @@ def _npz(path: Path) -> Labelled:
         )
     if labels.min() < 0:
         raise UserError(f"'labels' in {path} must not be negative, got {labels.min()}")
+    if labels.max() >= MOST_CLASSES:
+        raise UserError(
+            f"'labels' in {path} must be numbers of classes, from 0 on and below {MOST_CLASSES:,}, "
+            f"got {labels.max()}"
+        )
     classes = tuple(str(label) for label in range(int(labels.max()) + 1))
     return Labelled(images, torch.from_numpy(labels.astype("int64")), classes)
 
@@ -229,18 +247,21 @@ def _arrays(path: Path, *keys: str) -> dict[str, Any]:
 
     import numpy as np
 
-    try:
+    with reading(path, "data file", "is not a readable .npz file"):
+        with zipfile.ZipFile(path) as archive:  # an .npy would be read as something else
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > (free_memory(torch.device("cpu")) or size):
+            raise UserError(f"the data file {path} takes {size / 1e9:,.1f} GB, more than is free")
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in keys}
-    except FileNotFoundError as error:
-        raise UserError(f"the data file {path} does not exist") from error
-    except KeyError as error:
-        raise UserError(
-            f"the data file {path} must hold {' and '.join(map(repr, keys))}, it has "
-            f"{', '.join(map(repr, file.files)) or 'nothing'}"
-        ) from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"the data file {path} is not a readable .npz file: {error}") from error
+            if not set(keys) <= set(file.files):
+                raise UserError(
+                    f"the data file {path} must hold {' and '.join(map(repr, keys))}, it has "
+                    f"{', '.join(map(repr, file.files)) or 'nothing'}"
+                )
+            arrays = {key: file[key] for key in keys}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise ValueError(f"{' and '.join(map(repr, keys))} must be arrays")
+            return arrays
 
 
 def _npz_images(path: Path, images: Any) -> Tensor:
@@ -262,43 +283,48 @@ def _npz_images(path: Path, images: Any) -> Tensor:
 def _image_folder(path: Path, image_size: ImageSize | None, channels: int) -> Labelled:
     """<class>/*.jpg (or .png, ...), decoded once; classes in alphabetical order."""
     require("torchvision", "reading a folder of images")
-    from PIL import Image
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"the image folder {path} does not exist")
     try:
-        folder = ImageFolder(str(path))
-    except (FileNotFoundError, RuntimeError) as error:
+        classes, _ = find_classes(str(path))
+    except FileNotFoundError:  # there are no folders
+        classes = []
+    found = [image_files(path / name, IMG_EXTENSIONS) for name in classes]
+    if not all(found) or not found:
         raise UserError(
             f"there are no images in {path}: an image folder holds <class>/*.jpg (or .png), or "
             "train/<class>/*.jpg and test/<class>/*.jpg"
-        ) from error
+        )
+    files = list(itertools.chain(*found))
+    labels = [label for label, images in enumerate(found) for _ in images]
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise UserError(f"images of a folder are read with 1 or 3 channels, got {channels}")
 
-    def decode(file: str) -> Tensor:
-        try:
-            with Image.open(file) as opened:
-                image = opened.convert(mode)
-        except OSError as error:
-            raise UserError(f"the image {file} cannot be read: {error}") from error
+    def decode(file: Path) -> Tensor:
+        with open_image(file) as opened:
+            image = opened.convert(mode)
         if image_size is not None and image.size != sides(image_size)[::-1]:
-            image = resize(image, covering(image.height, image.width, *sides(image_size)))
-            image = center_crop(image, list(sides(image_size)))
+            size = covering(image.height, image.width, *sides(image_size))
+            if size[0] * size[1] > MOST_PIXELS:
+                raise UserError(
+                    f"the image {file} is {image.width}x{image.height}, too narrow to be brought "
+                    f"to {image_size}"
+                )
+            image = center_crop(resize(image, size), list(sides(image_size)))
         return pil_to_tensor(image)
 
     from rich.console import Console
     from rich.progress import track
 
-    files, labels = zip(*folder.samples, strict=True)
     images = torch.empty(0)
     show: dict[str, Any] = dict(console=Console(stderr=True), transient=True)
     show["disable"] = len(files) < 2000
     with ThreadPoolExecutor() as pool:
-        for start in track(range(0, len(files), 1000), f"reading {path}", **show):
+        for start in track(range(0, len(files), 1000), "reading images", **show):
             for index, image in enumerate(pool.map(decode, files[start : start + 1000]), start):
                 if index == 0:
                     images = torch.empty((len(files), *image.shape), dtype=torch.uint8)
@@ -309,7 +335,7 @@ def _image_folder(path: Path, image_size: ImageSize | None, channels: int) -> La
                         "size to which they are brought with --image-size"
                     )
                 images[index] = image
-    return Labelled(images, torch.tensor(labels), tuple(folder.classes))
+    return Labelled(images, torch.tensor(labels), tuple(classes))
 
 
 def covering(height: int, width: int, rows: int, columns: int) -> list[int]:

@@ -31,10 +31,25 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         # torchrun numbers the processes of a machine. Each process uses the GPU with its number.
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", told_by_torchrun("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
         return device
     return torch.device(name)
+
+
+def told_by_torchrun(name: str, default: int) -> int:
+    """A number that torchrun gives its processes in the environment; `default` without torchrun.
+
+    Raises:
+        UserError: it is no number.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or len(text) > 9:
+        raise UserError(
+            f"the environment variable {name} must be a number, as torchrun sets it, got {text!r}; "
+            "unset it to train in one process"
+        )
+    return int(text)
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -119,7 +134,7 @@ def pick_threads(wish: int | Literal["auto"]) -> int:
         return wish
     if "OMP_NUM_THREADS" in os.environ and not _set_by_torchrun():
         return torch.get_num_threads()
-    share = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    share = max(1, usable_cores() // told_by_torchrun("LOCAL_WORLD_SIZE", 1))
     return share if _set_by_torchrun() else min(share, torch.get_num_threads())
 
 
@@ -130,7 +145,7 @@ def may_change_threads(wish: int | Literal["auto"]) -> bool:
 
 def _set_by_torchrun() -> bool:
     """Whether OMP_NUM_THREADS=1 is torchrun's doing: it says so to each of several processes."""
-    several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+    several = told_by_torchrun("LOCAL_WORLD_SIZE", 1) > 1
     started = several and "TORCHELASTIC_RUN_ID" in os.environ
     return started and os.environ.get("OMP_NUM_THREADS") == "1"
 

@@ -39,6 +39,7 @@ from .pages import page_of_result, write_report
 from .progress import Mode, Progress, outcome
 from .recipes import WITHOUT_BATCH_NORM, make_config
 from .records import Run
+from .settings import Mark, plain
 from .unlabelled import Given, given_tensor, read_images
 
 log = logging.getLogger(__name__)
@@ -206,6 +207,8 @@ def _run(
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
+    settings = plain(config, without=Mark.RESUMABLE)
+    world.demand_equal({f"--{name.replace('_', '-')}": value for name, value in settings.items()})
     given = None if images is None else given_tensor(images, config.shape)
     if config.images:
         given = read_images(config.images, config.image_format)

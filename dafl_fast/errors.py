@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import logging
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 
+_MOST = 1000  # characters of a message
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
 
 class UserError(Exception):
-    """Something that the user can put right; its message is one full sentence."""
+    """Something that the user can put right; its message is one full sentence.
+
+    What a stranger has written may be part of it: it is made printable here, for every terminal.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class TrainingStopped(RuntimeError):
@@ -17,20 +31,54 @@ class TrainingStopped(RuntimeError):
 
 
 def command(main: Callable[[], int | None]) -> Callable[[], int]:
-    """Wraps a command's `main`: expected errors become one line on stderr and exit code 2."""
+    """Wraps a command's `main`: expected errors become one line on stderr and exit code 2. A reader
+    that has gone, as in `... | head`, ends it without a word."""
 
     @functools.wraps(main)
     def run() -> int:
         try:
-            return main() or 0
+            code = main() or 0
+            sys.stdout.flush()
+            return code
         except (UserError, TrainingStopped) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:
+            with contextlib.suppress(OSError, ValueError):  # nor is there one when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except (MemoryError, RuntimeError) as error:
+            if not memory_is_full(error):
+                raise
+            print(
+                f"error: the memory is full ({printable(first_line(error))}); smaller images, "
+                "batches, networks or a smaller replay bank take less",
+                file=sys.stderr,
+            )
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
 
     return run
+
+
+def memory_is_full(error: Exception) -> bool:
+    """Whether `error` says that no more memory is to be had, on the host or on a GPU."""
+    return isinstance(error, MemoryError) or bool(_NO_MEMORY.search(str(error)))
+
+
+class _PlainLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
+def log_to_stderr() -> None:
+    """Lets a command show warnings, as lines that any terminal can show."""
+    # This handler asks for sys.stderr at each message: a live line has another one.
+    handler = logging.lastResort or logging.StreamHandler()
+    handler.setFormatter(_PlainLines("%(message)s"))
+    logging.basicConfig(handlers=[handler])
 
 
 def require(module: str, purpose: str, package: str | None = None) -> None:
@@ -49,4 +97,28 @@ def require(module: str, purpose: str, package: str | None = None) -> None:
 
 def first_line(error: Exception) -> str:
     """What `error` says, as far as it fits into one sentence."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    try:
+        text = str(error)
+    except Exception:  # that of a user's own class
+        text = ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "weights_only" in text:  # torch advises to read the file in a way that runs what is in it
+        _, found, reason = text.partition("WeightsUnpickler error: ")
+        lines = [reason.strip().splitlines()[0] if found else "it holds more than tensors"]
+    return lines[0] if lines else type(error).__name__
+
+
+def printable_lines(text: str) -> str:
+    """`text` with each of its lines as `printable` has it."""
+    return "\n".join(map(printable, text.splitlines()))
+
+
+def printable(text: str) -> str:
+    """`text` as one line that any terminal can show: no control characters, and not endless."""
+    line = " ".join(text.split()) if not text.isprintable() else text
+    if len(line) > _MOST:
+        line = f"{line[: _MOST // 2]} ... {line[-_MOST // 2 :]}"
+    return line if line.isprintable() else "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in line
+    )  # fmt: skip

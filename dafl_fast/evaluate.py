@@ -25,7 +25,7 @@ from .engine.evaluation import predictions
 from .engine.layout import use_channels_last
 from .engine.outputs import Reading, as_classifier, reading_of
 from .engine.precision import computed_in
-from .errors import UserError, command
+from .errors import UserError, command, printable
 from .models import GREY_SIZES, NETWORKS
 from .networks import open_file
 from .networks.opener import Opened
@@ -259,18 +259,26 @@ def show(result: dict[str, Any]) -> None:
     """Prints the figures as a table, a column a network."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    def plain(text: str) -> Text:  # names may look like rich's markup
+        return Text(printable(text))
 
     roles = [role for role in ("model", "teacher") if role in result]
     networks = [result[role] for role in roles]
     console = Console()
     shape = "x".join(map(str, result["image_shape"]))
     console.print(
-        f"{result['count']:,} images of {result['data']} ({result['split']}), {shape}, "
-        f"{result['device']}, {result['threads']} threads", soft_wrap=True, highlight=False,
-    )  # fmt: skip
+        plain(
+            f"{result['count']:,} images of {result['data']} ({result['split']}), {shape}, "
+            f"{result['device']}, {result['threads']} threads"
+        ),
+        soft_wrap=True,
+        highlight=False,
+    )
     table = Table("")
     for role, network in zip(roles, networks, strict=True):
-        table.add_column(f"{role} {network['network']}", justify="right")
+        table.add_column(plain(f"{role} {network['network']}"), justify="right")
     rows = {
         "accuracy": "{accuracy:.2%}",
         "parameters": "{parameters:,}",
@@ -284,7 +292,9 @@ def show(result: dict[str, Any]) -> None:
         table.add_row("agreement", f"{result['agreement']:.2%}")
     table.add_section()
     for name in networks[0]["class_accuracy"]:
-        table.add_row(name, *(f"{network['class_accuracy'][name]:.2%}" for network in networks))
+        table.add_row(
+            plain(name), *(f"{network['class_accuracy'][name]:.2%}" for network in networks)
+        )
     console.print(table)
 
 

@@ -11,6 +11,7 @@ import copy
 import datetime
 import hashlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,8 +32,8 @@ from .distill import Result
 from .drop_in import answer_shape, chosen, drop_in, given
 from .engine.checks import logits_of
 from .engine.folder import read_config, read_summary
-from .errors import UserError, command, first_line, require
-from .files import save_weights, write_atomically, write_text
+from .errors import UserError, command, first_line, log_to_stderr, require
+from .files import save_at_once, write_atomically, write_text, write_weights
 from .models.pixels import Affine, Taking
 from .models.twin import duplicate
 from .networks import load_weights, open_run
@@ -115,7 +116,7 @@ def export_student(
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
     if outputs not in (None, *get_args(Outputs)):
         raise UserError(f"--outputs must be as-teacher or logits, got {outputs!r}")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"--out must be a file, {path} is a folder")
     config = None if run is None else Config(**read_config(run))
     if image_shape is None:
@@ -140,15 +141,16 @@ def export_student(
     def write_and_check(temporary: Path) -> None:
         write(temporary)
         check.update(_compare(program, load, temporary, random, held_out, convention))
+        text = model_card(
+            path.name, temporary.read_bytes(), format, config, summary,
+            name=type(student).__name__, image_shape=image_shape, num_classes=num_classes,
+            classes=classes or convention.classes, check=check, convention=convention,
+            answer_shape=answer_shape(convention, num_classes),
+            first=student[0] if isinstance(student, Taking) and format == "safetensors" else None,
+        )  # fmt: skip
+        write_text(path.with_name(f"{path.name}.md"), text)  # or there is no new file either
 
     write_atomically(path, write_and_check)
-    text = model_card(
-        path, format, config, summary, name=type(student).__name__, image_shape=image_shape,
-        num_classes=num_classes, classes=classes or convention.classes, check=check,
-        convention=convention, answer_shape=answer_shape(convention, num_classes),
-        first=student[0] if isinstance(student, Taking) and format == "safetensors" else None,
-    )  # fmt: skip
-    write_text(path.with_name(f"{path.name}.md"), text)
     return check
 
 
@@ -180,15 +182,14 @@ def _as_safetensors(student: nn.Module, images: Tensor, convention: Convention) 
                 tensor.zero_()
         return load_weights(fresh, path, "exported")
 
-    return lambda path: save_weights(path, student.state_dict()), load
+    return lambda path: write_weights(path, student.state_dict()), load
 
 
 def _as_program(student: nn.Module, images: Tensor, convention: Convention) -> _Made:
     program = _program(student, images)
 
     def write(path: Path) -> None:
-        with path.open("wb") as file:  # a path would have to end in .pt2
-            torch.export.save(program, file)
+        save_at_once(torch.export.save, program, path)
 
     def load(path: Path) -> _Network:
         with path.open("rb") as file:
@@ -334,23 +335,29 @@ def _compare(
 
 
 def model_card(
-    path: Path, format: FormatName, config: Config | None, summary: dict[str, Any], **student: Any
+    file: str,
+    content: bytes,
+    format: FormatName,
+    config: Config | None,
+    summary: dict[str, Any],
+    **student: Any,
 ) -> str:
-    """A model card in the style of the Hugging Face hub, from the run's settings and summary and
-    what else is known of the student: name, image_shape, num_classes, classes, check, what it takes
-    and returns, and its first layer if that is not in the file."""
+    """The card of `file`, which has that content, in the style of the Hugging Face hub: from the
+    run's settings and summary and what else is known of the student: name, image_shape,
+    num_classes, classes, check, what it takes and returns, and its first layer if that is not in
+    the file."""
     teacher = summary.get("teacher", config and config.teacher)  # it may be a file
-    content, here = path.read_bytes(), environment()
+    here = environment()
     versions = {name: here[name] for name in ("dafl_fast", "torch", "python")}
     versions |= {package: version(package) for package in FORMATS[format].packages}
     card = {
-        "file": path.name,
+        "file": file,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "date": datetime.date.today(),
         "format": format,
         "library": FORMATS[format].library,
-        "use": FORMATS[format].use.format(file=path.name, input=student["convention"].input_name),
+        "use": FORMATS[format].use.format(file=file, input=student["convention"].input_name),
         "config": config,
         "changed": {} if config is None else _changed(config),
         "summary": summary,
@@ -389,7 +396,7 @@ def _held_out(config: Config) -> tuple[Tensor | None, tuple[str, ...]]:
 @command
 def main() -> None:
     arguments = tyro.cli(ExportConfig, prog="python -m dafl_fast.export")
-    logging.basicConfig(format="%(message)s")
+    log_to_stderr()
     student = open_run(arguments.run, Trust(run=arguments.trust_run)).built()
     config = Config(**read_config(arguments.run))
     if arguments.data_dir is not None:

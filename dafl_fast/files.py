@@ -1,24 +1,31 @@
-"""Reading and writing weights and checkpoints. Writes are atomic: no file is ever half written."""
+"""Reading and writing weights, checkpoints and texts. Writes are atomic: no file is ever half
+written. Whatever goes wrong while a file is read becomes one sentence (`reading`)."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import os
-import tempfile
-from collections.abc import Callable
+import secrets
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, first_line, memory_is_full
+
+LONGEST = 2**24  # bytes of a text that is read whole: settings, notes and summaries are short
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` write a temporary file beside `path`, then renames that to `path` at once.
 
-    A crash at any moment leaves the old file or the new one.
+    A crash at any moment leaves the old file or the new one. `write` may raise UserError.
 
     Raises:
         UserError: the file could not be written (disk full, no permission); the old one is kept.
@@ -26,23 +33,37 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        fresh = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}")
+        os.close(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # less the umask
+        temporary, mode = fresh, stat.S_IMODE(fresh.stat().st_mode)
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)  # safetensors has its own idea of it
+        _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError of its own.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        _sync(path.parent, os.O_RDONLY)
+    except UserError:
+        raise
+    except Exception as error:  # torch, safetensors and others have their own for a full disk
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else None
+        reason = reason or first_line(error)
         raise UserError(
             f"could not write {path}: {reason}; what was there before is kept"
         ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path, how: int) -> None:
+    """Waits until the file, or the names in the folder, are on the disk."""
+    handle = os.open(path, how)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,6 +78,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
     """Writes a state dict as safetensors, atomically."""
+    write_atomically(path, lambda temporary: write_weights(temporary, state))
+
+
+def write_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """Writes a state dict as safetensors, inside of `write_atomically`."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -65,7 +91,64 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
         # Tied weights: safetensors refuses to store the same memory under two names.
         shared = any(tensor.data_ptr() == other.data_ptr() for other in tensors.values())
         tensors[name] = tensor.clone() if shared and tensor.numel() else tensor
-    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    save_file(tensors, path)
+
+
+def check_file(path: Path, what: str) -> None:
+    """Raises UserError unless `path` is a regular file; from a pipe or a device a read might never
+    end. `what` ("teacher file") names it."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"the {what} {path} does not exist") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the {what} {path} cannot be read: {reason}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise UserError(f"the {what} {path} is {kind}, and must be a file")
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str, wrong: str = "cannot be read") -> Iterator[None]:
+    """Around all that is done to read `path`; `what` ("teacher file") names it.
+
+    Raises:
+        UserError: it is no file, or whatever goes wrong inside, in one sentence: the what, its
+            path, `wrong`, and the reason. Only full memory stays what it is.
+    """
+    check_file(path, what)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise anything for damaged files
+        if memory_is_full(error):
+            raise
+        raise UserError(f"the {what} {path} {wrong}: {first_line(error)}") from error
+
+
+def read_text(path: Path, what: str = "file", longest: int = LONGEST) -> str:
+    """The text in a file of at most `longest` bytes.
+
+    Raises:
+        UserError: there is no such file, it is longer, or no UTF-8.
+    """
+    with reading(path, what), path.open("rb") as file:
+        content = file.read(longest + 1)
+        if len(content) > longest:
+            raise UserError(f"the {what} {path} is longer than {longest:,} bytes")
+        return content.decode()
+
+
+def read_json(path: Path, what: str = "file") -> dict[str, Any]:
+    """The object in a JSON file; raises UserError as `read_text` does, or if there is none."""
+    text = read_text(path, what)
+    with reading(path, what):
+        content = json.loads(text)
+    if not isinstance(content, dict):
+        raise UserError(f"the {what} {path} cannot be read: it holds no object")
+    return content
 
 
 def load_tensors(path: Path, role: str) -> dict[str, Tensor]:
@@ -74,22 +157,23 @@ def load_tensors(path: Path, role: str) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, or not a readable safetensors file.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise UserError(f"the {role} file {path} does not exist")
-    try:
+    with reading(path, f"{role} file", "is not a readable safetensors file"):
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"the {role} file {path} is not a readable safetensors file: {error}"
-        ) from error
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Writes nested dicts of tensors and plain values; readable with `weights_only=True`."""
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    write_atomically(path, lambda temporary: save_at_once(torch.save, state, temporary))
+
+
+def save_at_once(save: Callable[[Any, io.BytesIO], object], what: Any, path: Path) -> None:
+    """Lets torch's `save` write to memory, and writes that. On a disk that becomes full, torch's
+    own writer ends the process (its destructor raises)."""
+    buffer = io.BytesIO()
+    save(what, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -98,9 +182,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or it is not a checkpoint.
     """
-    if not path.is_file():
+    if not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path} to resume from")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"the checkpoint {path} cannot be read: {error}") from error
+    with reading(path, "checkpoint"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no settings and weights")
+    return content

@@ -1,16 +1,75 @@
-"""Grids of the images that a run generates."""
+"""Grids of the images that a run generates, and pictures from files."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .files import write_atomically
+from .errors import UserError
+from .files import reading, write_atomically
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+# What is taken for a picture, whatever its name: Pillow runs a program for some others, as EPS.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+MOST_PIXELS = 2**26  # of a picture; a small file can claim any size
 # The most pixels that a side of an image takes in a grid.
 LARGEST = 256
+
+
+@contextmanager
+def open_image(path: Path, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
+    """The picture in a file, with 8 bits a channel, to be read inside.
+
+    Raises:
+        UserError: it is none of these formats, has more than `MOST_PIXELS`, or is damaged.
+    """
+    from PIL import Image
+
+    with reading(path, "image"), Image.open(path, formats=formats) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise UserError(
+                f"the image {path} is {image.width}x{image.height}, which is more than "
+                f"{MOST_PIXELS:,} pixels"
+            )
+        yield _eight_bits(image)
+
+
+def _eight_bits(image: Any) -> Any:
+    """A picture of PIL with 8 bits a channel, which PIL would make white of one with more."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = np.asarray(image).astype(np.float32) / 257
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits; save it with 8 or 16")
+    return image
+
+
+def image_files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """The images in the folder of a class and in those below, in torchvision's order. Links are
+    followed, but none to where one is or has been already: that has no end."""
+    seen = {os.path.realpath(place) for place in folder.absolute().parents}
+    found: list[Path] = []
+    walked = []
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        walked.append((root, sorted(files)))
+    for root, files in sorted(walked):
+        found += [Path(root, name) for name in files if name.lower().endswith(endings)]
+    return found
 
 
 def save_samples(path: Path, images: Tensor, logits: Tensor, count: int = 40) -> None:

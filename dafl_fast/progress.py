@@ -17,7 +17,7 @@ from torch import nn
 from .config import Config
 from .engine.loop import parameters_of
 from .engine.step import Step
-from .errors import UserError
+from .errors import UserError, printable
 from .templates import render
 
 if TYPE_CHECKING:
@@ -61,12 +61,13 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         if self._display is not None:
-            self._display.close(failed=kind is not None)
+            with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+                self._display.close(failed=kind is not None)
 
     def announce(self, config: Config, teacher: nn.Module, step: Step) -> None:
         """Says what is about to happen."""
         if self._display is not None:
-            self._display.say(headline(config, teacher, step))
+            self._display.say(printable(headline(config, teacher, step)))
 
     def begin(self) -> None:
         """Says that training begins, which may take a while to its first row of metrics."""
@@ -83,7 +84,7 @@ class Progress:
     def end(self, summary: dict[str, Any]) -> None:
         """Says what has come of it, given the content of summary.json."""
         if self._display is not None:
-            self._display.end(not summary["interrupted"], outcome(summary))
+            self._display.end(not summary["interrupted"], printable(outcome(summary)))
 
 
 def headline(config: Config, teacher: nn.Module, step: Step) -> str:

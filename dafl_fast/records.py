@@ -12,11 +12,19 @@ from typing import Any, NamedTuple
 
 from .config import Config
 from .engine.estimate import FEW_CLASSES
-from .engine.folder import read_config, read_json, read_metrics, read_summary
+from .engine.folder import read_config, read_environment, read_metrics, read_summary
 from .errors import UserError
+from .pictures import open_image
 from .recipes import make_config
 
 GRID_BYTES = 200_000  # of a grid of images at most, so that a page of eight stays below 3 MB
+
+
+# What a page shows of a summary, or nothing of it.
+_NEEDED = {
+    "steps", "train_seconds", "images_per_second", "student_accuracy", "teacher_accuracy",
+    "agreement_fresh", "interrupted", "student_parameters", "teacher_parameters", "eval_count",
+}  # fmt: skip
 
 
 @dataclass
@@ -48,10 +56,10 @@ class Run:
             raise UserError(f"the run in {path} has no metrics yet: nothing to report")
         environment, summary = dict[str, Any](), dict[str, Any]()
         with contextlib.suppress(UserError):  # a page shows whatever can be read
-            environment = read_json(path / "environment.json")
+            environment = read_environment(path)
             summary = read_summary(path)
         # A run that was resumed and then killed still has the summary of its first part.
-        if summary.get("steps", -1) < rows[-1]["step"]:
+        if not summary.keys() >= _NEEDED or summary["steps"] < rows[-1]["step"]:
             summary = {}
         defaults, name = make_config(config.preset, config.recipe), path.resolve().name
         return cls(path, config, defaults, rows, summary, environment, name)
@@ -125,11 +133,9 @@ class Grid(NamedTuple):
 
 def grid(path: Path, caption: str) -> Grid | None:
     """The picture in `path`, smaller if it is large; None when it cannot be read."""
-    from PIL import Image  # of reports only
-
     try:
-        data, kind = path.read_bytes(), "png"
-        with Image.open(path) as picture:
+        with open_image(path, ("PNG",)) as picture:
+            data, kind = path.read_bytes(), "png"
             width, height = picture.size
             if len(data) > GRID_BYTES:
                 picture.thumbnail((1024, 1024))
@@ -137,7 +143,7 @@ def grid(path: Path, caption: str) -> Grid | None:
                 picture.convert("RGB").save(buffer, "jpeg", quality=85)
                 data, kind = buffer.getvalue(), "jpeg"
                 width, height = picture.size
-    except OSError:
+    except UserError:
         return None
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return Grid(caption, width, height, uri)

@@ -6,7 +6,6 @@ stopped, in whatever way, goes on where it stood, and one that is complete only 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -27,12 +26,12 @@ from .distill import distill
 from .engine.evaluation import accuracy_on
 from .engine.teacher import FrozenTeacher
 from .errors import TrainingStopped, UserError, command, require
-from .files import load_checkpoint, save_weights, write_json, write_text
+from .files import read_json, save_weights, write_json, write_text
 from .losses import distill_loss
 from .networks import bundled_weights, load_network
 from .paper import LOSSES, TABLES, Row
 from .recipes import PRESETS, make_config
-from .settings import POSITIVE, Mark, check, check_unchanged, plain
+from .settings import POSITIVE, SEEDS, Mark, check, check_unchanged, plain
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class ReproduceConfig:
     table: tyro.conf.Positional[str]
     """mnist (LeNet-5), hintonnet, ablation (the eight combinations of the generator's losses on
     MNIST), cifar10 or cifar100."""
-    seeds: Annotated[tuple[int, ...], Mark.RESUMABLE] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], SEEDS, Mark.RESUMABLE] = (0, 1, 2)
     """Seeds of each row; there is one teacher for all of them."""
     max_seconds_per_run: Annotated[float, POSITIVE] = 120.0
     """Training seconds of each run, the teacher's included if it is to be trained. A recipe with a
@@ -129,7 +128,7 @@ class Reproduction:
         config, settings = self.config, self.out / "settings.json"
         if settings.exists():
             check_unchanged(
-                json.loads(settings.read_text()), config,
+                read_json(settings), config,
                 f": the results in {self.out} have", "; choose another folder with --out",
             )  # fmt: skip
         runs = [("teacher", 0)]  # one for all seeds, and its accuracy belongs to any table
@@ -187,7 +186,7 @@ class Reproduction:
     def _run_teacher(self) -> dict[str, Any]:
         note = {}
         if self.config.teacher is None:
-            note = json.loads(self.teacher_weights.with_suffix(".json").read_text())
+            note = read_json(self.teacher_weights.with_suffix(".json"), "note")
         seen = round(note["epochs"] * note["training_images"]) if "epochs" in note else None
         return {
             "accuracy": self._accuracy(self.teacher),
@@ -250,7 +249,7 @@ class Reproduction:
         training = train_teacher.Training(student, images, labels, self.form, config, objective)
         checkpoint = folder.with_suffix(".checkpoint")
         if checkpoint.exists():
-            training.load_state_dict(load_checkpoint(checkpoint))
+            training.restore(checkpoint)
             start -= training.seconds
         training.run(checkpoint)
         network = training.average.module

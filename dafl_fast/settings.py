@@ -49,7 +49,9 @@ def at_least(least: int, reason: str = "") -> Bound:
 
 
 BATCH = at_least(2, "BatchNorm needs two images")
-THREADS = Bound("auto, or at least 1", lambda number: number == "auto" or number >= 1)
+THREADS = Bound("auto, or 1 to 4096", lambda number: number == "auto" or 1 <= number <= 4096)
+SEED = Bound("between -2^32 and 2^32", lambda seed: abs(seed) <= 2**32)
+SEEDS = Bound("between -2^32 and 2^32", lambda seeds: all(map(SEED.holds, seeds)))
 
 
 class Mark(Enum):
@@ -175,6 +177,8 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     accepted, words = _KINDS[kind]
     if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
         with suppress(OverflowError):  # a whole number beyond all floats
-            if kind is not float or math.isfinite(value):
+            if kind is int and abs(value) >= 2**63:
+                words = "a whole number of 64 bits"
+            elif kind is not float or math.isfinite(value):
                 return kind(value)
     raise mistake(name, words, value)

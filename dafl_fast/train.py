@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from .config import Config
 from .distill import train
 from .engine.folder import check_resumed, read_config
-from .errors import UserError, command
+from .errors import UserError, command, log_to_stderr, printable_lines
 from .networks import is_code, is_for_mnist
 from .progress import describe
 from .recipes import make_config
@@ -75,13 +74,10 @@ def _value_of(arguments: list[str], flag: str) -> str | None:
 @command
 def main() -> int:
     config = parse(sys.argv[1:])
-    # This handler asks for sys.stderr at each message: a live line has another one.
-    logging.basicConfig(
-        format="%(message)s", handlers=[logging.lastResort or logging.StreamHandler()]
-    )
+    log_to_stderr()
     summary = train(config)
     if os.environ.get("RANK", "0") == "0":  # one voice for all processes that torchrun started
-        print(describe(summary))
+        print(printable_lines(describe(summary)))
     return 130 if summary["interrupted"] else 0
 
 

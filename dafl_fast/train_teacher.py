@@ -27,7 +27,7 @@ from .engine.ema import Average
 from .engine.evaluation import accuracy
 from .engine.layout import use_channels_last
 from .errors import TrainingStopped, UserError, command
-from .files import load_checkpoint, save_checkpoint, save_weights, write_json
+from .files import load_checkpoint, reading, save_checkpoint, save_weights, write_json
 from .models import GREY_SIZES, NETWORKS
 from .networks import load_network
 from .settings import (
@@ -35,6 +35,7 @@ from .settings import (
     BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
+    SEED,
     THREADS,
     Bound,
     Mark,
@@ -90,7 +91,7 @@ class TeacherConfig:
     """Threads of the CPU. auto: one for each core, or as OMP_NUM_THREADS says."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network. auto: bf16 where the processor has it."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of initialisation, order and augmentation."""
     save_every: Annotated[float, POSITIVE, Mark.RESUMABLE] = 20.0
     """Seconds of training between checkpoints."""
@@ -315,14 +316,27 @@ class Training:
             "seconds": self.seconds,
         }
 
+    def restore(self, path: Path) -> None:
+        """Goes on from a checkpoint; raises UserError if it is damaged or had other settings."""
+        state = load_checkpoint(path)
+        with reading(path, "checkpoint", "is damaged"):
+            self.load_state_dict(state)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave; raises UserError if that had other settings."""
+        """Restores what `state_dict` gave; raises UserError if that had other settings, and
+        anything if it is damaged."""
         check_unchanged(state["settings"], self.config, " when resuming: the checkpoint has")
         self.network.load_state_dict(state["network"])
         self.average.module.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.random.set_state(state["random"])
-        self.steps, self.seconds = state["steps"], state["seconds"]
+        for parameter, kept in self.optimizer.state.items():
+            for value in kept.values():
+                if value.dim() and value.shape != parameter.shape:
+                    raise ValueError("the optimizer's state is of other weights")
+        self.steps, self.seconds = state["steps"], float(state["seconds"])
+        if type(self.steps) is not int or self.steps < 0 or not 0 <= self.seconds < math.inf:
+            raise ValueError("its steps or seconds")
 
 
 def one_cycle(done: float) -> float:
@@ -370,7 +384,7 @@ def train(config: TeacherConfig) -> dict[str, Any]:
     training = Training(network, images, labels, form, config)
     checkpoint = config.out.with_suffix(".checkpoint")
     if config.resume:
-        training.load_state_dict(load_checkpoint(checkpoint))
+        training.restore(checkpoint)
     print(f"{config.network} on {len(images):,} images of {len(classes)} classes", flush=True)
     with threads(pick_threads(config.threads)):
         training.run(checkpoint)

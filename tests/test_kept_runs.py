@@ -13,9 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dafl_fast import train as command
 from dafl_fast.distill import train
+from dafl_fast.engine.folder import read_metrics
 from dafl_fast.engine.lock import locked
 from dafl_fast.errors import UserError
 from dafl_fast.recipes import make_config
@@ -68,6 +71,47 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(folder):
         (folder / name).unlink()
     shutil.rmtree(folder / "bank")
     assert resumed(folder)["steps"] == 3
+
+
+def test_a_damaged_row_of_metrics_is_left_out(folder, caplog):
+    file = folder / "metrics.jsonl"
+    before = file.read_text().splitlines()
+    good = [json.loads(line) for line in before]
+    bad = ['{"step": "x", "train_seconds": 1}', "{", "[]", '{"step": 1, "train_seconds": NaN}',
+           '{"step": 1, "train_seconds": 1, "accuracy": "x"}', "[" * 10**5]  # fmt: skip
+    file.write_bytes("\n".join([*bad, *before]).encode() + b"\n\xff\n" + b"x" * 3_000_000)
+    assert read_metrics(folder) == good
+    assert f"{len(bad) + 2} damaged rows of {file} are left out" in caplog.text
+    assert resumed(folder)["steps"] == 3
+    assert [row for row in read_metrics(folder) if row["step"] <= 2] == good
+
+
+@pytest.mark.parametrize("change", ["surplus", "missing", "another dtype", "other images"])
+def test_a_bank_of_other_entries_is_refused(change, folder):
+    (file,) = (folder / "bank").iterdir()
+    entries = load_file(file)
+    if change == "other images":
+        entries["images"] = entries["images"][:, :-1].contiguous()
+    elif change == "another dtype":
+        entries["images"] = entries["images"].float()
+    else:
+        rows = entries["logits"][:1]
+        entries["logits"] = (
+            torch.cat([entries["logits"], rows]) if change == "surplus" else entries["logits"][1:]
+        )
+    save_file(entries, file)
+    with pytest.raises(UserError, match="the replay bank file .* is damaged: "):
+        resumed(folder)
+
+
+def test_a_tensor_of_a_checkpoint_is_not_spread(folder):
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    optimizer = next(value for name, value in state["step"].items() if "optimizer" in name)
+    averages = next(iter(optimizer.values()))
+    averages["exp_avg"] = averages["exp_avg"].flatten()[:1].clone()
+    torch.save(state, folder / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"checkpoint.pt is damaged: a tensor should be \["):
+        resumed(folder)
 
 
 # -- the lock --------------------------------------------------------------------------------------

@@ -124,8 +124,8 @@ def test_processes_of_torchrun_share_the_cores(eight_cores, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        (0, "--threads must be auto, or at least 1, got 0"),
-        (-2, "--threads must be auto, or at least 1, got -2"),
+        (0, "--threads must be auto, or 1 to 4096, got 0"),
+        (-2, "--threads must be auto, or 1 to 4096, got -2"),
         ("two", "--threads must be a whole number, got 'two'"),
         (1.5, "--threads must be a whole number, got 1.5"),
         (True, "--threads must be a whole number, got True"),

@@ -574,3 +574,44 @@ def test_both_networks_must_be_named(strange, tmp_path):
     with pytest.raises(UserError, match="the teacher of the run in .* is the code antigravity:x"):
         load_networks(config)
     assert not ran.exists() and "antigravity" not in sys.modules
+
+
+# -- sizes of tensors ------------------------------------------------------------------------------
+
+
+class Held(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(60.0).view(5, 12))
+
+    def forward(self, x):
+        return x.flatten(1)[:, :12] @ self.weight.t()
+
+
+@pytest.mark.parametrize("how", ["empty", "short", "larger", "offset", "stride"])
+def test_a_script_whose_tensor_is_larger_than_its_file_is_not_loaded(how, tmp_path):
+    """torch would read what lies behind it in memory, or crash."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Held()), tmp_path / "good.pt")
+
+    def change(entries):
+        numbers = {
+            "empty": lambda: entries.update({"data/0": b""}),
+            "short": lambda: entries.update({"data/0": entries["data/0"][:-4]}),
+            # As integers of one byte in the pickle: sizes (5, 12), strides (12, 1).
+            "larger": lambda: replaced(b"K\x05K\x0c", b"K\x05K\x7f"),
+            "offset": lambda: replaced(b"K\x00(K\x05K\x0c", b"K\x01(K\x05K\x0c"),
+            "stride": lambda: replaced(b"K\x0cK\x01", b"K\x7fK\x01"),
+        }
+
+        def replaced(old, new):
+            assert old in entries["data.pkl"]
+            entries["data.pkl"] = entries["data.pkl"].replace(old, new)
+
+        numbers[how]()
+
+    assert load_network(tmp_path / "good.pt", role="teacher") is not None
+    path = changed(tmp_path / "good.pt", tmp_path / "t.pt", change)
+    with pytest.raises(UserError, match=r"cannot be read: data\.pkl in it is damaged"):
+        load_network(path, role="teacher")

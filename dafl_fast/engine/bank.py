@@ -176,10 +176,18 @@ class ReplayBank:
         return {name: tensor[where] for name, tensor in self._stored().items()}
 
     def restore(self, start: int, entries: dict[str, Tensor]) -> None:
-        """Writes back the entries that `span` returned."""
-        where = self._slots(start, start + len(entries["images"]))
+        """Writes back the entries that `span` returned; raises ValueError if their shapes or dtypes
+        are others."""
+        count = len(entries["images"])
+        where = self._slots(start, start + count)
         for name, tensor in self._stored().items():
-            tensor[where] = entries[name].to(tensor.device)
+            shape, got = (count, *tensor.shape[1:]), entries[name]
+            if got.shape != shape or got.dtype != tensor.dtype:
+                raise ValueError(
+                    f"{name} should be {tensor.dtype} {list(shape)}, got {got.dtype} "
+                    f"{list(got.shape)}"
+                )
+            tensor[where] = got.to(tensor.device)
 
     def _slots(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, device=self._pixels.device) % self.capacity

@@ -9,7 +9,6 @@ number of processes, except for rounding.
 from __future__ import annotations
 
 import inspect
-import os
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import UserError
+from ..device import told_by_torchrun
+from ..errors import UserError, first_line
 from ..models.twin import twin
 
 # PyTorch 2.14 renamed this option.
@@ -38,12 +38,22 @@ class World:
     @classmethod
     def join(cls, device: torch.device) -> World:
         """Joins the processes that torchrun started, or those of a process group that the caller
-        has made already. Without either, there is one process."""
+        has made already. Without either, there is one process.
+
+        Raises:
+            UserError: the processes do not find each other.
+        """
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if told_by_torchrun("WORLD_SIZE", 1) == 1:
             return cls()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the processes do not find each other: {first_line(error)}; start them with "
+                "torchrun, or unset WORLD_SIZE to train in one process"
+            ) from error
         return cls(dist.get_rank(), dist.get_world_size(), own=True)
 
     def leave(self) -> None:
@@ -110,6 +120,21 @@ class World:
         said = [text]
         dist.broadcast_object_list(said, 0)
         return said[0]
+
+    def demand_equal(self, values: dict[str, Any]) -> None:
+        """Raises UserError, in every process, unless all have the same values; it names the first
+        that differs."""
+        if self.size == 1:
+            return
+        said: list[dict[str, Any]] = [{}] * self.size
+        dist.all_gather_object(said, values)
+        for name, first in said[0].items():
+            for rank, other in enumerate(said):
+                if other.get(name) != first:
+                    raise UserError(
+                        f"{name} must be the same in all processes, got {first!r} in process 0 and "
+                        f"{other.get(name)!r} in process {rank}"
+                    )
 
     def share_statistics(self, network: nn.Module) -> nn.Module:
         """`network`, if there is one process. Otherwise a twin with the same parameters and

@@ -6,13 +6,16 @@ images/*.safetensors  student.safetensors  samples/*.png  report.html  tensorboa
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
+import logging
+import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -22,8 +25,12 @@ from ..config import Config
 from ..device import environment
 from ..errors import UserError
 from ..files import (
+    check_file,
     load_checkpoint,
     load_tensors,
+    read_json,
+    read_text,
+    reading,
     save_checkpoint,
     save_weights,
     write_json,
@@ -34,10 +41,25 @@ from .bank import ReplayBank
 from .live import copied, map_tensors
 from .step import Step
 
+log = logging.getLogger(__name__)
+
 # Only files with these names are ever removed: temporary files (see `write_atomically`),
 _LEFTOVER = re.compile(r"\.[\w-]+\.(pt2?|yaml|jsonl?|safetensors|png|onnx|html)(\.md)?\.\w{8}")
 # and files with entries of the replay bank.
 _SHARD = re.compile(r"\d{9,}-\d{9,}\.safetensors")
+# Of the progress in a checkpoint.
+_NUMBERS = ("train_seconds", "wall_seconds", "collapsed_steps", "logged", "logged_learned")
+_LONGEST_ROW = 2**20  # bytes; one with the counts of 20,000 classes has a tenth of that
+# What the package computes with of a summary, and what kind of value it is.
+_SUMMARY: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("train_seconds", "images_per_second", "agreement_fresh"), (int, float)),
+    **dict.fromkeys(("student_accuracy", "teacher_accuracy"), (int, float, NoneType)),
+    **dict.fromkeys(("steps", "num_classes"), (int,)),
+    **dict.fromkeys(("student_parameters", "teacher_parameters"), (int,)),
+    "interrupted": (bool,),
+    "convention": (dict,),
+    "estimated_between": (list, NoneType),
+}
 
 # The folders of banks, named as in `Step.banks`.
 _BANKS = ("bank", "images")
@@ -212,24 +234,42 @@ class RunFolder:
                 self.metrics.unlink(missing_ok=True)
             return None
         state = load_checkpoint(self.checkpoint)
-        if state["progress"].get("images") != (step.found and step.found.fingerprint):
-            raise UserError(
-                f"the run in {self.path} was begun with other images, or without; give the same "
-                "with --images"
-            )
-        step.load_state_dict(state["step"])
-        for name, (bank, _) in step.banks.items():
-            self._shards[name] = [(start, stop) for start, stop in state[f"{name}_shards"]]
-            for start, stop in self._shards[name]:
-                bank.restore(start, load_tensors(self._shard(name, start, stop), "replay bank"))
+        with reading(self.checkpoint, "checkpoint", "is damaged"):
+            progress = _checked_progress(state["progress"])
+            if progress.get("images") != (step.found and step.found.fingerprint):
+                raise UserError(
+                    f"the run in {self.path} was begun with other images, or without; give the "
+                    "same with --images"
+                )
+            for name in _BANKS:
+                shards = state.get(f"{name}_shards", [])
+                state[f"{name}_shards"] = [(int(start), int(stop)) for start, stop in shards]
+            step.load_state_dict(state["step"])
+            for name, (bank, _) in step.banks.items():
+                self._shards[name] = state[f"{name}_shards"]
+                self._restore_bank(name, bank)
         if first:
             self._remove_other_shards(state)
         if first and self.metrics.exists():
             # Rows after the checkpoint, and a half-written last row, will be written again.
-            rows = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
-            kept = [row for row in rows if json.loads(row)["step"] <= step.steps]
-            write_text(self.metrics, "".join(row + "\n" for row in kept))
-        return state["progress"]
+            kept = [row for row in _rows(self.metrics) if row["step"] <= step.steps]
+            write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        return progress
+
+    def _restore_bank(self, name: str, bank: ReplayBank) -> None:
+        """Reads the entries of the ring; raises ValueError if the files' are not all of them."""
+        shards = self._shards[name]
+        stops = [bank.added - len(bank), *(stop for _, stop in shards)]
+        starts = [start for start, _ in shards]
+        if stops[-1] != bank.added or starts[:1] > stops[:1] or starts[1:] != stops[1:-1]:
+            raise ValueError(f"its {name}_shards are not the entries of the replay bank")
+        for start, stop in shards:
+            shard = self._shard(name, start, stop)
+            entries = load_tensors(shard, "replay bank")
+            with reading(shard, "replay bank file", "is damaged"):
+                if len(entries["images"]) != stop - start:
+                    raise ValueError(f"it should have {stop - start} entries")
+                bank.restore(start, entries)
 
     def _check_it_is_there(self) -> None:
         """Raises UserError if somebody has removed the folder, which would be made anew."""
@@ -271,48 +311,114 @@ def read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     file = path / "config.yaml"
-    if not file.is_file():
+    if not os.path.exists(file):
         raise UserError(f"there is no run in {path} (no config.yaml)")
-    try:
-        values = yaml.safe_load(file.read_text())
+    with reading(file, "file", "is not the configuration of a run"):
+        text, depth = read_text(file, longest=2**16), 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            # All values are simple, or lists of such: aliases and merges have nothing to multiply.
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2 or (depth == 2 and isinstance(event, yaml.MappingStartEvent)):
+                raise ValueError("values in values")
+        values = yaml.safe_load(text)
         known = {field.name for field in dataclasses.fields(Config)}
         known -= marked(Config, Mark.OWN_FOLDER)  # a folder does not say that it is to be trusted
         if not isinstance(values, dict) or not values.keys() <= known:
             raise ValueError("unknown settings")
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{file} is not the configuration of a run: {error}") from error
     return values
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The content of a run's JSON file; an empty dict if there is no such file.
+def read_environment(path: Path) -> dict[str, Any]:
+    """The content of environment.json of the run in `path`, empty without one; raises UserError if
+    it is damaged."""
+    file = path / "environment.json"
+    return read_json(file) if file.exists() else {}
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The content of summary.json of the run in `path`; empty if there is none.
 
     Raises:
         UserError: it is damaged.
     """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if not isinstance(values, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+    file = path / "summary.json"
+    if not file.exists():
+        return {}
+    values = _renamed(read_json(file), "agreement_fresh")
+    for name, value in values.items():
+        if not _is_a(value, _SUMMARY.get(name, (bool, int, float, str, NoneType))):
+            raise UserError(f"the file {file} is damaged: {name} cannot be {value!r}")
+    measured = {values.get(f"{role}_accuracy") is None for role in ("student", "teacher")}
+    if len(measured) > 1:
+        raise UserError(f"the file {file} is damaged: it has one accuracy of two")
     return values
 
 
-def read_summary(path: Path) -> dict[str, Any]:
-    """The content of summary.json of the run in `path`; see `read_json`."""
-    return _renamed(read_json(path / "summary.json"), "agreement_fresh")
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in the folder `path`, without a last one that is half written."""
-    rows, file = [], path / "metrics.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and {"step", "train_seconds"} <= row.keys():
-                rows.append(_renamed(row, "agreement_training"))
-    return rows
+    """The rows of metrics.jsonl in the folder `path`. A damaged one is left out with a warning; a
+    last one that is half written, as of a run that goes on, without."""
+    file = path / "metrics.jsonl"
+    found = _rows(file) if file.exists() else ()
+    return [_renamed(row, "agreement_training") for row in found]
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows that can be read, one at a time."""
+    check_file(file, "file")
+    lost = 0
+    with file.open("rb") as lines:
+        while line := lines.readline(_LONGEST_ROW):
+            row: Any = None
+            if line.endswith(b"\n"):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    lost += 1
+                else:
+                    lost += not _is_row(row)
+            elif len(line) == _LONGEST_ROW:
+                lost += 1
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(_LONGEST_ROW)
+            if _is_row(row):
+                yield row
+    if lost:
+        log.warning("%s damaged rows of %s are left out", lost, file)
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it has a step and a time, and all its values are such as the package writes."""
+    if not isinstance(row, dict) or not {"step", "train_seconds"} <= row.keys():
+        return False
+    for name, value in row.items():
+        counts = name.endswith("class_counts")
+        if name == "stopped" or (value is None and name.startswith("estimated_")):
+            right = isinstance(value, (str, NoneType))
+        elif counts or name == "estimated_between":
+            kinds = (int,) if counts else (int, float)
+            right = isinstance(value, list) and all(_is_a(n, kinds) and n >= 0 for n in value)
+        else:
+            right = _is_a(value, (int, float))
+        if not right:
+            return False
+    return True
+
+
+def _is_a(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether `value` has one of the types, and is finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return type(value) in kinds
+    return type(value) in kinds and abs(value) < 2**63 and math.isfinite(value)
+
+
+def _checked_progress(progress: dict[str, Any]) -> dict[str, Any]:
+    """`progress` of a checkpoint; raises ValueError if a value has another type than was saved."""
+    numbers = {name: progress[name] for name in _NUMBERS if name in progress}
+    for name, value in {**numbers, **progress.get("seconds_apart", {})}.items():
+        if not _is_a(value, (int, float)):
+            raise ValueError(f"{name} cannot be {value!r}")
+    return progress
 
 
 def _renamed(values: dict[str, Any], agreement: str) -> dict[str, Any]:

@@ -36,9 +36,16 @@ def state_of(live: Live) -> Any:
 
 
 def restore(live: Live, state: Any) -> None:
-    """Restores the state in place, so that a CUDA graph finds every tensor at its address."""
+    """Restores the state in place, so that a CUDA graph finds every tensor at its address.
+
+    Raises:
+        ValueError: a tensor has another shape.
+    """
     if isinstance(live, Tensor):
-        live.copy_(torch.as_tensor(state))
+        state = torch.as_tensor(state)
+        if state.shape != live.shape:  # which might be spread over it
+            raise ValueError(f"a tensor should be {list(live.shape)}, got {list(state.shape)}")
+        live.copy_(state)
     elif isinstance(live, list):
         for one, saved in zip(live, state, strict=True):
             restore(one, saved)
@@ -48,7 +55,7 @@ def restore(live: Live, state: Any) -> None:
         own = live.state_dict()["state"]
         for index, values in state.items():
             for key, value in values.items():
-                own[index][key].copy_(value)
+                restore(own[index][key], value)
     else:
         live.load_state_dict(state)
 

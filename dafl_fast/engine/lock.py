@@ -82,7 +82,7 @@ def _is_at(path: Path, file: Any) -> bool:
 def _holder(file: Any) -> dict[str, Any]:
     """The process and its machine that the file names; empty if it names none."""
     file.seek(0)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         holder = json.loads(file.read(1000))
         if isinstance(holder, dict) and isinstance(holder.get("process"), int):
             return holder

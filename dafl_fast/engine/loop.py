@@ -139,12 +139,12 @@ class Loop:
             # After a stop, the resumed run must write its rows at the same steps.
             if step.steps % config.log_every == 0:
                 self._log(done)
-                if world.first and self.clock.seconds - self.saved_at >= config.save_every:
-                    self._save()
                 due = self.clock.seconds - self.evaluated_at >= config.eval_every
                 if world.first and config.eval_every and due:
                     self._evaluate()
                     self.evaluated_at = self.clock.seconds
+                if world.first and self.clock.seconds - self.saved_at >= config.save_every:
+                    self._save()  # last: where the checkpoint is, there is all of before
 
     def _learns(self) -> bool:
         """Whether the student learns in the next step: the bank has enough images by now."""
@@ -382,8 +382,9 @@ class Loop:
             for known, handler in previous.items():
                 signal.signal(known, handler)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, on_signal)
         try:
             yield
         finally:

@@ -53,7 +53,8 @@ def prepare(
         given: images that are not the data, for the student.
 
     Raises:
-        UserError: a network does not take such images, or they differ in the number of classes.
+        UserError: a network does not take such images, they differ in the number of classes, or
+            the processes have different teachers.
     """
     torch.manual_seed(config.seed)
     channels, height, width = shape = config.shape
@@ -63,6 +64,8 @@ def prepare(
     elif generator is None:
         generator = Generator(config.latent_dim, (height, width), made[0], config.generator_width)
     frozen = freeze(teacher, config, random_images(config, 16))
+    if world is not None:
+        world.demand_equal({"the teacher (by the SHA-256 of its weights)": frozen.fingerprint()})
     for module in (generator, student, frozen):
         module.to(device)
     noise = torch.randn(2, config.latent_dim, device=device)

@@ -422,8 +422,10 @@ class Step:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores, in place, what `state_dict` returned."""
+        """Restores, in place, what `state_dict` returned; raises anything if it is damaged."""
         self.steps = state["steps"]
+        if type(self.steps) is not int or self.steps < 0:
+            raise ValueError(f"steps cannot be {self.steps!r}")
         self.learned = state.get("learned", self.steps)
         saved = list(state.get("statistics_of", _FIRST_STATISTICS))
         for name in ("statistics", "overflows"):

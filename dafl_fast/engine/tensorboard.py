@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import first_line
+from ..pictures import open_image
 from .folder import RunFolder
 from .step import Step
 
@@ -41,9 +42,8 @@ class TensorBoard:
 
     def _add_grid(self, step: int) -> None:
         import numpy as np
-        from PIL import Image
 
-        with Image.open(self._folder.samples(step)) as picture:
+        with open_image(self._folder.samples(step), ("PNG",)) as picture:
             pixels = np.asarray(picture.convert("RGB"))
         self._writer.add_image("generated", pixels, step, dataformats="HWC")
 

@@ -20,7 +20,7 @@ import torch
 
 from ..config import Config
 from ..device import may_change_threads, pick_threads, usable_cpus
-from .folder import read_json
+from .folder import read_environment
 from .step import Step
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,8 @@ def threads_of_run(config: Config) -> int:
     folder = config.resume if config.steps is not None and config.threads == "auto" else None
     if folder is None or os.environ.get("WORLD_SIZE", "1") != "1":
         return threads
-    return int(read_json(folder / "environment.json").get("threads", threads))
+    kept = read_environment(folder).get("threads")
+    return kept if isinstance(kept, int) and 0 < kept <= 8 * (os.cpu_count() or 1) else threads
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import UserError, first_line
-from ..files import load_tensors
+from ..files import load_tensors, reading
 from .exported import read_exported
 from .onnx_file import read_onnx
 from .script_check import check_script
@@ -30,6 +31,7 @@ State = dict[str, Tensor]
 Shape = tuple[int, int, int]
 # Under what a checkpoint keeps its state dict, besides the network's role.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "network", "net")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SAVE_IT = (
     "save its weights with safetensors.torch.save_file(network.state_dict(), "
     '"weights.safetensors"), or all of it with torch.export.save'
@@ -67,14 +69,12 @@ def recognise(path: Path, role: str) -> FileFormat:
     Raises:
         UserError: no such file, or none of the formats; `role` names it in messages.
     """
-    if not path.is_file():
-        raise UserError(f"the {role} file {path} does not exist")
-    with path.open("rb") as file:
-        head = file.read(9)
     members: set[str] = set()
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            members = {name.partition("/")[2] for name in archive.namelist()}
+    with reading(path, f"{role} file"), path.open("rb") as file:
+        head = file.read(9)
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                members = {name.partition("/")[2] for name in archive.namelist()}
     for known in FORMATS:
         if known.recognised(head, members):
             return known
@@ -104,11 +104,15 @@ def read_program(
                 f"the {role} file {path} is not loaded, because its program {error}; if you trust "
                 "its author, add --trust-teacher"
             ) from error
-        except RuntimeError as error:
+        except Exception as error:  # whatever torch says of a damaged file
             raise UserError(
                 f"the {role} file {path} cannot be read: {first_line(error)}"
             ) from error
-    return None if known.program is None else _read(known.program, path, role, image_shape)
+    if known.program is None:
+        return None
+    network: nn.Module = _read(known.program, path, role, image_shape)
+    check_finite(network, f"{role} file {path}")
+    return network
 
 
 def read_weights(path: Path, role: str) -> State:
@@ -119,7 +123,34 @@ def read_weights(path: Path, role: str) -> State:
             f"the {role} weights {path} are a whole program; name it as the network itself: "
             f"--{role} {path}"
         )
-    return _read(weights, path, role)
+    state: State = _read(weights, path, role)
+    for name, tensor in state.items():
+        if odd := _odd(tensor):
+            raise UserError(
+                f"the {role} file {path} has {odd} tensor, {name}: save the weights as plain ones"
+            )
+    return state
+
+
+def _odd(tensor: Tensor) -> str | None:
+    """What a tensor is that is none of numbers in memory."""
+    kinds = {
+        "a nested": tensor.is_nested, "a quantised": tensor.is_quantized,
+        "a sparse": tensor.layout != torch.strided, "a complex": tensor.is_complex(),
+        "an empty": tensor.device.type != "cpu",
+    }  # fmt: skip
+    return next((kind for kind, is_it in kinds.items() if is_it), None)
+
+
+def check_finite(network: nn.Module, what: str) -> None:
+    """Raises UserError if a weight of `network` is infinite or not a number, or a buffer is not a
+    number; in those infinity may mask something. `what` names the network."""
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if is_lazy(tensor) or tensor.dtype not in _FLOATS or tensor.layout != torch.strided:
+            continue
+        good = tensor.isfinite() if isinstance(tensor, nn.Parameter) else ~tensor.isnan()
+        if not bool(good.all()):
+            raise UserError(f"the {what} is damaged: {name} has values that are not finite")
 
 
 def _read(read: Callable[..., Any], path: Path, role: str, *more: Any) -> Any:
@@ -159,7 +190,16 @@ def load_weights(network: nn.Module, path: str | Path, role: str) -> nn.Module:
     state = _without_prefix(read_weights(path, role), {name: own[name] for name in needed}, role)
     missing, extra = sorted(needed - state.keys()), sorted(state.keys() - own.keys())
     wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if wrong:
+    others = [
+        key
+        for key in sorted(needed & state.keys())
+        if own[key].is_floating_point() != state[key].is_floating_point()
+    ]
+    if others and not wrong:
+        detail = (
+            f"{others[0]} should be {own[others[0]].dtype}, the file has {state[others[0]].dtype}"
+        )
+    elif wrong:
         want, got = list(own[wrong[0]].shape), list(state[wrong[0]].shape)
         detail = f"{wrong[0]} should be {want}, the file has {got}"
     elif missing:
@@ -168,6 +208,7 @@ def load_weights(network: nn.Module, path: str | Path, role: str) -> nn.Module:
         detail = f"{extra[0]} is not part of it"
     else:
         network.load_state_dict(state, strict=False)
+        check_finite(network, f"{role} file {path}")
         return network
     raise UserError(
         f"the weights in {path} do not fit the {role} {type(network).__name__}: {detail}"
@@ -272,6 +313,8 @@ def _find_state(content: Any, role: str) -> State | None:
     if not isinstance(content, dict):
         return None
     if content and all(isinstance(value, Tensor) for value in content.values()):
+        if not all(isinstance(name, str) for name in content):
+            raise ValueError("it has weights without a name")
         return content
     for key in (role, *_STATE_KEYS):
         if (state := _find_state(content.get(key), role)) is not None:

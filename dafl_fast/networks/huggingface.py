@@ -5,8 +5,8 @@ Nothing is downloaded, and no code that lies in such a folder is run.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +14,9 @@ from unittest import mock
 from torch import nn
 
 from ..convention import Convention
+from ..convention import normalisation as checked
 from ..errors import UserError, first_line, require
+from ..files import read_json, reading
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ def read_transformers(name: str, role: str, fresh: bool = False) -> nn.Module:
                     folder, config=config, use_safetensors=True, output_loading_info=True, **safe
                 )
                 missing = sorted(info["missing_keys"])
+        convention = _convention(config, content)
     except Exception as error:  # whatever the package says of such a folder
         raise UserError(
             f"the {role} {name} cannot be read: {type(error).__name__}: {first_line(error)}"
@@ -70,26 +73,29 @@ def read_transformers(name: str, role: str, fresh: bool = False) -> nn.Module:
         )
     if missing:
         log.warning("the student %s has no weights for %s: they are new", name, missing[0])
-    network.float().convention = _convention(config, content)
+    network.float().convention = convention
     return network
 
 
 def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation per channel, of images in [0, 1], that the folder's image
     processor normalises with; None if there is none."""
-    content = _json(folder / "preprocessor_config.json")
+    file = folder / "preprocessor_config.json"
+    content = _json(file)
     if not {"image_mean", "image_std"} <= content.keys():
         return None
-    one = 255 * content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 255
-    mean, std = content["image_mean"], content["image_std"]
-    if not content.get("do_normalize", True):
-        mean, std = [0.0] * len(mean), [1.0] * len(std)
-    return tuple(value / one for value in mean), tuple(value / one for value in std)
+    with reading(file, "file", "is damaged"):
+        one = 255 * content.get("rescale_factor", 1 / 255)
+        one = one if content.get("do_rescale", True) else 255
+        mean, std = content["image_mean"], content["image_std"]
+        if not content.get("do_normalize", True):
+            mean, std = [0.0] * len(mean), [1.0] * len(std)
+        return checked(tuple(value / one for value in mean), tuple(value / one for value in std))
 
 
 def _checked(name: str, folder: Path, role: str, fresh: bool) -> dict[str, Any]:
     """What config.json in `folder` says, if the folder can be used."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(
             f"the {role} {name} must name a folder on this machine, as save_pretrained writes it; "
             f"there is none at {folder}, and nothing is downloaded"
@@ -125,11 +131,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _convention(config: Any, content: dict[str, Any]) -> Convention:
@@ -146,4 +148,6 @@ def _convention(config: Any, content: dict[str, Any]) -> Convention:
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     channels = getattr(config, "num_channels", 3)
     shape = None if height is None or width is None else (channels, height, width)
+    if shape is not None and not all(isinstance(side, int) and 0 < side < 2**20 for side in shape):
+        raise ValueError(f"images of {shape}")
     return Convention("pixel_values", "logits", image_shape=shape, classes=tuple(names))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ def is_code(name: str) -> bool:
     """Whether `build_named` imports a user's own code for it. A file of that name is no code."""
     source, colon, _ = name.partition(":")
     others = (*_PACKAGES, "transformers")
-    return bool(colon) and source not in others and not Path(name).exists()
+    return bool(colon) and source not in others and not os.path.exists(name)
 
 
 def draws_its_weights(network: nn.Module, again: Callable[[], nn.Module]) -> bool:

@@ -6,7 +6,7 @@ What is built by name stands in `names`, what is read from files in `formats`.
 from __future__ import annotations
 
 import functools
-import json
+import os
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -16,17 +16,18 @@ import torch
 from torch import nn
 
 from ..config import Config
-from ..convention import Convention, OutputKind
+from ..convention import Convention, OutputKind, normalisation, sized
 from ..data import ImageSize, sides, size_of
 from ..engine.folder import read_config, read_summary
 from ..engine.outputs import reading_of
 from ..engine.precision import computed_in
 from ..errors import UserError
+from ..files import read_json, reading
 from ..models import GREY_SIZES, NETWORKS, build, identify
 from ..models.pixels import Taking
 from ..recipes import PRESETS
 from . import huggingface
-from .formats import ENDINGS, load_weights, read_program, read_weights, recognise
+from .formats import ENDINGS, check_finite, load_weights, read_program, read_weights, recognise
 from .names import OTHERS, Sizes, build_named, draws_its_weights, is_code, knows_nothing
 from .trust import NO_TRUST, Trust
 
@@ -94,12 +95,12 @@ def open_network(
         raise UserError(
             f"the {role} {name} must also name the class or function in it: {name}:CALLABLE"
         )
-    whole = path.exists() or name.endswith(ENDINGS) or name.startswith(huggingface.PREFIX)
+    whole = os.path.exists(path) or name.endswith(ENDINGS) or name.startswith(huggingface.PREFIX)
     if name in NETWORKS or not whole:
         return Opened(name, role, None if weights is None else Path(weights))
     if weights is not None:
         raise UserError(f"the {role} {name} brings its weights along; leave {weights} out")
-    if weights_for is None and path.is_file() and recognise(path, role).weights is not None:
+    if weights_for is None and os.path.isfile(path) and recognise(path, role).weights is not None:
         read_weights(path, role)  # weights in truth, or a pickled module?
         raise UserError(
             f"the {role} file {path} holds weights only; name their network as well: "
@@ -124,7 +125,7 @@ def open_file(
     """
     if str(path).startswith(huggingface.PREFIX):
         return open_folder(str(path), role)
-    if path.is_dir():
+    if os.path.isdir(path):  # of which a name of any length may be asked
         return open_run(path, trust, weights_for)
     note = _note_beside(path)
     program = read_program(path, role, image_shape, trust)
@@ -156,6 +157,7 @@ def open_folder(name: str, role: str, weights: str | Path | None = None) -> Open
     network: Any = huggingface.read_transformers(name, role, weights is not None)
     if weights is not None:
         load_weights(network, weights, role)
+    check_finite(network, f"{role} {name}")
     folder = Path(name.removeprefix(huggingface.PREFIX)).expanduser()
     file = next(iter(sorted(folder.glob("*.safetensors"))), folder / "config.json")
     file = file if weights is None else Path(weights)
@@ -204,17 +206,15 @@ def _only_named(path: Path, role: str, name: str, remedy: str = "") -> UserError
 
 
 def _note_beside(path: Path) -> dict[str, Any]:
-    """What the note that train_teacher wrote beside the weights in `path` says of the images."""
-    try:
-        note = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+    """What the note that train_teacher wrote beside the weights in `path` says of the images;
+    nothing if what lies there is another file. Raises UserError if it is damaged."""
+    file = path.with_suffix(".json")
+    if not os.path.exists(file) or not {"mean", "std"} <= (note := read_json(file, "note")).keys():
         return {}
-    if not isinstance(note, dict) or not {"mean", "std"} <= note.keys():
-        return {}
-    image_size = note.get("image_size")
-    if isinstance(image_size, list):
-        image_size = tuple(image_size)
-    return {"mean": tuple(note["mean"]), "std": tuple(note["std"]), "image_size": image_size}
+    with reading(file, "note", "is damaged"):
+        mean, std = normalisation(note["mean"], note["std"])
+        size = note.get("image_size")
+        return {"mean": mean, "std": std, "image_size": size if size is None else sized(size)}
 
 
 def load_network(
@@ -290,7 +290,7 @@ def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
         raise UserError(
             f"--{role} must name a network for the preset {config.preset}: see docs/networks.md"
         )
-    if Path(student_name).is_dir():  # the run would not say which network its student is
+    if os.path.isdir(student_name):  # the run would not say which network its student is
         raise UserError(
             f"--student must name a network, got the folder {student_name}; to go on with the "
             "student in it, name its network, and its student.safetensors with --student-weights"
@@ -333,7 +333,7 @@ def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
 def is_for_mnist(teacher: str) -> bool:
     """Whether a teacher that is named without a preset belongs to the preset mnist: a network of
     its kind, or weights without a network."""
-    if Path(teacher).is_file():
+    if os.path.isfile(teacher):
         return recognise(Path(teacher), "teacher").weights is not None
     return teacher in GREY_SIZES
 

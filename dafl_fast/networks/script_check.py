@@ -2,15 +2,20 @@
 
 TorchScript is a language of its own: it can write files, and go on for ever. A program's archive
 has its source, which looks like Python. It is read here before torch loads the file, because parts
-of a program (`__setstate__`) run while it is loaded.
+of a program (`__setstate__`) run while it is loaded. The sizes of its tensors are compared with
+what the archive holds, because torch takes them as they stand, and would read beyond it.
 """
 
 from __future__ import annotations
 
 import ast
+import io
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
+
+import torch
 
 from .exported_check import FILES
 from .trust import NeedsCode, opened_archive
@@ -29,13 +34,16 @@ _MOST = 1_000_000  # passes through a loop
 
 
 def check_script(path: Path) -> None:
-    """Checks the source of all modules and functions in the file.
+    """Checks the source of all modules and functions in the file, and the sizes of its tensors.
 
     Raises:
         NeedsCode: the message says what it does besides computing on tensors.
+        RuntimeError: the file is damaged.
     """
     with opened_archive(path) as (archive, names):
         for name in names:
+            if name.lower() in ("data.pkl", "constants.pkl"):
+                _Pickle(archive, name).check()
             if name.lower().startswith("code/") and name.lower().endswith(".py"):
                 try:
                     tree = ast.parse(archive.get_record(name).decode())
@@ -43,6 +51,53 @@ def check_script(path: Path) -> None:
                         raise NeedsCode(what)
                 except (SyntaxError, ValueError, RecursionError, MemoryError):
                     raise NeedsCode(f"has source in {name!r} that cannot be checked") from None
+
+
+class _Thing(list):  # type: ignore[type-arg]
+    """Stands for any object in a pickle: keeps nothing, and runs nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Pickle(pickle.Unpickler):
+    """Follows a pickle in an archive, and makes nothing but the sizes of its tensors."""
+
+    def __init__(self, archive: Any, name: str) -> None:
+        super().__init__(io.BytesIO(archive.get_record(name)))
+        self._archive, self._folder, self._name = archive, name.removesuffix(".pkl"), name
+
+    def check(self) -> None:
+        """Raises RuntimeError if a tensor has more numbers than are there for it."""
+        try:
+            self.load()
+        except Exception as error:  # whatever a damaged pickle leads to
+            raise RuntimeError(f"{self._name} in it is damaged ({error})") from error
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_qtensor"):
+            return self._check_tensor
+        if module.startswith("torch._utils") or module in ("torch._tensor", "torch.nested"):
+            raise ValueError(f"a tensor made by {name}")
+        return type(name, (_Thing,), {})
+
+    def persistent_load(self, pid: Any) -> int:
+        """How many numbers a storage has; raises ValueError if the archive has not as many."""
+        _, kind, record, _, count = pid
+        size = self._archive.get_record_size(f"{self._folder}/{record}")
+        if not 0 <= count * getattr(torch, kind.__name__).dtype.itemsize <= size:
+            raise ValueError("a storage is too short")
+        return int(count)
+
+    def _check_tensor(self, count: int, offset: int, size: Any, stride: Any, *_: Any) -> None:
+        if len(size) != len(stride) or min((offset, *size, *stride)) < 0:
+            raise ValueError("the sizes of a tensor")
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+        if 0 not in size and last >= count:
+            raise ValueError("a tensor is larger than its storage")
 
 
 def _doubtful(tree: ast.Module, packed: bool) -> Iterator[str]:

@@ -1,0 +1,363 @@
+"""Full disks, closed pipes, full memory, signals and odd names: a sentence, and nothing lost."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dafl_fast import data, errors, files
+from dafl_fast import train as train_command
+from dafl_fast.distill import train
+from dafl_fast.engine.distributed import World
+from dafl_fast.errors import UserError, command, first_line, printable
+from dafl_fast.evaluate import show
+from dafl_fast.export import export_student
+from dafl_fast.models import LeNet5
+from dafl_fast.networks import load_network, load_weights, open_file
+from dafl_fast.pages import write_report
+from dafl_fast.pictures import save_samples
+from dafl_fast.recipes import make_config
+from dafl_fast.reproduce import ReproduceConfig
+from dafl_fast.train_teacher import TeacherConfig
+
+from . import test_kept_runs
+from .hostile import Small
+
+TINY = {**test_kept_runs.TINY, "eval": "none"}
+
+# -- writing ---------------------------------------------------------------------------------------
+
+STATE = {"weight": torch.arange(10_000.0)}
+WRITES = {
+    "text": lambda path: files.write_text(path, "x" * 9000),
+    "json": lambda path: files.write_json(path, {"x": ["y"] * 9000}),
+    "weights": lambda path: files.save_weights(path, STATE),
+    "checkpoint": lambda path: files.save_checkpoint(path, STATE),
+    "samples": lambda path: save_samples(path, torch.randn(40, 3, 32, 32), torch.randn(40, 5)),
+    "export": lambda path: export_student(LeNet5(), path, "safetensors", image_shape=(1, 32, 32)),
+    "program": lambda path: export_student(LeNet5(), path, "pt2", image_shape=(1, 32, 32)),
+}
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """The operating system refuses to write beyond that many bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_what_does_not_fit_leaves_the_old_file_and_no_litter(kind, tmp_path):
+    path = tmp_path / "a.file"
+    path.write_bytes(b"old")
+    with files_of_at_most(2000), pytest.raises(UserError, match=f"could not write {path}: ") as e:
+        WRITES[kind](path)
+    assert "what was there before is kept" in str(e.value)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.file"]
+
+
+def test_an_export_whose_card_fails_leaves_no_file(tmp_path):
+    (tmp_path / "s.safetensors.md").mkdir()
+    with pytest.raises(UserError, match=r"could not write .*\.md: Is a directory"):
+        export_student(Small(), tmp_path / "s.safetensors", "safetensors", image_shape=(3, 16, 16))
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors.md"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_umask_leaves(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        files.save_weights(tmp_path / "w", STATE)
+        files.write_text(tmp_path / "t", "x")
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "wt"] == [mode, mode]
+
+
+def test_a_name_is_on_the_disk_before_the_write_is_over(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle)))
+    files.write_text(tmp_path / "t", "x")
+    now = [os.stat(path) for path in (tmp_path / "t", tmp_path)]
+    assert [one.st_ino for one in synced] == [one.st_ino for one in now]
+
+
+def test_long_names_are_written(tmp_path):
+    files.write_text(tmp_path / ("x" * 250), "whole")
+    assert (tmp_path / ("x" * 250)).read_text() == "whole"
+    with pytest.raises(UserError, match="File name too long"):
+        files.write_text(tmp_path / ("x" * 256), "whole")
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, sentence in {
+        tmp_path / "pipe": "is a pipe or a device, and must be a file",
+        Path("/dev/zero"): "is a pipe or a device, and must be a file",
+        tmp_path: "is a folder, and must be a file",
+        tmp_path / "none": "does not exist",
+        tmp_path / ("x" * 300): "cannot be read: File name too long",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            files.load_tensors(path, "teacher")
+        with pytest.raises(UserError, match=sentence):
+            files.read_text(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    state = LeNet5().state_dict()
+    state["fc1.bias"][3] = value
+    files.save_weights(tmp_path / "w.safetensors", state)
+    with pytest.raises(UserError, match=r"is damaged: fc1\.bias has values that are not finite"):
+        load_weights(LeNet5(), tmp_path / "w.safetensors", "teacher")
+
+
+def test_weights_in_whole_numbers_are_refused(tmp_path):
+    state = LeNet5().state_dict()
+    state["fc1.bias"] = state["fc1.bias"].to(torch.int8)
+    files.save_weights(tmp_path / "w.safetensors", state)
+    with pytest.raises(UserError, match=r"fc1\.bias should be torch\.float32, the file has torch"):
+        load_weights(LeNet5(), tmp_path / "w.safetensors", "teacher")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"std": [0.0]}, r"the mean \[0.1\] cannot have the deviation \[0.0\]"),
+        ({"std": [0.2, 0.3]}, ".* cannot have the deviation"),
+        ({"mean": "x"}, "a mean or deviation cannot be 'x'"),
+        ({"mean": [float("nan")]}, "a mean or deviation cannot be"),
+        ({"image_size": [32, "x"]}, "an image size cannot be"),
+    ],
+)
+def test_a_damaged_note_is_refused(change, sentence, tmp_path):
+    files.save_weights(tmp_path / "w.safetensors", LeNet5().state_dict())
+    files.write_json(tmp_path / "w.json", {"mean": [0.1], "std": [0.2], **change})
+    with pytest.raises(UserError, match=f"the note .*w.json is damaged: {sentence}"):
+        open_file(tmp_path / "w.safetensors", "model")
+    files.write_json(tmp_path / "w.json", {"some": "other file"})
+    assert open_file(tmp_path / "w.safetensors", "model").std is None
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_ends_a_command_quietly():
+    script = (
+        "import runpy, sys; e = runpy.run_path(sys.argv[1]); "
+        "sys.exit(e['command'](lambda: [print('x' * 999) for _ in range(9999)] and None)())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, errors.__file__],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(20) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_full_memory_is_a_sentence(error, capsys):
+    @command
+    def main():
+        raise error
+
+    assert main() == 2
+    assert "error: the memory is full (" in capsys.readouterr().err
+
+
+def test_other_errors_are_not_taken_for_full_memory():
+    @command
+    def main():
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main()
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_goes_ends_a_run_in_order(ignored, tmp_path):
+    """Under nohup, which ignores the signal, it goes on."""
+    sent = []
+
+    def hang_up(row):
+        if not sent:  # a second one has its usual effect
+            sent.append(row)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        config = make_config("mnist", **TINY, out_dir=tmp_path / "run")
+        summary = train(config, hang_up, progress="off")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert summary["interrupted"] is not ignored
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: make_config("mnist", temperature=float("inf")), "--temperature must be a finite"),
+        (lambda: make_config("mnist", stall_seconds=float("inf")), "--stall-seconds must be a fin"),
+        (lambda: make_config("mnist", seed=2**70), "--seed must be a whole number of 64 bits, got"),
+        (lambda: make_config("mnist", steps=2**63), "--steps must be a whole number of 64 bits"),
+        (lambda: make_config("mnist", threads=2**40), "--threads must be auto, or 1 to 4096"),
+        (lambda: TeacherConfig(seed=2**70), "--seed must be a whole number of 64 bits"),
+        (lambda: TeacherConfig(seed=2**40), r"--seed must be between -2\^32 and 2\^32"),
+        (lambda: TeacherConfig(lr=float("nan")), "--lr must be a finite number"),
+        (lambda: ReproduceConfig("mnist", seeds=(0, 2**40)), r"--seeds must be between -2\^32"),
+        (lambda: ReproduceConfig("mnist", max_seconds_per_run=float("inf")), "a finite number"),
+    ],
+)
+def test_settings_out_of_all_bounds(make, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make()
+
+
+@pytest.mark.parametrize("value", ["x", "", "-1", "1e3", "9" * 30])
+def test_what_torchrun_says_must_be_a_number(value, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(UserError, match="the environment variable WORLD_SIZE must be a number"):
+        World.join(torch.device("cpu"))
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="the processes do not find each other: .*torchrun"):
+        World.join(torch.device("cpu"))
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError(""), "ValueError"),
+        (ValueError(" \n\n "), "ValueError"),
+        (ValueError("\n  one \n two"), "one"),
+        (Mute(), "Mute"),
+        (RuntimeError("Weights only load failed. ... set `weights_only=False` ...\n\t(1) do it\n"
+                      "\tWeightsUnpickler error: Unsupported global: GLOBAL a.b\n\nCheck"),
+         "Unsupported global: GLOBAL a.b"),
+        (RuntimeError("set `weights_only` to False, it will likely succeed"),
+         "it holds more than tensors"),
+    ],
+)  # fmt: skip
+def test_the_first_line_of_an_error(error, line):
+    assert first_line(error) == line
+
+
+def test_a_message_is_one_printable_line():
+    assert printable("as it is: é × p̄ 中 [/]") == "as it is: é × p̄ 中 [/]"
+    assert printable("a\nb\x1b[2J\x07\u202e\udcff") == r"a b\x1b[2J\x07\u202e\udcff"
+    assert str(UserError("a\nb\x1b[2J")) == r"a b\x1b[2J"
+    long = printable("begin " + "x" * 10**6 + " end")
+    assert len(long) < 1100 and long.startswith("begin ") and long.endswith(" end")
+
+
+def test_warnings_are_printable_lines(capsys, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging, "lastResort", logging.StreamHandler())
+    errors.log_to_stderr()
+    stream = io.StringIO()
+    logging.root.handlers[0].setStream(stream)
+    logging.getLogger("dafl_fast.some").warning("the file %s\nand", "a\x1b[2J")
+    assert stream.getvalue() == "the file a\\x1b[2J\nand\n"
+
+
+def test_names_are_no_markup_in_a_table(capsys):
+    name = "[red]x[/red][/]\x1b[2J"
+    figures = {
+        "network": name, "accuracy": 0.5, "parameters": 1, "bytes": 1, "latency_ms_1": 1.0,
+        "latency_ms_256": 1.0, "class_accuracy": {name: 0.5},
+    }  # fmt: skip
+    show(
+        {"count": 1, "data": name, "split": "test", "image_shape": [1, 2, 3], "device": "cpu",
+         "threads": 1, "model": figures}
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert said.count(r"[red]x[/red][/]\x1b[2J") == 3 and "\x1b[2J" not in said
+
+
+class Silent(nn.Module):
+    def forward(self, x):
+        raise ValueError
+
+
+def test_a_student_that_fails_without_a_word():
+    from dafl_fast.engine.checks import check_student
+
+    with pytest.raises(UserError, match=r"the student does not take .*: ValueError$"):
+        check_student(Silent(), torch.zeros(2, 1, 8, 8), 3)
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: load_network(LONG, role="teacher"),
+        lambda: load_network(f"{LONG}.pt2", role="teacher"),
+        lambda: load_network(f"{LONG}:x", role="teacher"),
+        lambda: load_network(f"transformers:{LONG}", role="teacher"),
+        lambda: load_network("LeNet5", f"{LONG}.safetensors", role="teacher"),
+        lambda: load_network("LeNet5\0", role="teacher"),
+        lambda: open_file(Path(LONG), "model"),
+        lambda: data.load(LONG, "test"),
+        lambda: data.load(f"{LONG}.npz", "test"),
+        lambda: train_command.parse(["--resume", LONG]),
+        lambda: train(train_command.parse(["--teacher", LONG, "--student", "LeNet5"])),
+        lambda: train(make_config("mnist", **TINY, out_dir=Path(LONG))),
+        lambda: write_report(Path(LONG)),
+        lambda: export_student(LeNet5(), LONG, "safetensors", image_shape=(1, 32, 32)),
+    ],
+)
+def test_long_names_end_in_a_sentence(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        read()
+    assert len(str(caught.value)) < 1100
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,65 @@
+"""Every reader refuses hostile files in one sentence, and runs nothing that is in them."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from . import hostile
+from .hostile import READERS, flipped, folder_of_files, spoiled, tried
+
+# Of slow readers some of the inputs, always the same ones; `make hostile` tries all.
+MOST = {
+    "config": 12, "config of a student": 20, "metrics of a report": 15, "summary": 25,
+    "environment": 12, "student": 15, "sample": 12, "checkpoint of a run": 40, "bank": 25,
+    "metrics": 25, "checkpoint of a teacher": 40, "exported": 50, "TorchScript": 60, "model": 40,
+    "transformers": 12, "transformers' weights": 6, "transformers' images": 6, "ONNX": 40,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(os, "fsync", lambda handle: None)
+        place = tmp_path_factory.mktemp("hostile")
+        patch.setenv("HOSTILE_CANARY", str(place / hostile.CANARY))
+        yield folder_of_files(place)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_hostile_files_end_in_a_sentence(name, folder):
+    reader = READERS[name]
+    cases = list(spoiled(folder / reader.file, folder))
+    assert len(cases) > 50
+    if name in MOST:
+        cases = random.Random(1).sample(cases, MOST[name])
+    bad = [(case, said) for case, how, said in tried(reader, folder, iter(cases)) if how == "bad"]
+    assert bad == []
+    assert not (folder / hostile.CANARY).exists(), "code in a file was run"
+
+
+@pytest.mark.parametrize("name", ["weights", "checkpoint", "npz", "image", "note", "lock", "MNIST"])
+def test_fuzz(name, folder):
+    """A few of what `make fuzz` tries."""
+    reader = READERS[name]
+    good = (folder / reader.file).read_bytes()
+
+    @settings(
+        max_examples=25, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.randoms(use_true_random=False), st.integers(0, 4))
+    def broken(draw, more):
+        content = good
+        for _ in range(1 + more):
+            content = flipped(content, draw)
+        for _, how, said in tried(reader, folder, iter([hostile.content("fuzz", content)])):
+            assert how != "bad", said
+
+    broken()
