@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Collection
 from statistics import fmean
 from typing import Any
 
@@ -46,7 +47,13 @@ BATCH_NORM = 72.0
 ADAPTED = {*WITHOUT_BATCH_NORM, "student_after"}
 
 
-def adapted(config: Config, teacher: nn.Module, device: torch.device, world: World) -> Config:
+def adapted(
+    config: Config,
+    teacher: nn.Module,
+    device: torch.device,
+    world: World,
+    chosen: Collection[str] = (),
+) -> Config:
     """`config` with settings that suit the teacher, in place of those of its recipe.
 
     Args:
@@ -54,6 +61,8 @@ def adapted(config: Config, teacher: nn.Module, device: torch.device, world: Wor
         teacher: the user's network; it is run in evaluation mode, and not changed.
         device: where the run will be. On a CPU also the teacher's speed counts.
         world: the processes of this job, which all choose what the first one does.
+        chosen: names of settings that the user gave; those that differ from the recipe's count as
+            given, too.
 
     Raises:
         UserError: see `reading_of`.
@@ -65,7 +74,8 @@ def adapted(config: Config, teacher: nn.Module, device: torch.device, world: Wor
 
     def choose(why: str, **values: Any) -> None:
         left = {name: value for name, value in values.items()
-                if getattr(config, name) == getattr(usual, name) != value}  # fmt: skip
+                if getattr(config, name) == getattr(usual, name) != value
+                and name not in chosen}  # fmt: skip
         choices.update(left)
         if left:
             said = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in left.items())

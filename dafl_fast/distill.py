@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -163,19 +163,23 @@ def distill(
         own = {*ADAPTED, "images"} - settings.keys()
         config = dataclasses.replace(config, **{name: getattr(before, name) for name in own})
         check_resumed(config)
-    return _run(config, teacher, student, generator, tensor, eval_loader, callbacks, progress)
+    return _run(
+        config, teacher, student, generator, tensor, eval_loader, callbacks, progress, settings
+    )
 
 
 def train(
     config: Config,
     report: Callable[[dict[str, Any]], None] | None = None,
     progress: Mode = "auto",
+    chosen: Collection[str] = (),
 ) -> dict[str, Any]:
     """Starts or resumes the run that `config` describes, and returns its summary.
 
     It works like `distill`, but takes networks and held-out images by name. `report` is called with
-    each row of metrics.jsonl. Under torchrun every process calls this function. Each trains on its
-    share of the batches, and the first one writes the files and shows the progress.
+    each row of metrics.jsonl. `chosen` are names of settings that `adapt` leaves as they are, beside
+    those that differ from the recipe's. Under torchrun every process calls this function. Each
+    trains on its share of the batches, and the first one writes the files and shows the progress.
     """
     config, teacher, student = load_networks(config)
     held_out = None
@@ -186,7 +190,8 @@ def train(
         )
         held_out = list(zip(images.split(1000), labels.split(1000), strict=True))
     callbacks = [report] if report else []
-    return _run(config, teacher, student, None, None, held_out, callbacks, progress).summary
+    result = _run(config, teacher, student, None, None, held_out, callbacks, progress, chosen)
+    return result.summary
 
 
 def _run(
@@ -198,6 +203,7 @@ def _run(
     held_out: Iterable[tuple[Tensor, Tensor]] | None,
     callbacks: Sequence[Callable[[dict[str, Any]], None]],
     progress: Mode,
+    chosen: Collection[str],
 ) -> Result:
     if config.steps is None and config.max_seconds is None:
         raise UserError("--steps or --max-seconds must say when to stop")
@@ -216,7 +222,7 @@ def _run(
         raise UserError("teacher and student must be two networks, got the same twice")
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
-    config = adapted(config, teacher, device, world)
+    config = adapted(config, teacher, device, world, chosen)
     config = _with_bank_that_fits(config, device, world, given)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)

@@ -71,11 +71,18 @@ def _value_of(arguments: list[str], flag: str) -> str | None:
     return None
 
 
+def named(arguments: list[str]) -> set[str]:
+    """The settings that a command line names, whatever it says of them."""
+    flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    names = {flag[2:].replace("-", "_") for flag in flags}
+    return names | {name.removeprefix("no_") for name in names}
+
+
 @command
 def main() -> int:
     config = parse(sys.argv[1:])
     log_to_stderr()
-    summary = train(config)
+    summary = train(config, chosen=named(sys.argv[1:]))
     if os.environ.get("RANK", "0") == "0":  # one voice for all processes that torchrun started
         print(printable_lines(describe(summary)))
     return 130 if summary["interrupted"] else 0

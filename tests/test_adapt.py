@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from dafl_fast import FrozenTeacher, distill
 from dafl_fast.adapt import ADAPTED, adapted
 from dafl_fast.engine.distributed import World
+from dafl_fast.engine.folder import read_config
 from dafl_fast.engine.prepare import random_images
 from dafl_fast.recipes import WITHOUT_BATCH_NORM, make_config
+from dafl_fast.train import named
 
 CPU = torch.device("cpu")
 
@@ -119,6 +121,19 @@ def test_what_the_user_says_stays():
     assert changed(config(adapt=False), Plain(2)) == {}
     assert changed(config(recipe="published"), Plain(2)) == {}
     assert changed(make_config("mnist"), Plain(2)) == {}
+
+
+def test_what_the_user_gives_stays_also_if_the_recipe_has_it(tmp_path, monkeypatch, capsys):
+    usual = config()
+    given = dict(student_lr=usual.student_lr, bank_flip=True, steps=2, image_shape=(3, 8, 8),
+                 batch_size=8, student_batch_size=8, bank_images=32, precision="fp32")  # fmt: skip
+    distill(Plain(2), Plain(2), out_dir=tmp_path / "a", **given)
+    kept = read_config(tmp_path / "a")
+    assert kept["student_lr"] == usual.student_lr and kept["bank_flip"] is True
+    assert kept["temperature"] == 4.0  # not given
+    arguments = ["--student-lr", "3e-3", "--no-bank-flip", "--temperature=8", "--seed", "1"]
+    assert named(arguments) >= {"student_lr", "bank_flip", "temperature", "seed"}
+    assert not named(["custom", "3"])
 
 
 def test_a_slow_teacher_gets_smaller_batches(monkeypatch, caplog):
