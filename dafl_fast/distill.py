@@ -177,9 +177,10 @@ def train(
     """Starts or resumes the run that `config` describes, and returns its summary.
 
     It works like `distill`, but takes networks and held-out images by name. `report` is called with
-    each row of metrics.jsonl. `chosen` are names of settings that `adapt` leaves as they are, beside
-    those that differ from the recipe's. Under torchrun every process calls this function. Each
-    trains on its share of the batches, and the first one writes the files and shows the progress.
+    each row of metrics.jsonl. `chosen` are names of settings that `adapt` leaves as they are, as it
+    leaves those that differ from the recipe's. Under torchrun every process calls this function.
+    Each trains on its share of the batches, and the first one writes the files and shows the
+    progress.
     """
     config, teacher, student = load_networks(config)
     held_out = None

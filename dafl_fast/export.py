@@ -39,6 +39,7 @@ from .models.twin import duplicate
 from .networks import load_weights, open_run
 from .networks.trust import Trust
 from .recipes import make_config
+from .records import shown
 from .settings import Mark, marked
 from .templates import render
 
@@ -142,7 +143,7 @@ def export_student(
         write(temporary)
         check.update(_compare(program, load, temporary, random, held_out, convention))
         text = model_card(
-            path.name, temporary.read_bytes(), format, config, summary,
+            path.name, temporary.read_bytes(), format, config, shown(summary),
             name=type(student).__name__, image_shape=image_shape, num_classes=num_classes,
             classes=classes or convention.classes, check=check, convention=convention,
             answer_shape=answer_shape(convention, num_classes),

@@ -26,19 +26,21 @@ LARGEST = 256
 
 
 @contextmanager
-def open_image(path: Path, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
+def open_image(
+    path: Path, formats: tuple[str, ...] = FORMATS, most: int = MOST_PIXELS
+) -> Iterator[Image.Image]:
     """The picture in a file, with 8 bits a channel, to be read inside.
 
     Raises:
-        UserError: it is none of these formats, has more than `MOST_PIXELS`, or is damaged.
+        UserError: it is none of these formats, has more than `most` pixels, or is damaged.
     """
     from PIL import Image
 
     with reading(path, "image"), Image.open(path, formats=formats) as image:
-        if image.width * image.height > MOST_PIXELS:
+        if image.width * image.height > most:
             raise UserError(
-                f"the image {path} is {image.width}x{image.height}, which is more than "
-                f"{MOST_PIXELS:,} pixels"
+                f"the image {path} is {image.width}x{image.height}, which is more than {most:,} "
+                "pixels"
             )
         yield _eight_bits(image)
 

@@ -27,6 +27,11 @@ _NEEDED = {
 }  # fmt: skip
 
 
+def shown(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary, or nothing of one that lacks what pages and cards show."""
+    return summary if summary.keys() >= _NEEDED else {}
+
+
 @dataclass
 class Run:
     """What the folder of a run says.
@@ -59,7 +64,8 @@ class Run:
             environment = read_environment(path)
             summary = read_summary(path)
         # A run that was resumed and then killed still has the summary of its first part.
-        if not summary.keys() >= _NEEDED or summary["steps"] < rows[-1]["step"]:
+        summary = shown(summary)
+        if summary and summary["steps"] < rows[-1]["step"]:
             summary = {}
         defaults, name = make_config(config.preset, config.recipe), path.resolve().name
         return cls(path, config, defaults, rows, summary, environment, name)
@@ -93,10 +99,11 @@ class Run:
         """Of the agreement with the teacher on real images, 0..1, and two values between which it
         probably lies; None if there is none."""
         told = self.summary or next((r for r in reversed(self.rows) if "class_counts" in r), {})
-        if told.get("estimated_agreement") is None:
+        values = [told.get("estimated_agreement"), *(told.get("estimated_between") or [])]
+        if [type(value) for value in values] != [float] * 3:  # there is none, or it is damaged
             return None
-        low, high = told["estimated_between"]
-        return told["estimated_agreement"], low, high
+        estimate, low, high = values
+        return estimate, low, high
 
     @property
     def cannot_tell(self) -> bool:

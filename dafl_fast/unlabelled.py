@@ -21,16 +21,18 @@ from torch import Tensor
 
 from .data import Format, ImageSize, check_channels, covering, images_of_npz, resized, sides
 from .errors import UserError, first_line
+from .pictures import image_files, open_image
 
 log = logging.getLogger(__name__)
 
 # The names of files that count as images in a folder.
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # An image is cut if both of its sides are at least so many times those that the teacher takes.
 LARGE = 2
 # Photographs are made smaller if they have more pixels than this on a side, or all of a path
 # together.
 LONGEST_SIDE, PIXELS = 4096, 2**28
+LARGEST = 2**28  # pixels of a file; a small one can claim any number
 
 
 @dataclass(frozen=True)
@@ -133,22 +135,15 @@ def _files(path: Path, form: Format) -> list[Tensor]:
         raise UserError(f"--images {path} does not exist")
     files = [path]
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-        )
+        files = sorted(f for f in image_files(path, SUFFIXES) if not f.name.startswith("."))
     if not files:
         raise UserError(
             f"--images {path} holds no images: no file in it ends in {', '.join(SUFFIXES)}"
         )
 
-    # A file that is no image, damaged, or larger than PIL reads.
-    unreadable = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
     def side_of(file: Path) -> tuple[int, float]:
         """The longer side of a photograph, and its pixels with that as far as allowed."""
-        with contextlib.suppress(*unreadable), Image.open(file) as opened:
+        with contextlib.suppress(UserError), open_image(file, most=LARGEST) as opened:
             if _is_large(opened.size[::-1], form.image_size):
                 side = max(opened.size)
                 return side, opened.width * opened.height * min(1, LONGEST_SIDE / side) ** 2
@@ -156,15 +151,15 @@ def _files(path: Path, form: Format) -> list[Tensor]:
 
     def decode(file: Path) -> Tensor | str:
         try:
-            with Image.open(file) as opened:
+            with open_image(file, most=LARGEST) as opened:
                 side = max(opened.size)
                 large = _is_large(opened.size[::-1], form.image_size)
                 most = math.ceil(min(side, LONGEST_SIDE) * factor) if large else side
                 # JPEG can be decoded at a half or a quarter of its size.
                 opened.draft(mode, (most, most))
                 image = ImageOps.exif_transpose(opened).convert(mode)
-        except unreadable as error:
-            return f"{file}: {first_line(error)}"
+        except UserError as error:
+            return first_line(error)
         if max(image.size) > most:
             image.thumbnail((most, most), Image.Resampling.BOX)
         tensor: Tensor = pil_to_tensor(image)

@@ -60,6 +60,7 @@ from dafl_fast.reproduce import ReproduceConfig, Reproduction
 from dafl_fast.settings import Mark, plain
 from dafl_fast.train_teacher import TeacherConfig, Training
 from dafl_fast.train_teacher import train as train_teacher
+from dafl_fast.unlabelled import read_images
 
 SECONDS, BYTES = 10, 2**30  # that an input may take, beyond what it needs
 TINY = {
@@ -236,6 +237,17 @@ def _image(folder: Path) -> None:
     assert len(images) == 2
 
 
+def _given(name: str) -> Callable[[Path], None]:
+    """As --images has it."""
+    form = data.Format(8, 1, (0.5,), (0.5,))
+
+    def read(folder: Path) -> None:
+        given = read_images([folder / name], form)
+        assert len(given.photographs) + len(given.whole) > 0
+
+    return read
+
+
 def _npz(folder: Path) -> None:
     assert len(data.load(str(folder / "data.npz"), "test").images) > 0
 
@@ -266,6 +278,8 @@ READERS = {
     "note": Reader("t.json", _model),
     "npz": Reader("data.npz", _npz),
     "image": Reader("images/a/0.png", _image),
+    "given image": Reader("images/a/0.png", _given("images/a/0.png")),
+    "given npz": Reader("data.npz", _given("data.npz")),
     "MNIST": Reader(
         "MNIST/raw/t10k-images-idx3-ubyte", lambda folder: data.load("mnist", "test", folder)
     ),

@@ -364,7 +364,8 @@ def test_teachers_from_elsewhere_teach(tmp_path, make, updates, hand_over, steps
         hand_over(network, tmp_path), LeNet5Half(), image_shape=(1, 32, 32), steps=steps,
         batch_size=64, generator_width=16, generator_lr=5e-3, student_batch_size=64,
         student_updates=6, student_optimizer="adam", student_lr=3e-3, student_weight_decay=0.0,
-        adapt=False, student_after=0, ema_decay=0.98, temperature=4.0, bank_images=20_000, bank_flip=False, bank_crop=0,
+        adapt=False, student_after=0, ema_decay=0.98, temperature=4.0, bank_images=20_000,
+        bank_flip=False, bank_crop=0,
         generator_restart_every=0, bn_statistics=bn_statistics, log_every=1,
         out_dir=tmp_path / "run",
     )  # fmt: skip

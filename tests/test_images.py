@@ -116,7 +116,7 @@ def test_huge_photographs_are_made_smaller(tmp_path, monkeypatch, caplog):
     ("make", "sentence"),
     [
         (lambda path: None, r"--images .*thing does not exist"),
-        (lambda path: path.mkdir(), r"holds no images: no file in it ends in \.bmp, \.gif"),
+        (lambda path: path.mkdir(), r"holds no images: no file in it ends in \.bmp, \.jpeg"),
         (lambda path: path.write_text("?"), r"no image can be read \(.*cannot identify"),
     ],
 )

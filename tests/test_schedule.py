@@ -66,3 +66,12 @@ def test_until_flat_needs_something_to_look_at():
     for given in ({"bank_held_out": 0}, {"eval_every": 0.0}):
         with pytest.raises(UserError, match="--until-flat needs evaluations"):
             make_config("mnist", until_flat=True, **given)
+
+
+@pytest.mark.parametrize(
+    "state", [{"estimates": None, "decay_from": None}, {"estimates": ["x"], "decay_from": None},
+              {"estimates": [], "decay_from": []}, {}, 7],
+)  # fmt: skip
+def test_a_damaged_state_is_told(state):
+    with pytest.raises(UserError, match="the checkpoint's schedule is damaged"):
+        schedule(state)

@@ -58,7 +58,7 @@ _SUMMARY: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("student_parameters", "teacher_parameters"), (int,)),
     "interrupted": (bool,),
     "convention": (dict,),
-    "estimated_between": (list, NoneType),
+    **dict.fromkeys(("estimated_between", "images_class_counts"), (list, NoneType)),
 }
 
 # The folders of banks, named as in `Step.banks`.

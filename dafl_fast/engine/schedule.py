@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ..config import Config
+from ..errors import UserError, first_line
 
 WARM_UP = 0.02  # of the run's length
 # With --until-flat the learning rate stays at its peak until the estimate has not risen by more
@@ -17,12 +18,20 @@ class Schedule:
     """The learning rate's schedule. With `until_flat` it also decides how long the run is.
 
     All shares are of the longest length that the run may have, by steps or by time.
+
+    Raises:
+        UserError: `state`, that of a checkpoint, is damaged.
     """
 
     def __init__(self, config: Config, state: dict[str, Any] | None = None) -> None:
         self.config = config
-        self._estimates: list[float] = list((state or {}).get("estimates", ()))
-        self._decay_from: float | None = (state or {}).get("decay_from")
+        state = {"estimates": [], "decay_from": None} if state is None else state
+        try:
+            estimates, decay_from = list(map(float, state["estimates"])), state["decay_from"]
+            self._estimates: list[float] = estimates
+            self._decay_from = None if decay_from is None else float(decay_from)
+        except (TypeError, ValueError, KeyError) as error:
+            raise UserError(f"the checkpoint's schedule is damaged: {first_line(error)}") from error
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""
