@@ -42,7 +42,7 @@ CAPPED = DAFL_FAST_ISA=$(ISA) $(CAP_$(ISA)) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/bu
 # Tests whose results are no matter of the CPU's instructions, or that start other commands.
 ANY_ISA := architecture bench config containers cuda cuda_emulated data distributed docs export \
     faults files gpu_check hostile info kill_check live make networks notices onnx packaging \
-    progress report reproduce threads train_teacher
+    progress report reproduce schedule threads train_teacher
 
 SECONDS ?= 60
 KILLS ?= 100

@@ -238,7 +238,8 @@ def taught(outputs: int, end, out: Path):
     return distill(
         Steep(outputs, end), student, out_dir=out, image_shape=SHAPE, steps=60, progress="off",
         **{**TINY, "batch_size": 64, "student_batch_size": 128, "student_updates": 8,
-           "bank_images": 2048, "generator_lr": 0.02, "student_lr": 0.01},
+           "bank_images": 2048, "generator_lr": 0.02, "student_lr": 0.01, "adapt": False,
+           "student_after": 0},
     )  # fmt: skip
 
 
