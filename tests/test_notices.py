@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 SMALL = dict(
     image_shape=(3, 8, 8), batch_size=16, generator_width=8, student_batch_size=16,
     student_updates=1, bank_images=64, log_every=1, precision="fp32", bn_statistics=0.0, steps=2,
+    adapt=False,
 )  # fmt: skip
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

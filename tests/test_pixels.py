@@ -309,7 +309,7 @@ def test_a_bank_that_does_not_fit_is_made_smaller(tmp_path, monkeypatch, caplog)
         result = small_bank(tmp_path, monkeypatch, 4 * 100 * entry + 7)
     told = [r.getMessage() for r in caplog.records if "replay bank" in r.getMessage()]
     assert len(told) == 1
-    assert "holds 100 images instead of 60,000, a quarter of the 0.0 GB" in told[0]
+    assert "holds 100 images instead of 400,000, a quarter of the 0.0 GB" in told[0]
     assert read_config(result.folder)["bank_images"] == 100
     assert result.summary["bank_bytes"] == 100 * entry
     # It goes on with as many, whatever is free by then.

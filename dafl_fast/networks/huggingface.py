@@ -21,6 +21,7 @@ from ..files import read_json, reading
 log = logging.getLogger(__name__)
 
 PREFIX = "transformers:"
+MOST = 2**24  # a number of config.json; with one much larger a network would never be built
 
 
 def read_transformers(name: str, role: str, fresh: bool = False) -> nn.Module:
@@ -108,6 +109,11 @@ def _checked(name: str, folder: Path, role: str, fresh: bool) -> dict[str, Any]:
             f"the {role} {name} needs code of its own (auto_map in config.json), which is not run; "
             "export the network with torch.export.save"
         )
+    if _largest(content) > MOST:
+        raise UserError(
+            f"the {role} {name} cannot be: its config.json has the number {_largest(content)}, and "
+            f"no size of a network is more than {MOST:,}"
+        )
     if content.get("problem_type") not in (None, "single_label_classification"):
         raise UserError(
             f"the {role} {name} is for {content['problem_type']}; only a choice between classes "
@@ -128,6 +134,17 @@ def _checked(name: str, folder: Path, role: str, fresh: bool) -> dict[str, Any]:
 
 def _weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
+
+
+def _largest(value: Any) -> int:
+    """The largest whole number in nested lists and dicts."""
+    largest, left = 0, [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, int):
+            largest = max(largest, one)
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return largest
 
 
 def _json(path: Path) -> dict[str, Any]:
