@@ -40,7 +40,7 @@ PASSES = 3
 # Mirrored images count as images of the same classes if the teacher says so more often than by
 # chance: in this share of the cases in which chance would not. It is 0.35 for a ResNet-20 that
 # learned from mirrored photographs, and 0.1 or less for two networks that tell digits apart.
-MIRRORED, GRAINS, LOOKED_AT = 0.2, (2, 4, 8), 128
+MIRRORED, GRAINS, LOOKED_AT = 0.2, (2, 4, 8), 64
 # The BatchNorm loss of noise for the ResNet-20 for which the recipe's weight was found.
 BATCH_NORM = 72.0
 # All that may be chosen; of the bank's size also for want of memory.
@@ -78,8 +78,7 @@ def adapted(
                 and name not in chosen}  # fmt: skip
         choices.update(left)
         if left:
-            said = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in left.items())
-            log.warning("%s: %s", why, said)
+            log.warning("%s: %s", why, ", ".join(_flag(*one) for one in left.items()))
 
     images = random_images(config, 16).to(next(teacher.parameters(), torch.empty(0)).device)
     reading = reading_of(teacher, images, config.teacher_output)
@@ -111,6 +110,14 @@ def adapted(
                 student_batch_size=max(SMALLEST, student * batch // now.batch_size),
             )
     return dataclasses.replace(config, **choices)
+
+
+def _flag(name: str, value: Any) -> str:
+    """A setting as it is typed."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
 
 
 def _with_batch_norm(teacher: nn.Module) -> nn.Module:
@@ -156,7 +163,7 @@ def _knows_mirrored(classifier: nn.Module, config: Config) -> bool:
     shares = []
     for grain in GRAINS:
         images = random_images(config, LOOKED_AT, grain)
-        classes, mirrored = (predictions(classifier, some) for some in (images, images.flip(3)))
+        classes, mirrored = (predictions(classifier, x, 16) for x in (images, images.flip(3)))
         same = (classes == mirrored).float().mean()
         chance = sum((classes == one).float().mean() * (mirrored == one).float().mean()
                      for one in classes.unique())  # fmt: skip

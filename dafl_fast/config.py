@@ -210,8 +210,8 @@ class Config:
     """The share of the student's batch that comes from --images; the rest is generated. With
     --generator none it is all of it."""
     images_candidates: Annotated[int, at_least(4, "a quarter is kept")] = 256
-    """Crops that are shown to the teacher at every step. The quarter of which it is surest is kept,
-    with rare classes first."""
+    """Crops that are shown to the teacher at every step. A quarter is kept: those of rare classes,
+    and of which it is sure."""
 
     # --- watching -----------------------------------------------------------------------------
     eval: Annotated[str, Mark.RESUMABLE] = "none"

@@ -196,7 +196,7 @@ def _torchvision(name: str, split: str, root: Path, download: bool) -> Labelled:
         if len(labels) != len(images) or not 0 <= labels.min() <= labels.max() < len(classes):
             raise ValueError("the labels are not those of the images")
     except Exception as error:  # whatever torchvision says of damaged files
-        if isinstance(error, FileNotFoundError) or "not found" in str(error):
+        if not all((root / part).exists() for part in where.split(" and ")):
             raise UserError(
                 f"{title} was not found in {root} (looked for {root}/{where}): name its folder "
                 "with --data-dir or DAFL_DATA, or allow a download with --download"

@@ -154,8 +154,17 @@ def distill(
         "teacher": None, "student": None,
     }  # fmt: skip
     tensor = images if isinstance(images, Tensor) else None
-    if tensor is None and images:
+    if tensor is not None:
+        settings["images"] = ()  # also in place of files that a resumed run began with
+    elif images is not None and (isinstance(images, (str, Path)) or len(images)):
         settings["images"] = (images,) if isinstance(images, (str, Path)) else images
+        if not isinstance(settings["images"], (list, tuple)) or not all(
+            isinstance(one, (str, Path)) for one in settings["images"]
+        ):
+            raise UserError(
+                "images must be paths of photographs, folders or .npz files, or one tensor [N, C, "
+                f"H, W], got {type(images).__name__}"
+            )
     config = make_config(preset, recipe, **(given | settings))
     if config.resume is not None:
         # What was chosen for the teacher, or for the memory, when the run began, and its images.

@@ -122,19 +122,27 @@ def diversity_loss(features: Tensor) -> Tensor:
     of each class; this one makes them differ within a class as well, without which two classes are
     two kinds of images. It is written in plain PyTorch, without computing the eigenvalues.
 
-    `features` are [N, F], N >= 1. The scalar, of at least fp32, lies between -log(min(N - 1, F))
-    and 0. It is 0 if all rows are equal.
+    `features` are [N, F], and neither is 0. The scalar, of at least fp32, lies between
+    -log(min(N - 1, F)) and 0. It is 0 if all rows are equal.
+
+    Raises:
+        ValueError: features of another shape.
     """
+    if features.dim() != 2 or not features.numel():
+        raise ValueError(f"features must be [N, F], not empty, got {list(features.shape)}")
     f = features.to(torch.promote_types(features.dtype, torch.float32))
+    # The loss does not depend on the features' scale, so bring them where squares do not overflow:
+    # first for the mean, then for what differs from it.
+    least = torch.finfo(f.dtype).tiny
+    f = f / f.detach().abs().amax().clamp_min(least)
     f = f - f.mean(0)
-    # The loss does not depend on the features' scale, so bring them where squares do not overflow.
-    f = f / f.detach().abs().amax().clamp_min(torch.finfo(f.dtype).tiny)
+    f = f / f.detach().abs().amax().clamp_min(least)
     with torch.autocast(f.device.type, enabled=False):
         # The eigenvalues of F F^T and of F^T F differ in zeros only.
         products = f.T @ f if f.shape[0] > f.shape[1] else f @ f.T
     trace = products.diagonal().sum()
-    small = torch.finfo(f.dtype).tiny  # makes it 0, not NaN, when the features are all equal
-    return (products.square().sum() + small).log() - 2 * (trace + small**0.5).log()
+    # With `least` it is 0, not NaN, when the features are all equal.
+    return (products.square().sum() + least).log() - 2 * (trace + least**0.5).log()
 
 
 def batch_norm_loss(

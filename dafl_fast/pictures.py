@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +46,7 @@ def open_image(
 
 def _eight_bits(image: Any) -> Any:
     """A picture of PIL with 8 bits a channel, which PIL would make white of one with more."""
+    import numpy as np
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):

@@ -155,6 +155,9 @@ def _files(path: Path, form: Format) -> list[Tensor]:
                 side = max(opened.size)
                 large = _is_large(opened.size[::-1], form.image_size)
                 most = math.ceil(min(side, LONGEST_SIDE) * factor) if large else side
+                if large:  # so that it stays one that is cut
+                    pairs = zip(opened.size[::-1], sides(form.image_size), strict=True)
+                    most = max(most, math.ceil(side * max(LARGE * w / s for s, w in pairs)))
                 # JPEG can be decoded at a half or a quarter of its size.
                 opened.draft(mode, (most, most))
                 image = ImageOps.exif_transpose(opened).convert(mode)

@@ -87,7 +87,7 @@ def test_images_are_mirrored_if_the_teacher_knows_them_mirrored(caplog):
     torch.manual_seed(0)
     assert changed(config(), LeftOrRight()) == {"bank_flip": False}
     assert caplog.messages == [
-        "chosen for a teacher that takes mirrored images for others: --bank-flip False"
+        "chosen for a teacher that takes mirrored images for others: --no-bank-flip"
     ]
 
 

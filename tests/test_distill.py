@@ -126,7 +126,7 @@ def test_the_adversarial_loss(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "width"), [(2, 3), (6, 4), (4, 9), (7, 7), (5, 1), (1, 3)])
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e300])
 def test_the_diversity_loss_counts_directions(count, width, scale):
     f = (torch.randn(count, width).double() + 3) * scale
     eigenvalues = torch.linalg.eigvalsh(torch.cov((f / scale).T.reshape(width, count), correction=0)
@@ -140,6 +140,12 @@ def test_the_diversity_loss_counts_directions(count, width, scale):
     if scale == 1:
         assert torch.autograd.gradcheck(diversity_loss, (f.requires_grad_(),))
     assert -math.log(min(count - 1, width)) - 1e-9 <= loss.item() <= 1e-9
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 2, 2), (5,), (0, 20), (4, 0)])
+def test_the_diversity_loss_takes_rows_of_features(shape):
+    with pytest.raises(ValueError, match=r"features must be \[N, F\], not empty, got"):
+        diversity_loss(torch.zeros(shape))
 
 
 def test_the_diversity_loss_of_equal_features_is_zero():

@@ -84,8 +84,15 @@ def test_nobody_is_all_right_or_all_wrong():
 def test_it_says_nothing_from_too_few_images():
     images = images_of([0] * 40 + [1] * (FEWEST - 1)).clone()
     told = estimate(Says(), Says(least=1), images, Says(least=1)(images))
-    assert told == (1.0, None, None)
+    assert told == (1.0, FEWEST + 39, None, None)
     assert estimate(Says(), Says(), images[:0], torch.zeros(0, 3)) is None
+
+
+def test_it_says_nothing_if_most_classes_have_no_image():
+    images = images_of([2] * 300).clone()
+    assert estimate(Says(), Says(), images, Says()(images)) == (1.0, 300, None, None)
+    two = images_of([2] * 300 + [1]).clone()
+    assert estimate(Says(), Says(), two, Says()(two)).real is not None
 
 
 def test_a_run_tells_it(tmp_path):

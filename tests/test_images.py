@@ -554,3 +554,17 @@ def test_settings_that_do_not_fit(tmp_path, photograph):
             LeNet5(), LeNet5Half(), image_shape=(1, 32, 32), preset="mnist", recipe="paper",
             images=torch.randn(4, 1, 32, 32), out_dir=tmp_path / "paper", steps=1,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [[torch.zeros(3, 8, 8)], np.zeros((2, 3, 8, 8)), [1]])
+def test_images_are_paths_or_one_tensor(wrong, tmp_path):
+    with pytest.raises(UserError, match="images must be paths .* or one tensor") as raised:
+        distill(LeNet5(), LeNet5Half(), image_shape=(1, 32, 32), images=wrong, max_seconds=1.0)
+    assert len(str(raised.value)) < 200
+
+
+def test_a_panorama_stays_one_that_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("dafl_fast.unlabelled.LONGEST_SIDE", 64)
+    Image.fromarray(noise(1, 20, 400)[0]).save(tmp_path / "wide.png")
+    (photograph,) = read_images([tmp_path / "wide.png"], Format(8, 1, (0.5,), (0.5,))).photographs
+    assert photograph.shape == (1, 16, 320)  # twice the network's side at least

@@ -375,8 +375,8 @@ def test_a_killed_run_goes_on(monkeypatch, tmp_path, digits, row, kind, step, ch
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch, tmp_path, digits, capsys):
     out = tmp_path / "out"
 
-    def interrupt(self):
-        original(self, *arguments)
+    def interrupt(self, *_):
+        original(self, *_)
         signal.raise_signal(signal.SIGINT)
 
     original = Step.__call__

@@ -62,6 +62,18 @@ def test_a_resumed_run_goes_on_as_it_would_have():
     assert one.done(0.04) != 0.04  # it was flat
 
 
+def test_a_run_that_is_made_longer_looks_anew():
+    short = schedule(until_flat=True, max_seconds=10.0)
+    for number in range(10):
+        short.note(0.5, 0.05 * number)
+    assert short.done(0.3) > 0.3
+    longer = schedule(short.state(), until_flat=True, max_seconds=100.0)
+    assert longer.done(0.3) == 0.3 and longer.factor(0.3) == 1
+    for number in range(10):
+        longer.note(0.6, 0.3 + 0.01 * number)
+    assert longer.done(0.4) > 0.4
+
+
 def test_until_flat_needs_something_to_look_at():
     for given in ({"bank_held_out": 0}, {"eval_every": 0.0}):
         with pytest.raises(UserError, match="--until-flat needs evaluations"):

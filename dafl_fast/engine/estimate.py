@@ -32,13 +32,20 @@ class Estimate(NamedTuple):
 
     Attributes:
         held_out: on the generated images that were held out.
-        real: on real images, as estimated; None from too few images.
+        images: how many of these there are.
+        real: on real images, as estimated; None from too few images, or if most classes have none.
         between: two values between which it lies nine times of ten, likewise.
     """
 
     held_out: float
+    images: int
     real: float | None = None
     between: tuple[float, float] | None = None
+
+    @property
+    def enough(self) -> bool:
+        """Whether `held_out` is worth being compared with that of another moment."""
+        return self.images >= FEWEST
 
     def as_row(self) -> dict[str, Any]:
         """Its place in metrics.jsonl and summary.json."""
@@ -65,8 +72,9 @@ def estimate(
     right = predictions(student, images) == logits.argmax(1)
     sure = logits.softmax(1).amax(1) >= SURE
     held_out = float(right.float().mean())
-    if int(sure.sum()) < FEWEST:
-        return Estimate(held_out)
+    present = int((logits.argmax(1).bincount(minlength=logits.shape[1]) > 0).sum())
+    if int(sure.sum()) < FEWEST or 2 * present < logits.shape[1]:
+        return Estimate(held_out, len(images))
     draw = torch.Generator().manual_seed(0)
     noise = torch.randn(images.shape, generator=draw, dtype=torch.float32).to(images)
     noisy = images + NOISE * images.std((0, 2, 3), keepdim=True) * noise
@@ -77,7 +85,7 @@ def estimate(
     found = (float(right[sure].float().mean()), float(balanced.mean()))
     logit = CONSTANT + sum(w * _logit(share) for w, share in zip(WEIGHTS, found, strict=True))
     low, real, high = (1 / (1 + math.exp(-x)) for x in (logit - WITHIN, logit, logit + WITHIN))
-    return Estimate(held_out, real, (low, high))
+    return Estimate(held_out, len(images), real, (low, high))
 
 
 def _logit(share: float) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 @contextlib.contextmanager
@@ -36,7 +37,8 @@ def buffers_kept(network: nn.Module) -> Iterator[None]:
     """Afterwards the buffers of `network` hold what they hold now. Observers of quantisation note
     what passes in evaluation as well. Those that get their shape inside keep it, with its values.
     """
-    kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    # Those of a lazy layer have no values before its first call.
+    kept = [(buffer, buffer.clone()) for buffer in network.buffers() if not is_lazy(buffer)]
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ images/*.safetensors  student.safetensors  samples/*.png  report.html  tensorboa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -370,17 +371,12 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
     with file.open("rb") as lines:
         while line := lines.readline(_LONGEST_ROW):
             row: Any = None
-            if line.endswith(b"\n"):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    lost += 1
-                else:
-                    lost += not _is_row(row)
-            elif len(line) == _LONGEST_ROW:
-                lost += 1
-                while line and not line.endswith(b"\n"):
-                    line = lines.readline(_LONGEST_ROW)
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+            if line.endswith(b"\n") or len(line) == _LONGEST_ROW:  # else one is being written
+                lost += not _is_row(row)
+            while len(line) == _LONGEST_ROW and not line.endswith(b"\n"):
+                line = lines.readline(_LONGEST_ROW)  # the rest of it
             if _is_row(row):
                 yield row
     if lost:

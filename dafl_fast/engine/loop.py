@@ -292,7 +292,7 @@ class Loop:
             **found,
         }
         self._write_row(row)
-        if estimate is not None:
+        if estimate is not None and step.learned and estimate.enough:
             self.schedule.note(estimate.held_out, self._share())
         return student
 

@@ -25,7 +25,11 @@ class Schedule:
 
     def __init__(self, config: Config, state: dict[str, Any] | None = None) -> None:
         self.config = config
-        state = {"estimates": [], "decay_from": None} if state is None else state
+        self._longest = [config.steps, config.max_seconds]
+        # Shares of another length mean nothing: a run that is made longer looks anew.
+        longest = state.get("longest", self._longest) if isinstance(state, dict) else self._longest
+        if state is None or longest != self._longest:
+            state = {"estimates": [], "decay_from": None}
         try:
             estimates, decay_from = list(map(float, state["estimates"])), state["decay_from"]
             self._estimates: list[float] = estimates
@@ -35,7 +39,11 @@ class Schedule:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"estimates": list(self._estimates), "decay_from": self._decay_from}
+        return {
+            "estimates": list(self._estimates),
+            "decay_from": self._decay_from,
+            "longest": self._longest,
+        }
 
     def note(self, estimate: float, share: float) -> None:
         """Takes notice of how good the student is after `share` of the longest length."""

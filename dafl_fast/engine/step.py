@@ -306,9 +306,10 @@ class Step:
         images, logits = self.sources[-1][0].held_out(HELD_OUT)
         teacher = self.teacher.network
         told = estimate(self.averaged_student, teacher, images.to(self.dtype), logits)
-        alike = self.num_classes <= FEW_CLASSES and not self.config.diversity
-        if told is not None and alike and self.config.generator != "none":
-            return Estimate(told.held_out)  # a kind of image for each class tells nothing
+        made = self.config.generator != "none" and self.config.diversity
+        if told is not None and self.num_classes <= FEW_CLASSES and not made:
+            # Of each class there may be one kind of image, which tells nothing.
+            return told._replace(real=None, between=None)
         return told
 
     @torch.no_grad()
