@@ -487,6 +487,7 @@ def run(teacher, student, tmp_path, **others):
     settings = {
         "image_shape": (3, 32, 32), "steps": 4, "batch_size": 4, "latent_dim": 4,
         "generator_width": 4, "bank_images": 16, "device": "cpu", "out_dir": tmp_path / "run",
+        "adapt": False, "student_updates": 6, "student_lr": 2e-3,
     }  # fmt: skip
     return distill(teacher, student, **(settings | others))
 

@@ -541,7 +541,7 @@ def test_teacher_files_that_do_not_serve(monkeypatch, capsys, tmp_path):
     for name, sentence in (
         ("corrupt", "is no model that can be read"),
         ("misfit", "fc2.weight should be [10, 84], the file has [7, 84]"),
-        ("nan", "the teacher's logits hold NaN or infinity"),
+        ("nan", "is damaged: fc2.bias has values that are not finite"),
     ):
         path = str(tmp_path / f"{name}.safetensors")
         code, _, error = run(monkeypatch, capsys, "mnist", "--eval", "none", "--teacher", path)
