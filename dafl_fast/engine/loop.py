@@ -134,7 +134,7 @@ class Loop:
             self.watchdog.beat(f"step {step.steps + 1}")
             step.set_student_lr(config.student_lr * factor)
             step(learn > 0)
-            if self.threads is not None:
+            if self.threads is not None and step.learned:  # steps before are shorter
                 self.threads.after_step(self.clock.seconds)
             # After a stop, the resumed run must write its rows at the same steps.
             if step.steps % config.log_every == 0:
