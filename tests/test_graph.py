@@ -148,13 +148,15 @@ def test_fifty_replays_equal_fifty_steps(recipe, precision):
     )
     assert graph.compile_and_capture(two) is None
     images = []
-    for _ in range(50):
+    tolerance = 1e-4 if precision == "fp32" else 3e-2
+    for number in range(50):
+        learn = recipe != "fast" or number >= 3  # before the student begins there are no replays
         one.set_student_lr(1e-3)
         two.set_student_lr(1e-3)
-        one()
-        two()
+        one(learn)
+        two(learn)
+        torch.testing.assert_close(*(x.newest[0] for x in (one, two)), rtol=0.1, atol=0.1)
         images.append(two.newest[0].clone())
-    tolerance = 1e-4 if precision == "fp32" else 3e-2
     assert_same_weights(one.averaged_student, two.averaged_student, tolerance)
     assert_same_weights(one.generator, two.generator, tolerance)
     torch.testing.assert_close(one.statistics, two.statistics, rtol=tolerance, atol=tolerance)
