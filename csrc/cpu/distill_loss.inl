@@ -17,16 +17,19 @@ void distill_forward_tiles(const DistillForward& a, int64_t begin, int64_t end, 
       int64_t rows = min_of(L, block_end - row);
       O::load_tile(a.student, row, rows, a.N, a.C, s);
       O::load_tile(a.teacher, row, rows, a.N, a.C, t);
-      V best_s, best_t, y_s, y_t, sum_s{}, sum_t{};
+      V best_s, best_t, y_s, y_t, others_s{}, others_t{};
       O::tile_argmax(s, a.C, best_s, y_s);
       O::tile_argmax(t, a.C, best_t, y_t);
       for (int64_t k = 0; k < a.C; ++k) {
-        exp_s[k] = M::exp((s[k] - best_s) * scale);
-        exp_t[k] = M::exp((t[k] - best_t) * scale);
-        sum_s += exp_s[k];
-        sum_t += exp_t[k];
+        V shifted_s = (s[k] - best_s) * scale, shifted_t = (t[k] - best_t) * scale;
+        exp_s[k] = M::exp(shifted_s);
+        exp_t[k] = M::exp(shifted_t);
+        others_s += row_math::others_term(y_s == static_cast<S>(k), shifted_s, exp_s[k]);
+        others_t += row_math::others_term(y_t == static_cast<S>(k), shifted_t, exp_t[k]);
       }
-      V log_s = M::log(sum_s), log_t = M::log(sum_t);
+      V sum_s = others_s + S(1), sum_t = others_t + S(1);
+      V log_s = row_math::log1p_corrected<S>(others_s, sum_s, M::log(sum_s));
+      V log_t = row_math::log1p_corrected<S>(others_t, sum_t, M::log(sum_t));
       V inverse_s = S(1) / sum_s, inverse_t = S(1) / sum_t;
       V shift = best_t - best_s, log_sum_ratio = log_t - log_s, kl{};
       for (int64_t k = 0; k < a.C; ++k) {
@@ -86,7 +89,6 @@ void distill_forward_rows(const DistillForward& a, int64_t begin, int64_t end, d
   const int64_t padded = (a.C + L - 1) / L * L;
   S* exp_s = scratch;
   S* exp_t = exp_s + padded;
-  const S low = -static_cast<S>(__builtin_inf());
 
   for (int64_t row = begin; row < end; ++row) {
     const S* s = O::load_row(a.student, row, a.C, exp_t + padded);
@@ -94,27 +96,19 @@ void distill_forward_rows(const DistillForward& a, int64_t begin, int64_t end, d
     S best_s, best_t, y_s, y_t;
     O::row_argmax(s, a.C, best_s, y_s);
     O::row_argmax(t, a.C, best_t, y_t);
-    V lanes_s{}, lanes_t{};
-    for (int64_t k = 0; k < a.C; k += L) {
-      V e_s = M::exp((O::load(s + k, a.C - k, low) - best_s) * scale);
-      V e_t = M::exp((O::load(t + k, a.C - k, low) - best_t) * scale);
-      O::store(exp_s + k, e_s);
-      O::store(exp_t + k, e_t);
-      lanes_s += e_s;
-      lanes_t += e_t;
-    }
-    S sum_s = O::sum(lanes_s), sum_t = O::sum(lanes_t);
-    S log_s = M::log(O::splat(sum_s))[0], log_t = M::log(O::splat(sum_t))[0];
+    S others_s = O::row_exps(s, a.C, best_s, y_s, scale, exp_s);
+    S others_t = O::row_exps(t, a.C, best_t, y_t, scale, exp_t);
+    S sum_s = others_s + S(1), sum_t = others_t + S(1);
+    S log_s = row_math::log1p_corrected<S>(others_s, sum_s, M::log(O::splat(sum_s))[0]);
+    S log_t = row_math::log1p_corrected<S>(others_t, sum_t, M::log(O::splat(sum_t))[0]);
     S inverse_s = S(1) / sum_s, inverse_t = S(1) / sum_t;
-    V shift = O::splat(best_t - best_s), log_sum_ratio = O::splat(log_t - log_s), kl{};
-    for (int64_t k = 0; k < a.C; k += L) {
-      V log_q_ratio =
-          row_math::log_ratio<S>(O::load(t + k, a.C - k, S(0)), O::load(s + k, a.C - k, S(0)),
-                                 shift, log_sum_ratio, scale);
-      kl += row_math::kl_term<S>(O::load(exp_t + k) * inverse_t, O::load(exp_s + k) * inverse_s,
-                                 log_q_ratio);
-    }
-    sums[0] += O::sum(kl);
+    V shift = O::splat(best_t - best_s), log_sum_ratio = O::splat(log_t - log_s);
+    sums[0] += O::row_sum(a.C, [&](int64_t k, int64_t count) {
+      V log_q_ratio = row_math::log_ratio<S>(
+          O::load(t + k, count, S(0)), O::load(s + k, count, S(0)), shift, log_sum_ratio, scale);
+      return row_math::kl_term<S>(O::load(exp_t + k) * inverse_t, O::load(exp_s + k) * inverse_s,
+                                  log_q_ratio);
+    });
     sums[1] += y_s == y_t ? 1.0 : 0.0;
     stats[row] = best_s;
     stats[a.N + row] = log_s;

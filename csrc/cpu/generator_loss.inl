@@ -60,13 +60,16 @@ void generator_backward_tiles(const GeneratorBackward& a, int64_t begin, int64_t
     V others = O::load(stats + a.N + row, rows, S(0));
     V y = O::load(stats + 2 * a.N + row, rows, S(0));
     V inverse = S(1) / (others + S(1));
-    V mean_slope{};
+    V slope_y{}, mean_slope{};
     for (int64_t k = 0; k < a.C; ++k) {
-      tile[k] = M::exp(tile[k] - best) * inverse;
-      mean_slope += tile[k] * slope[k];
+      slope_y = y == static_cast<S>(k) ? O::splat(slope[k]) : slope_y;
     }
     for (int64_t k = 0; k < a.C; ++k) {
-      tile[k] = row_math::generator_gradient(y == static_cast<S>(k), tile[k], O::splat(slope[k]),
+      tile[k] = M::exp(tile[k] - best) * inverse;
+      mean_slope += tile[k] * (slope[k] - slope_y);
+    }
+    for (int64_t k = 0; k < a.C; ++k) {
+      tile[k] = row_math::generator_gradient(y == static_cast<S>(k), tile[k], slope[k] - slope_y,
                                              mean_slope, others, inverse, one_hot);
     }
     O::store_tile(tile, row, rows, a.C, a.logits.dtype, a.grad);
@@ -85,7 +88,6 @@ void generator_forward_rows(const GeneratorForward& a, int64_t begin, int64_t en
   S* mean = scratch;
   S* exps[2] = {scratch + padded, scratch + 2 * padded};
   S* converted = scratch + 3 * padded;
-  const S low = -static_cast<S>(__builtin_inf());
 
   for (int64_t block = begin; block < end; block += kBlockRows) {
     int64_t block_end = min_of(block + kBlockRows, end);
@@ -97,18 +99,7 @@ void generator_forward_rows(const GeneratorForward& a, int64_t begin, int64_t en
         const S* t = O::load_row(a.logits, row + r, a.C, converted);
         S best, y;
         O::row_argmax(t, a.C, best, y);
-        const int64_t y_vector = static_cast<int64_t>(y) / L * L;
-        V others_lanes{};
-        O::for_each_vector(a.C, [&](int64_t k, int64_t count) {
-          V shifted = O::load(t + k, count, low) - best;
-          V e = M::exp(shifted);
-          O::store(exps[r] + k, e);
-          if (k == y_vector) {
-            e = row_math::others_term(O::iota() == y - static_cast<S>(k), shifted, e);
-          }
-          others_lanes += e;
-        });
-        const S others = O::sum(others_lanes);
+        const S others = O::row_exps(t, a.C, best, y, S(1), exps[r]);
         inverse[r] = S(1) / (others + S(1));
         stats[row + r] = best;
         stats[a.N + row + r] = others;
@@ -149,23 +140,22 @@ void generator_backward_rows(const GeneratorBackward& a, int64_t begin, int64_t 
   for (int64_t row = begin; row < end; ++row) {
     const S* t = O::load_row(a.logits, row, a.C, converted);
     S best = stats[row], others = stats[a.N + row], y = stats[2 * a.N + row];
-    S inverse = S(1) / (others + S(1));
-    V slope_lanes{};
-    O::for_each_vector(a.C, [&](int64_t k, int64_t count) {
+    const int64_t at = static_cast<int64_t>(y);
+    const S inverse = S(1) / (others + S(1)), slope_y = slope[at];
+    S mean_slope = O::row_sum(a.C, [&](int64_t k, int64_t count) {
       V e = M::exp(O::load(t + k, count, low) - best);
       O::store(exps + k, e);
-      slope_lanes += e * O::load(slope + k, count, S(0));
+      return e * (O::load(slope + k, count, S(0)) - slope_y);
     });
-    const S mean_slope = O::sum(slope_lanes) * inverse;
+    mean_slope *= inverse;
     S* out = O::output_row(a.logits.dtype, a.grad, row, a.C, converted);
     // The loop treats every class as one that is not y; then y's own is put right.
-    const S constant = (one_hot - mean_slope) * inverse;
+    const S constant = (one_hot - mean_slope - slope_y) * inverse;
     O::for_each_vector(a.C, [&](int64_t k, int64_t count) {
       V e = O::load(exps + k);
       O::store(out + k, count, e * (O::load(slope + k, count, S(0)) * inverse + constant));
     });
-    const int64_t at = static_cast<int64_t>(y);
-    out[at] = row_math::generator_gradient(true, exps[at] * inverse, slope[at], mean_slope, others,
+    out[at] = row_math::generator_gradient(true, exps[at] * inverse, S(0), mean_slope, others,
                                            inverse, one_hot);
     if (out == converted) O::store_row(out, row, a.C, a.logits.dtype, a.grad);
   }

@@ -260,6 +260,20 @@ struct Ops {
     if (k < C) body(k, C - k);
   }
 
+  // The sum of body(k, count) over a row's vectors, in two levels: partial sums of 64 vectors, so
+  // that many classes cost no more digits than few. What body returns past `count` must be 0.
+  template <class Body>
+  static DAFL_HD S row_sum(int64_t C, Body body) {
+    V total{};
+    for (int64_t begin = 0; begin < C; begin += 64 * L) {
+      V part{};
+      for_each_vector(C - begin < 64 * L ? C - begin : 64 * L,
+                      [&](int64_t k, int64_t count) { part += body(begin + k, count); });
+      total += part;
+    }
+    return sum(total);
+  }
+
   // Across lanes, as a tree: short chains, and the same order on every run.
   template <class Combine>
   static DAFL_HD S across(V v, Combine combine) {
@@ -355,6 +369,18 @@ struct Ops {
       first = at(k + j) == best ? iota() + static_cast<S>(k + j) : first;
     }
     index = lower(across(first, lower), static_cast<S>(C - 1));  // NaN alone: not past the row
+  }
+
+  // exps[k] = exp((row[k] - best) * scale), 0 up to a whole vector, and their sum without y's: d'.
+  static DAFL_HD S row_exps(const S* row, int64_t C, S best, S y, S scale, S* exps) {
+    const int64_t y_vector = static_cast<int64_t>(y) / L * L;
+    return row_sum(C, [&](int64_t k, int64_t count) {
+      V shifted = (load(row + k, count, -static_cast<S>(__builtin_inf())) - best) * scale;
+      V e = M::exp(shifted);
+      store(exps + k, e);
+      if (k != y_vector) return e;
+      return row_math::others_term(iota() == y - static_cast<S>(k), shifted, e);
+    });
   }
 };
 

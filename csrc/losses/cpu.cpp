@@ -60,6 +60,23 @@ struct Chunks {
 
 double log_or_zero(double p) { return p == 0 ? 0 : std::log(p); }
 
+// The sum of p_bar log p_bar, in nats, from the classes' sums over `rows` rows. A mean close to 1
+// has lost the digits of its logarithm, but the other classes' means still have them.
+double mean_log_mean(const double* sums, int64_t C, int64_t rows) {
+  double result = 0;
+  int64_t top = -1;
+  for (int64_t k = 0; k < C; ++k) {
+    const double p = sums[k] / rows;
+    result += p * log_or_zero(p);
+    if (p > 0.75) top = k;
+  }
+  if (top < 0) return result;
+  const double p = sums[top] / rows;
+  double others = 0;
+  for (int64_t k = 0; k < C; ++k) others += k == top ? 0 : sums[k] / rows;
+  return result + p * (std::log1p(-others) - std::log(p));
+}
+
 template <class S>
 void write_class_mean(const Tensor& class_mean, const std::vector<double>& sums, int64_t N) {
   S* mean = class_mean.mutable_data_ptr<S>();
@@ -118,8 +135,7 @@ GeneratorOutputs generator(const Tensor& teacher_logits, const std::optional<Ten
   chunks.reduce(sums, width);
 
   int64_t rows = std::max<int64_t>(N, 1);  // the sums of no rows are 0
-  double p_log_p = 0;
-  for (int64_t k = 0; k < C; ++k) p_log_p += sums[k] / rows * log_or_zero(sums[k] / rows);
+  const double p_log_p = mean_log_mean(sums.data(), C, rows);
   if (is_f64(class_mean)) {
     write_class_mean<double>(class_mean, sums, rows);
   } else {
