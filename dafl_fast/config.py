@@ -5,6 +5,7 @@ The training step knows no other switch. `recipes.py` has the values of every pr
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -205,7 +206,8 @@ class Config:
     """Real images that are not the teacher's data, without labels: a photograph, a folder of images
     or a .npz file; may be given several times. What is at least twice as large as the teacher's
     images is cut into crops of all sizes, turned, mirrored and recoloured, new ones at every step.
-    Smaller images are resized and kept whole."""
+    Smaller images are resized and kept whole. Grey ones are repeated over the channels, and what is
+    transparent becomes white."""
     images_share: Annotated[float, SHARE] = 0.5
     """The share of the student's batch that comes from --images; the rest is generated. With
     --generator none it is all of it."""
@@ -268,6 +270,26 @@ class Config:
             raise UserError(
                 "--generator none leaves the student without images; give it some with --images"
             )
+
+    def check_chosen(self, chosen: Collection[str], given: bool) -> None:
+        """Checks that each of the `chosen` settings says something in this run. Images that are not
+        the data are `given` or not.
+
+        Raises:
+            UserError: one would be ignored.
+        """
+        where = {}
+        if self.generator == "none":
+            where = dict.fromkeys(("images_share", "student_after"), "with --generator none")
+        if self.student_source != "bank":
+            where["student_after"] = f"with --student-source {self.student_source}"
+        if not given:
+            where |= dict.fromkeys(("images_share", "images_candidates"), "without --images")
+        for name, beside in where.items():
+            value = getattr(self, name)
+            if name in chosen and value != 0:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {value} means nothing {beside}; leave it out")
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,10 +187,10 @@ def train(
     """Starts or resumes the run that `config` describes, and returns its summary.
 
     It works like `distill`, but takes networks and held-out images by name. `report` is called with
-    each row of metrics.jsonl. `chosen` are names of settings that `adapt` leaves as they are, as it
-    leaves those that differ from the recipe's. Under torchrun every process calls this function.
-    Each trains on its share of the batches, and the first one writes the files and shows the
-    progress.
+    each row of metrics.jsonl. `chosen` are names of settings that the user gave, beside those that
+    differ from the recipe's: `adapt` leaves them as they are, and none may mean nothing. Under
+    torchrun every process calls this function. Each trains on its share of the batches, and the
+    first one writes the files and shows the progress.
     """
     config, teacher, student = load_networks(config)
     held_out = None
@@ -215,11 +216,15 @@ def _run(
     progress: Mode,
     chosen: Collection[str],
 ) -> Result:
+    begun = time.perf_counter()
     if config.steps is None and config.max_seconds is None:
         raise UserError("--steps or --max-seconds must say when to stop")
     if config.tensorboard:
         require("tensorboard", "--tensorboard")
-    config.check_images(images is not None or bool(config.images))
+    has_images = images is not None or bool(config.images)
+    config.check_images(has_images)
+    if config.resume is None:
+        config.check_chosen({*chosen, *_unusual(config)}, has_images)
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
@@ -255,12 +260,19 @@ def _run(
                 held.enter_context(locked(folder.path))
             report = functools.partial(_report, folder.path)
             loop = Loop(config, step, folder, teacher, held_out, [*callbacks, shown], report)
+            loop.wall_start = begun  # what came before took the user's time, too
             if config.tensorboard and world.first:
                 board = TensorBoard(folder, step)  # whose steps count on from the checkpoint by now
                 loop.callbacks = [*loop.callbacks, board]
             shown.begin()
             summary = loop.run()
             shown.end(summary)
+            if world.first and not summary["student_images"]:
+                log.warning(
+                    "the student has learned nothing: the run ended at step %s, before it began%s",
+                    summary["steps"], "" if summary["interrupted"] else "; --max-seconds "
+                    f"{config.max_seconds:g} is too short",
+                )  # fmt: skip
             world.leave()
             student.load_state_dict(step.averaged_student.state_dict())
         finally:
@@ -274,6 +286,12 @@ def _run(
         torch.randn(count, *config.shape, device=device, dtype=step.dtype) for count in (2, 3)
     ]
     return Result(_in_evaluation_mode(student, examples), loop.history, summary, folder.path)
+
+
+def _unusual(config: Config) -> set[str]:
+    """The settings that are not as the recipe has them."""
+    usual = make_config(config.preset, config.recipe)
+    return {name for name, value in vars(usual).items() if getattr(config, name) != value}
 
 
 def _with_bank_that_fits(

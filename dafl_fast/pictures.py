@@ -57,6 +57,21 @@ def _eight_bits(image: Any) -> Any:
     return image
 
 
+def is_transparent(image: Image.Image) -> bool:
+    """Whether one can see through some of its pixels."""
+    if image.mode not in ("LA", "PA", "RGBA") and "transparency" not in image.info:
+        return False
+    return any(image.convert("RGBA").getchannel("A").histogram()[:255])
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """The picture as it looks on white paper."""
+    from PIL import Image
+
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
 def image_files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
     """The images in the folder of a class and in those below, in torchvision's order. Links are
     followed, but none to where one is or has been already: that has no end."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .data import Format, ImageSize, check_channels, covering, images_of_npz, resized, sides
 from .errors import UserError, first_line
-from .pictures import image_files, open_image
+from .pictures import image_files, is_transparent, on_white, open_image
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,8 @@ def given_tensor(images: Tensor, shape: tuple[int, int, int]) -> Given:
 def read_images(paths: Sequence[Path], form: Format) -> Given:
     """Reads images for a network that takes images of `form`.
 
-    Files that are no images or damaged are left out, and counted in a warning.
+    Files that are no images or damaged are left out. Grey images are repeated over the channels of
+    a network that takes more, and what is transparent becomes white. A warning counts each kind.
 
     Args:
         paths: each is an image, an .npz file with `images`, or a folder, in which images are looked
@@ -93,7 +94,8 @@ def read_images(paths: Sequence[Path], form: Format) -> Given:
 
     Raises:
         UserError: a path does not exist or holds no image that can be read, an .npz file has
-            another number of channels, or the network takes neither 1 nor 3 from files.
+            another number of channels than 1 and the network's, or the network takes neither 1 nor
+            3 from files.
     """
     photographs: list[Tensor] = []
     whole: list[Tensor] = []
@@ -112,11 +114,21 @@ def read_images(paths: Sequence[Path], form: Format) -> Given:
 
 def _npz(path: Path, form: Format) -> list[Tensor]:
     images = images_of_npz(path)
+    if images.shape[1] == 1 < form.stored_channels:
+        _say_grey(path, len(images), len(images))
+        images = images.expand(-1, form.stored_channels, -1, -1)
     try:
         check_channels(images, form.stored_channels)
     except UserError as error:
         raise UserError(f"--images {path}: {error}") from error
     return list(images)
+
+
+def _say_grey(path: Path, count: int, among: int) -> None:
+    log.warning(
+        "--images %s: %s of %s images are grey, and are given to the network as equal channels",
+        path, f"{count:,}", f"{among:,}",
+    )  # fmt: skip
 
 
 def _files(path: Path, form: Format) -> list[Tensor]:
@@ -160,7 +172,13 @@ def _files(path: Path, form: Format) -> list[Tensor]:
                     most = max(most, math.ceil(side * max(LARGE * w / s for s, w in pairs)))
                 # JPEG can be decoded at a half or a quarter of its size.
                 opened.draft(mode, (most, most))
-                image = ImageOps.exif_transpose(opened).convert(mode)
+                image = ImageOps.exif_transpose(opened)
+                if mode == "RGB" and image.mode in ("1", "L", "LA"):
+                    grey.add(file)
+                if is_transparent(image):
+                    transparent.add(file)
+                    image = on_white(image)
+                image = image.convert(mode)
         except UserError as error:
             return first_line(error)
         if max(image.size) > most:
@@ -176,6 +194,8 @@ def _files(path: Path, form: Format) -> list[Tensor]:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         found = list(pool.map(side_of, files))
         factor = min(1.0, (PIXELS / max(1.0, sum(pixels for _, pixels in found))) ** 0.5)
+        grey: set[Path] = set()
+        transparent: set[Path] = set()
         decoded = list(pool.map(decode, files))
     images = [image for image in decoded if isinstance(image, Tensor)]
     broken = [image for image in decoded if isinstance(image, str)]
@@ -185,6 +205,13 @@ def _files(path: Path, form: Format) -> list[Tensor]:
         log.warning(
             "--images %s: %s of %s files cannot be read and are left out, such as %s",
             path, f"{len(broken):,}", f"{len(files):,}", broken[0],
+        )  # fmt: skip
+    if grey:
+        _say_grey(path, len(grey), len(files))
+    if transparent:
+        log.warning(
+            "--images %s: the transparent parts of %s of %s images are made white",
+            path, f"{len(transparent):,}", f"{len(files):,}",
         )  # fmt: skip
     smaller = sum(side > LONGEST_SIDE or side * factor < side for side, _ in found)
     if smaller:

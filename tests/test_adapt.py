@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+import time
 
 import pytest
 import torch
@@ -147,6 +149,17 @@ def test_a_slow_teacher_gets_smaller_batches(monkeypatch, caplog):
     ]
     assert changed(config(steps=10), normed()) == {}  # the same on any machine
     assert changed(config(steps=10, max_seconds=1.0), normed()) == {}
+
+
+def test_looking_at_the_teacher_counts_as_time_of_the_run(monkeypatch, tmp_path):
+    module = sys.modules["dafl_fast.distill"]
+    monkeypatch.setattr(module, "adapted", lambda config, *_: time.sleep(1.5) or config)
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(192, 5)) for _ in range(2)]
+    result = distill(
+        *networks, image_shape=(3, 8, 8), steps=1, batch_size=8, generator_width=8, bank_images=16,
+        student_updates=1, bank_held_out=0, precision="fp32", out_dir=tmp_path / "run",
+    )  # fmt: skip
+    assert result.summary["wall_seconds"] >= 1.5 > result.summary["train_seconds"]
 
 
 def test_a_run_goes_on_with_what_was_chosen(tmp_path, caplog):

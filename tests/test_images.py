@@ -77,7 +77,8 @@ def test_a_folder_holds_images_of_both_kinds_at_any_depth(tmp_path, caplog):
     assert [tuple(image.shape) for image in found.photographs] == [(3, 80, 64)]
     assert found.whole.shape == (2, 3, 32, 32) and found.whole.dtype == torch.uint8
     assert found.words == "1 photograph and 2 images"
-    (message,) = [record.getMessage() for record in caplog.records]
+    message, other = [record.getMessage() for record in caplog.records]
+    assert "1 of 4 images are grey, and are given to the network as equal channels" in other
     assert "1 of 4 files cannot be read and are left out, such as" in message
     assert "broken.jpg" in message
     # The tall one is brought to 32 columns, so 64 rows, of which the middle ones stay.
@@ -127,11 +128,47 @@ def test_paths_without_images(tmp_path, make, sentence):
 
 
 def test_images_of_other_channels(tmp_path, photograph):
-    np.savez(tmp_path / "x.npz", images=noise(5, 8, 8))
-    with pytest.raises(UserError, match=r"--images .*x\.npz: the images have 1 channel\(s\), .* 3"):
+    np.savez(tmp_path / "x.npz", images=noise(5, 8, 8, 2))
+    with pytest.raises(UserError, match=r"--images .*x\.npz: the images have 2 channel\(s\), .* 3"):
         read_images([tmp_path / "x.npz"], COLOUR)
     with pytest.raises(UserError, match="1 or 3 channels, the network takes 5; .* as an .npz file"):
         read_images([photograph], Format(8, 5, (0.0,) * 5, (1.0,) * 5))
+
+
+def test_grey_images_are_repeated_for_a_network_that_takes_colour(tmp_path, caplog):
+    np.savez(tmp_path / "x.npz", images=noise(5, 32, 32))
+    Image.fromarray(noise(80, 64)).save(tmp_path / "grey.png")
+    found = read_images([tmp_path / "x.npz", tmp_path], COLOUR)
+    assert torch.equal(found.whole, torch.from_numpy(noise(5, 1, 32, 32)).expand(-1, 3, -1, -1))
+    assert torch.equal(found.photographs[0], torch.from_numpy(noise(1, 80, 64)).expand(3, -1, -1))
+    messages = [record.getMessage() for record in caplog.records]
+    words = "images are grey, and are given to the network as equal channels"
+    assert messages == [
+        f"--images {tmp_path / 'x.npz'}: 5 of 5 {words}", f"--images {tmp_path}: 1 of 1 {words}",
+    ]  # fmt: skip
+    read_images([tmp_path / "x.npz", tmp_path], GREY)
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("form", [GREY, COLOUR], ids=["grey", "colour"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white(tmp_path, caplog, mode, form):
+    black = np.zeros((32, 32, 4), np.uint8)
+    black[..., 3] = 255
+    black[:8, :, 3] = 0
+    image = Image.fromarray(black)
+    if mode == "P":
+        image = Image.fromarray((black[..., 3] == 0).astype(np.uint8), mode="P")
+        image.putpalette([0, 0, 0, 0, 0, 0])  # the second one is black, too, and transparent
+        image.save(tmp_path / "a.png", transparency=1)
+    else:
+        image.convert(mode).save(tmp_path / "a.png")
+    black[..., 3] = 255
+    Image.fromarray(black).save(tmp_path / "opaque.png")
+    first, second = read_images([tmp_path], form).whole
+    assert (first[:, :8] == 255).all() and (first[:, 8:] == 0).all()
+    assert (second == 0).all()
+    assert "the transparent parts of 1 of 2 images are made white" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -556,11 +593,71 @@ def test_settings_that_do_not_fit(tmp_path, photograph):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("recipe", "settings", "sentence"),
+    [
+        ("fast", {"images_share": 0.25}, "--images-share 0.25 means nothing without --images"),
+        ("fast", {"images_candidates": 64}, "--images-candidates 64 means nothing without"),
+        ("paper", {"student_after": 9}, "--student-after 9 means nothing with --student-source fr"),
+        ("published", {"student_after": 9}, "means nothing with --student-source same"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(recipe, settings, sentence, tmp_path):
+    out = tmp_path / "run"
+    config = make_config("mnist", recipe, eval="none", steps=1, out_dir=out, **settings)
+    with pytest.raises(UserError, match=sentence):
+        train(config)
+    assert not out.exists()
+
+
+def test_a_setting_that_is_given_as_the_recipe_has_it_is_refused_too(
+    tmp_path, photograph, monkeypatch, capsys
+):
+    for words, sentence in (
+        (("--images-share", "0.5"), "--images-share 0.5 means nothing without --images"),
+        (("--images", str(photograph), "--generator", "none", "--images-share", "0.5"),
+         "--images-share 0.5 means nothing with --generator none"),
+        (("--images", str(photograph), "--generator", "none", "--student-after", "7"),
+         "--student-after 7 means nothing with --generator none"),
+    ):  # fmt: skip
+        code, _, errors = run(monkeypatch, capsys, "mnist", "--eval", "none", "--steps", "1",
+                              "--out-dir", str(tmp_path / "run"), *words)  # fmt: skip
+        assert code == 2 and sentence in errors
+
+
+def test_recipes_have_nothing_that_is_refused(tmp_path):
+    """The wait for generated images is the recipe's own, and the user chose another source."""
+    summary = distill(
+        LeNet5(), LeNet5Half(), image_shape=(1, 32, 32), steps=1, student_source="fresh",
+        student_updates=1, batch_size=8, generator_width=8, bank_held_out=0, adapt=False,
+        precision="fp32", out_dir=tmp_path / "run",
+    ).summary  # fmt: skip
+    assert summary["steps"] == 1
+
+
 @pytest.mark.parametrize("wrong", [[torch.zeros(3, 8, 8)], np.zeros((2, 3, 8, 8)), [1]])
 def test_images_are_paths_or_one_tensor(wrong, tmp_path):
     with pytest.raises(UserError, match="images must be paths .* or one tensor") as raised:
         distill(LeNet5(), LeNet5Half(), image_shape=(1, 32, 32), images=wrong, max_seconds=1.0)
     assert len(str(raised.value)) < 200
+
+
+class Detached(LeNet5):
+    """Gives no gradient to its images."""
+
+    def forward(self, images):
+        return super().forward(images).detach()
+
+
+def test_only_a_generator_needs_the_teachers_gradient(tmp_path):
+    settings = dict(
+        image_shape=(1, 32, 32), preset="mnist", steps=2, batch_size=8, student_updates=1,
+        bank_images=16, precision="fp32", images=torch.randn(16, 1, 32, 32),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="gives no gradient to its images"):
+        distill(Detached(), LeNet5Half(), out_dir=tmp_path / "a", **settings)
+    result = distill(Detached(), LeNet5Half(), generator="none", out_dir=tmp_path / "b", **settings)
+    assert result.summary["student_images"] > 0
 
 
 def test_a_panorama_stays_one_that_is_cut(tmp_path, monkeypatch):

@@ -327,6 +327,23 @@ def test_the_student_begins_when_there_are_images(tmp_path, images, steps, after
     assert summary["student_images"] == 32 * (steps - after)
 
 
+def test_a_run_too_short_to_learn_says_so(tmp_path, monkeypatch, caplog):
+    words = "the student has learned nothing: the run ended at step {}, before it began"
+    short = dict(steps=None, eval_every=0.0)
+    summary = train(tiny(tmp_path / "none", max_seconds=1e-9, **short))
+    assert summary["steps"] == summary["student_images"] == 0
+    assert words.format(0) + "; --max-seconds 1e-09 is too short" in caplog.messages
+    # A first step in which the student still waits for images, and no time for a second.
+    taken = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda *given: (taken(*given), time.sleep(1.1))[0])
+    summary = train(tiny(tmp_path / "one", max_seconds=1.0, student_after=10**6, **short))
+    assert summary["steps"] == 1 and summary["student_images"] == 0
+    assert words.format(1) + "; --max-seconds 1 is too short" in caplog.messages
+    caplog.clear()
+    assert train(tiny(tmp_path / "two", steps=1))["student_images"] > 0
+    assert "learned nothing" not in caplog.text
+
+
 @pytest.mark.parametrize("stop_at", [2, 3, 4, 5])
 def test_a_run_that_is_resumed_before_its_student_begins(tmp_path, stop_at):
     """Also in the middle of a row: of its three steps, two are the student's."""

@@ -180,19 +180,23 @@ class FrozenTeacher(nn.Module):
         resumed run must have the same teacher."""
         return self._fingerprint
 
-    def check(self, images: Tensor) -> int:
+    def check(self, images: Tensor, to_images: bool = True) -> int:
         """Checks the outputs for a batch of images, before training.
 
         Outputs between 0 and 1, like those of a sigmoid, only cause a warning: logits may lie there
         too.
+
+        Args:
+            images: [N, C, H, W].
+            to_images: the gradient to the images is needed, as a generator learns from it.
 
         Returns:
             The number of classes.
 
         Raises:
             UserError: the network does not take such images, its outputs are not [N, C], hold NaN
-                or infinity, give no gradient to the images or, without a reading, are probabilities
-                or one number only.
+                or infinity, give no gradient that is needed or, without a reading, are
+                probabilities or one number only.
         """
         features: Tensor | None = None
 
@@ -209,7 +213,7 @@ class FrozenTeacher(nn.Module):
                     f"the teacher's {name} hold NaN or infinity; check its weights and that it was "
                     "saved after successful training"
                 )
-        if not logits.requires_grad:
+        if to_images and not logits.requires_grad:
             raise UserError(
                 "the teacher gives no gradient to its images, from which the generator learns; "
                 "look for torch.no_grad() or detach() in its forward"
