@@ -35,12 +35,13 @@ py::dict plan(int64_t rows, int64_t classes, bool float64, int multiprocessors, 
   py::dict result;
   result["regime"] = names[static_cast<int>(plan.regime)];
   result["threads"] = plan.threads;
-  result["quads"] = plan.quads;
+  result["group"] = plan.group;
   result["cluster"] = plan.cluster;
   result["one_launch"] = plan.one_launch;
   result["parts"] = plan.parts;
   result["rows"] = plan.rows;
   result["blocks"] = plan.blocks;
+  result["backward_blocks"] = plan.backward_blocks;
   result["shared"] = plan.shared;
   result["scratch"] = plan.scratch;
   result["scalars"] = cuda::kPartScalars;

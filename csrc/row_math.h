@@ -29,12 +29,22 @@ DAFL_HD V others_term(Mask is_argmax, V shifted, V exp_shifted) {
 
 // d total / d t_k = one_hot (p_k - [k = y]) + p_k (slope_k - sum_c p_c slope_c), with
 //   one_hot = w_oh / N * upstream,   slope_k = w_ie / (N ln b) * upstream * (log p_bar_k - const).
-// The y-th one-hot term is taken as -d' / (1 + d'): p_y - 1 would cancel.
+// The y-th one-hot term is taken as -d' / (1 + d'): p_y - 1 would cancel. Slopes come
+// less slope_y, which changes no gradient: else the y-th difference would cancel, too, for p_y
+// close to 1.
 template <class V, class Mask, class S>
 DAFL_HD V generator_gradient(Mask is_argmax, V p, V slope, V mean_slope, V others, V inverse,
                              S one_hot) {
   V pull = is_argmax ? -(others * inverse) : p;
   return pull * one_hot + p * (slope - mean_slope);
+}
+
+// The same where it is the argmax's: p_y (slope_y - sum_c p_c slope_c) is -p_y gap, with
+//   gap = sum_c p_c (slope_c - slope_y),   p_y = inverse
+// A saturated row's gap is tiny, and the difference of the two sums that it is would cancel.
+template <class V, class S>
+DAFL_HD V argmax_gradient(V others, V inverse, V gap, S one_hot) {
+  return -(others * inverse) * one_hot - inverse * gap;
 }
 
 // f(a) = a + exp(-a) - 1 >= 0 for |a| < 1/2, from its series (8e-7 in fp32): no cancellation.

@@ -16,6 +16,7 @@ from torch import nn
 from dafl_fast import _C
 from dafl_fast.models import functional
 from dafl_fast.models.functional import batch_norm, conv_pool, upsample_stage
+from dafl_fast.models.norm import FastBatchNorm2d, with_fast_norms
 
 DOUBLE = torch.float64
 # Largest error relative to the largest value, and the dtype that activations are computed in.
@@ -475,3 +476,51 @@ def test_elsewhere_the_layers_themselves_run(monkeypatch):
         x = torch.randn(shape, dtype=DOUBLE)
         y = fast(x.as_subclass(Elsewhere), copy.deepcopy(module)).as_subclass(torch.Tensor)
         torch.testing.assert_close(y, published(x, module), rtol=1e-10, atol=1e-11)
+
+
+def test_one_channel_gets_the_strides_of_channels_last_without_a_copy():
+    x = torch.randn(3, 1, 4, 5, requires_grad=True)
+    y = functional.with_channel_last(x)
+    assert y.stride() == (20, 1, 5, 1) and y.data_ptr() == x.data_ptr() and torch.equal(x, y)
+    assert y.is_contiguous() and y.is_contiguous(memory_format=channels_last)
+    (grad,) = torch.autograd.grad(y, x, y.detach())
+    assert torch.equal(grad, x) and grad.is_contiguous()
+
+
+def test_a_network_with_fast_norms_trains_like_the_network():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        conv(3, 8), norm_of(8), nn.ReLU(), conv(8, 5), nn.BatchNorm2d(5, momentum=None).double(),
+        nn.BatchNorm2d(5, affine=False).double(),
+    )  # fmt: skip
+    network.append(network[1].__class__(5).double())
+    ours = with_fast_norms(copy.deepcopy(network))
+    fast = [isinstance(layer, FastBatchNorm2d) for layer in ours]
+    assert fast == [False, True, False, False, True, True, True]
+    assert ours.state_dict().keys() == network.state_dict().keys()
+    x = torch.randn(6, 3, 5, 4, dtype=DOUBLE)
+    for each in (network, ours):
+        each(x).sin().sum().backward()
+    for (name, a), (_, b) in zip(ours.named_parameters(), network.named_parameters()):
+        torch.testing.assert_close(a.grad, b.grad, msg=name, rtol=1e-9, atol=1e-9)
+    for (name, a), (_, b) in zip(ours.named_buffers(), network.named_buffers()):
+        torch.testing.assert_close(a, b, msg=name)
+    ours.eval(), network.eval()
+    assert torch.equal(ours(x), network(x)) or torch.allclose(ours(x), network(x), 1e-9, 1e-9)
+    assert with_fast_norms(nn.Linear(2, 2)).__class__ is nn.Linear
+    with pytest.raises(ValueError, match="expected 4D"):
+        ours[1](x[0])
+
+
+def test_a_linear_layer_makes_images_that_are_channels_last():
+    torch.manual_seed(0)
+    linear, z = nn.Linear(5, 4 * 3 * 2).double(), torch.randn(7, 5, dtype=DOUBLE)
+    ours = functional.linear_image(z, linear, (4, 3, 2))
+    expected = linear(z).view(7, 4, 3, 2)
+    assert ours.is_contiguous(memory_format=channels_last)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    for a, b in zip(
+        *(torch.autograd.grad(y, linear.parameters(), upstream) for y in (ours, expected))
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -10,7 +10,7 @@ GPUS = [(1, 80), (16, 86), (108, 80), (132, 90), (148, 100), (170, 120)]
 ROWS = [1, 2, 31, 127, 128, 129, 1000, 1024, 1025, 4097, 65535, 65536, 1 << 20, (1 << 31) + 5]
 CLASSES = [1, 2, 10, 31, 32, 33, 256, 257, 1000, 1024, 1025, 4096, 4097, 16384, 16385, 32769,
            65537, 131072, 131073, 1 << 24]  # fmt: skip
-GROUP_ROWS = {"warp": 8, "block": 1, "cluster": 1}  # that a block or cluster has at a time
+COLUMNS = 32  # of a thread that holds its share of a row in registers
 
 
 def plan(N, C, f64=False, gpu=(132, 90)):
@@ -33,8 +33,12 @@ def test_every_plan_can_be_launched_and_covers_every_row_once(gpu, f64):
             assert p["shared"] <= 48 << 10, what
             assert p["cluster"] in (1, 2, 4, 8), what
             assert p["cluster"] == 1 or gpu[1] >= 90, what
-            # Scratch: C + some sums a part, and a number per 32 columns. In fp64.
-            assert p["scratch"] == 8 * (p["parts"] * (C + p["scalars"]) + -(-C // 32)), what
+            # Scratch: a part's C sums in the statistics' dtype and scalars in fp64, and two numbers
+            # per 32 columns.
+            part = -(-C * (8 if f64 else 4) // 8) * 8 + 8 * p["scalars"]
+            assert p["scratch"] == p["parts"] * part + 16 * -(-C // 32), what
+            assert 1 <= p["backward_blocks"] < 2**31, what
+            assert p["regime"] != "cluster" or p["backward_blocks"] % p["cluster"] == 0, what
             if p["one_launch"]:
                 assert p["regime"] == "tile" and p["parts"] <= p["blocks"] == p["cluster"], what
             elif p["regime"] == "cluster":
@@ -47,19 +51,17 @@ def test_every_plan_can_be_launched_and_covers_every_row_once(gpu, f64):
 def test_registers_and_shared_memory_hold_a_row(gpu):
     for C in CLASSES:
         p = plan(1000, C, gpu=gpu)
-        if p["regime"] in GROUP_ROWS:
-            threads = 32 if p["regime"] == "warp" else p["threads"]
-            # Columns are dealt to a cluster's blocks in equal shares of whole quads.
-            share = math.ceil(math.ceil(C / 4) / p["cluster"]) * 4
-            assert share <= threads * p["quads"] * 4
+        if p["group"] > 0:
+            # Columns are dealt to a cluster's blocks in equal shares of whole vectors.
+            share = math.ceil(math.ceil(C / 8) / p["cluster"]) * 8
+            assert share <= p["group"] * COLUMNS
             # An fp32 sum over rows spans at most 512 of them.
+            at_once = p["threads"] // p["group"]
             for N in ROWS:
                 rows = plan(N, C, gpu=gpu)["rows"]
-                assert rows <= 512 * GROUP_ROWS[p["regime"]]
+                assert rows <= 512 * at_once and (rows % at_once == 0 or rows == N)
         if p["regime"] == "warp":
-            assert p["shared"] >= 8 * 128 * p["quads"] * 4
-        if p["regime"] == "tile":
-            assert p["shared"] >= 2 * 128 * (C | 1) * 4
+            assert p["shared"] >= p["threads"] * COLUMNS * 4
 
 
 @pytest.mark.parametrize(

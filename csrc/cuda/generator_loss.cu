@@ -19,309 +19,314 @@
 // there on, written to scratch, and added in order by a second launch: the end of a launch is the
 // barrier that all parts wait for. The backward pass is one launch. Where C <= 32 the kernels of
 // tile_losses.cu do this.
+#include "generator_stream.cuh"
+#include "rows.cuh"
 #include "tile.cuh"
 
 namespace dafl {
 namespace cuda {
 namespace {
 
-// Parts in scratch: [parts][C + kPartScalars]; of the scalars, the loss uses kGeneratorSums.
-
 // ---- Rows in registers -------------------------------------------------------------------------
 
-template <class R>
+// A softmax of a row that a group of threads shares, from what its warps tell each other.
+struct RowSums {
+  float maximum = -FLT_MAX;
+  float others = 0;     // d'
+  int ties = 0;         // columns that reach the maximum
+  int index = INT_MAX;  // the lowest of them
+};
+
+// Logits in x become exp(t - their warp's maximum). Each warp forms its sums from its own maximum,
+// so that the group needs to wait for one another only once. Returned: the row's sums, and in
+// `scale` what makes p of this thread's x. A NaN or an infinity makes d' NaN.
+template <class R, class T>
+__device__ RowSums row_softmax(Group<R>& group, const Columns<R, T>& own, float (&x)[R::kValues],
+                               float* scale) {
+  float best[own.kVectors], sums[4] = {};
+  const float mine = own.maximum(x, best);
+  RowSums warp;
+  warp.maximum = lane_max<R::kLanes>(mine);
+  if (mine == warp.maximum) {
+    warp.index = own.lowest(x, best, mine, &warp.ties);
+    sums[0] = mine - mine;  // NaN for an infinity, else 0
+  }
+#pragma unroll
+  for (int i = 0; i < R::kValues; ++i) {
+    const float e = exp_below(x[i], warp.maximum);
+    if (x[i] != warp.maximum) sums[i % 4] += e;  // a NaN, too
+    x[i] = e;
+  }
+  warp.others = lane_sum<R::kLanes>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  warp.ties = lane_count<R::kLanes>(warp.ties);
+  warp.index = lane_min<R::kLanes>(warp.index);
+
+  RowSums row = warp;
+  if constexpr (R::kWarps > 1) {
+    RowSums heard[Group<R>::kHeard];
+    group.tell(warp, RowSums(), heard);
+    row = RowSums();
+#pragma unroll
+    for (const RowSums& one : heard) row.maximum = fmaxf(row.maximum, one.maximum);
+    row.maximum = lane_max(row.maximum);
+#pragma unroll
+    for (const RowSums& one : heard) {
+      if (one.maximum == row.maximum) {
+        row.others += one.others;
+        row.ties += one.ties;
+        row.index = min(row.index, one.index);
+      } else {
+        const float all = one.others + static_cast<float>(one.ties);
+        row.others += all * exp_below(one.maximum, row.maximum);
+      }
+    }
+    row.others = lane_sum(row.others);
+    row.ties = lane_count(row.ties);
+    row.index = lane_min(row.index);
+  }
+  // All but one of those that reach the maximum are others. None: there is no number in the row.
+  row.others = row.ties > 0 ? row.others + static_cast<float>(row.ties - 1) : NAN;
+  if (row.ties == 0) row.index = 0;
+  const float inverse = reciprocal(1.0f + row.others);
+  *scale = R::kWarps > 1 ? exp_below(warp.maximum, row.maximum) * inverse : inverse;
+  return row;
+}
+
+template <class R, class T>
 __global__ void __launch_bounds__(R::kThreads, R::kBlocks)
     generator_forward_rows_kernel(GeneratorForward a, int64_t part_rows) {
   const int C = static_cast<int>(a.C);
-  Group<R::kGroup, R::kCluster> group(block_shared());
-  const PartOfRows<R> rows(a.N, C, part_rows);
-  const bool quads = has_quads(a.logits, C);
+  Group<R> group(block_shared());
+  const Columns<R, T> own(C);
+  const int64_t part = blockIdx.x / cluster_blocks_of<R>();
+  const int64_t first = part * part_rows + threadIdx.x / R::kGroup;
+  const int64_t end = min(a.N, (part + 1) * part_rows);
+  const bool vectors = has_vectors<T>(a.logits, C);
   float* stats = static_cast<float*>(a.row_stats);
-  float sum_of_p[R::kValues];
-#pragma unroll
-  for (int i = 0; i < R::kValues; ++i) sum_of_p[i] = 0;
+  float sum_of_p[R::kValues] = {};
   double loss = 0;
 
-  for (int64_t row = rows.first; row < rows.end; row += R::kGroups) {
+  uint4 bits[own.kVectors];
+  const auto load = [&](int64_t row) { own.load(a.logits, vectors, own.within(row, end), bits); };
+  constexpr bool kLoadAhead = kAhead<T> && R::kGroup >= kWarp;
+  if (kLoadAhead && own.any(first, end)) load(first);
+  for (int64_t row = first; own.any(row, end); row += R::kGroups) {
     float x[R::kValues];
-    load_row<R::kGroup, R::kQuads>(a.logits, quads, row, rows.own, x);
-    if (row + R::kGroups < rows.end) {
-      prefetch_row<R::kGroup, R::kQuads>(a.logits, quads, row + R::kGroups, rows.own);
-    }
-    Best<float> best{lowest(0.0f), column_of<R::kGroup>(0, rows.own.first)};
+    if (!kLoadAhead) load(row);
+    own.unpack_all(bits, x);
+    // The next row is on its way while this one is worked on.
+    const int64_t next = row + R::kGroups;
+    const bool more = own.any(next, end);
+    if (kLoadAhead && more) load(next);
+    if (!kLoadAhead && more && vectors) own.prefetch(a.logits, own.within(next, end));
+    float scale;
+    const RowSums sums = row_softmax(group, own, x, &scale);
+    if (!own.has(row, end)) scale = 0;
 #pragma unroll
-    for (int i = 0; i < R::kValues; ++i) {
-      if (x[i] > best.value) best = {x[i], column_of<R::kGroup>(i, rows.own.first)};
-    }
-    best = group.reduce(best, Better());
-    float others = 0;
-#pragma unroll
-    for (int i = 0; i < R::kValues; ++i) {
-      const float shifted = x[i] - best.value;
-      x[i] = exp_of(shifted);
-      const int column = column_of<R::kGroup>(i, rows.own.first);
-      // In a cluster, what is padding behind one block's columns is a column of the next.
-      const bool is_argmax = column == best.index && (!R::kCluster || column < rows.own.limit);
-      others += row_math::others_term(is_argmax, shifted, x[i]);
-    }
-    others = group.sum(others);
-    const float inverse = reciprocal(1.0f + others);
-#pragma unroll
-    for (int i = 0; i < R::kValues; ++i) sum_of_p[i] += x[i] * inverse;
-    if (group.thread == 0) {
-      loss += log1p_of(others);
-      stats[row] = best.value;
-      stats[a.N + row] = others;
-      stats[2 * a.N + row] = static_cast<float>(best.index);
+    for (int i = 0; i < R::kValues; ++i) sum_of_p[i] += x[i] * scale;
+    if (group.thread == 0 && own.has(row, end)) {
+      loss += log1p_of(sums.others);
+      stats[row] = sums.maximum;
+      stats[a.N + row] = sums.others;
+      stats[2 * a.N + row] = static_cast<float>(sums.index);
     }
   }
 
-  double* part = a.scratch + rows.part * (a.C + kPartScalars);
+  const Parts<float> parts(a.scratch, a.C);
+  float* columns = parts.columns(part);
   if constexpr (R::kGroups > 1) {
     // The block's warps have the same columns: they meet in shared memory, in the warps' order.
     float* meeting = reinterpret_cast<float*>(block_shared() + kReduceBytes);
     constexpr int kWidth = R::kGroup * R::kValues;
 #pragma unroll
     for (int i = 0; i < R::kValues; ++i) {
-      meeting[threadIdx.x / R::kGroup * kWidth + column_of<R::kGroup>(i, rows.own.first)] =
-          sum_of_p[i];
+      meeting[threadIdx.x / R::kGroup * kWidth + own.first + own.offset(i)] = sum_of_p[i];
     }
     __syncthreads();  // all warps' sums are there
     for (int k = threadIdx.x; k < C; k += R::kThreads) {
-      double sum = 0;
+      float sum = 0;
 #pragma unroll
-      for (int w = 0; w < R::kGroups; ++w) sum += static_cast<double>(meeting[w * kWidth + k]);
-      part[k] = sum;
+      for (int w = 0; w < R::kGroups; ++w) sum += meeting[w * kWidth + k];
+      columns[k] = sum;
     }
   } else {
 #pragma unroll
     for (int i = 0; i < R::kValues; ++i) {
-      const int column = column_of<R::kGroup>(i, rows.own.first);
-      if (column < rows.own.limit) part[column] = static_cast<double>(sum_of_p[i]);
+      const int column = own.first + own.offset(i);
+      if (column < own.limit) columns[column] = sum_of_p[i];
     }
   }
-  // Over the whole block or cluster, whatever a group is. No reduction of `group` is under way in
-  // these slots: a warp's has none in memory, and otherwise this is the same kind of group, whose
-  // turn may start afresh behind the barrier.
-  __syncthreads();
-  Group<R::kThreads, R::kCluster> all(block_shared());
-  loss = all.sum(loss);
-  const double abs = all.sum(a.terms.F > 0 ? abs_sum(a.terms.features, a.N, a.terms.F) : 0.0);
-  if (all.thread == 0) {
-    part[a.C + kOneHot] = loss;
-    part[a.C + kAbs] = abs;
+  // Over the whole block, whatever a group is; a cluster's blocks have parts of |f| of their own,
+  // and add them like a row.
+  double abs = a.terms.F > 0 ? activation_in<T>(a.terms.features, a.N, a.terms.F, 0, nullptr,
+                                                threadIdx.x, R::kThreads)
+                             : 0.0;
+  if constexpr (R::kGroups > 1) {
+    Block<R::kThreads> all(block_shared());
+    loss = all.sum(loss);
+    abs = all.sum(abs);
+  } else {
+    abs = group.sum(abs);  // the loss is with thread 0 alone
+  }
+  if (threadIdx.x == 0 && group.thread == 0) {
+    parts.scalars(part)[kOneHot] = loss;
+    parts.scalars(part)[kAbs] = abs;
   }
 }
 
-// One block fewer than in the forward pass where that leaves two or more: the slope of a thread's
-// columns stays in registers beside the row, and for sm_120 what kBlocks blocks have spills.
-template <class R>
-__global__ void __launch_bounds__(R::kThreads, R::kBlocks > 2 ? R::kBlocks - 1 : R::kBlocks)
-    generator_backward_rows_kernel(GeneratorBackward a, int64_t part_rows) {
+// g_k of row_math.h, rounded the same way wherever it is formed: a thread finds that of a row's
+// argmax for itself, and g_y - g_y must be 0.
+__device__ inline float slope_of(float mean, float centre, float factor) {
+  return __fmul_rn(factor, __fadd_rn(log_or_zero(mean), -centre));
+}
+
+// What the forward pass has left of a row.
+struct RowStats {
+  float maximum = 0, others = 0;
+  int argmax = 0;
+
+  RowStats() = default;
+  __device__ RowStats(const float* stats, int64_t N, int64_t row)
+      : maximum(stats[row]), others(stats[N + row]), argmax(static_cast<int>(stats[2 * N + row])) {}
+};
+
+template <class R, class T>
+__global__ void __launch_bounds__(R::kThreads, R::kBlocks)
+    generator_backward_rows_kernel(GeneratorBackward a) {
   const int C = static_cast<int>(a.C);
-  Group<R::kGroup, R::kCluster> group(block_shared());
-  const PartOfRows<R> rows(a.N, C, part_rows);
+  Group<R> group(block_shared());
+  const Columns<R, T> own(C);
   const GeneratorFactors factors =
       generator_factors(a.terms, upstream_of(a.upstream, a.upstream_dtype));
-  const bool quads = has_quads(a.logits, C);
+  const bool vectors = has_vectors<T>(a.logits, C);
+  const bool store_vectors = a.logits.dtype == Vector<T>::kDtype && C % own.kSize == 0;
   const float* stats = static_cast<const float*>(a.row_stats);
+  const float* mean = static_cast<const float*>(a.class_mean);
   const float one_hot = static_cast<float>(factors.one_hot);
+  const float factor = static_cast<float>(factors.slope);
 
-  // A thread's own columns of the slope, once for all its rows (see lane_slope).
+  // A thread's own columns of the slope, once for all its rows. Subtracting L_ie (sum p_bar log
+  // p_bar) from every log p_bar_k changes no gradient, since a row's p sum to 1, and spares fp32 a
+  // cancellation.
   float slope[R::kValues], centre = 0;
 #pragma unroll
   for (int i = 0; i < R::kValues; ++i) {
-    const int column = column_of<R::kGroup>(i, rows.own.first);
-    const float mean =
-        column < rows.own.limit ? static_cast<const float*>(a.class_mean)[column] : 0.0f;
-    slope[i] = log_or_zero(mean);
-    centre += mean * slope[i];
+    const int column = own.first + own.offset(i);
+    slope[i] = column < own.limit ? mean[column] : 0.0f;
+    centre += slope[i] * log_or_zero(slope[i]);
   }
   centre = group.sum(centre);
 #pragma unroll
-  for (int i = 0; i < R::kValues; ++i) {
-    slope[i] = static_cast<float>(factors.slope) * (slope[i] - centre);
-  }
+  for (int i = 0; i < R::kValues; ++i) slope[i] = slope_of(slope[i], centre, factor);
 
-  for (int64_t row = rows.first; row < rows.end; row += R::kGroups) {
+  // From the last row on, which the forward pass has left in the L2 cache.
+  const int blocks = cluster_blocks_of<R>();
+  const int64_t step = static_cast<int64_t>(gridDim.x) / blocks * R::kGroups;
+  const int64_t first =
+      static_cast<int64_t>(blockIdx.x) / blocks * R::kGroups + threadIdx.x / R::kGroup;
+  uint4 bits[own.kVectors];
+  const auto load = [&](int64_t row) { own.load(a.logits, vectors, row, bits); };
+  constexpr bool kLoadAhead = kAhead<T> && R::kGroup < kWarp;
+  if (kLoadAhead && own.any(first, a.N)) load(a.N - 1 - own.within(first, a.N));
+  RowStats ahead;
+  float mean_y = 0;
+  if (own.any(first, a.N)) {
+    ahead = RowStats(stats, a.N, a.N - 1 - own.within(first, a.N));
+    mean_y = mean[ahead.argmax];
+  }
+  for (int64_t at = first; own.any(at, a.N); at += step) {
+    const int64_t row = a.N - 1 - own.within(at, a.N);
+    const int64_t next = a.N - 1 - own.within(at + step, a.N);
+    const bool more = own.any(at + step, a.N);
+    if (!kLoadAhead) load(row);
+    if (!kLoadAhead && more && vectors) own.prefetch(a.logits, next);
     float x[R::kValues];
-    load_row<R::kGroup, R::kQuads>(a.logits, quads, row, rows.own, x);
-    if (row + R::kGroups < rows.end) {
-      prefetch_row<R::kGroup, R::kQuads>(a.logits, quads, row + R::kGroups, rows.own);
-    }
-    const float maximum = stats[row], others = stats[a.N + row];
-    const int argmax = static_cast<int>(stats[2 * a.N + row]);
-    const float inverse = reciprocal(1.0f + others);
-    float mean_slope = 0;
+    own.unpack_all(bits, x);
+    if (kLoadAhead && more) load(next);
+    const RowStats now = ahead;
+    if (more) ahead = RowStats(stats, a.N, next);
+    const float slope_y = slope_of(mean_y, centre, factor);
+    const float inverse = reciprocal(1.0f + now.others);
+    float sums[4] = {};
 #pragma unroll
     for (int i = 0; i < R::kValues; ++i) {
-      x[i] = exp_of(x[i] - maximum) * inverse;
-      mean_slope += x[i] * slope[i];
+      x[i] = exp_below(x[i], now.maximum) * inverse;
+      sums[i % 4] += x[i] * (slope[i] - slope_y);
     }
-    mean_slope = group.sum(mean_slope);
+    if (more) mean_y = mean[ahead.argmax];
+    const float gap = group.sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    const float shift = one_hot - (slope_y + gap);
+    const int y = now.argmax - own.first;
+    const float at_y = row_math::argmax_gradient(now.others, inverse, gap, one_hot);
 #pragma unroll
     for (int i = 0; i < R::kValues; ++i) {
-      const bool is_argmax = column_of<R::kGroup>(i, rows.own.first) == argmax;
-      x[i] = row_math::generator_gradient(is_argmax, x[i], slope[i], mean_slope, others, inverse,
-                                          one_hot);
+      x[i] = own.offset(i) == y ? at_y : x[i] * (slope[i] + shift);
     }
-    store_row<R::kGroup, R::kQuads>(a.grad_logits, a.logits.dtype, row, C, rows.own, x);
-  }
-  if (a.terms.F > 0) {
-    sign_gradient(a.terms.features, a.N, a.terms.F, factors.sign, a.grad_features);
-  }
-}
-
-// ---- Any size, and fp64 ------------------------------------------------------------------------
-
-// Row statistics, a block a row, part by part.
-template <class S>
-__global__ void __launch_bounds__(kStreamThreads)
-    generator_stats_stream_kernel(GeneratorForward a, int64_t part_rows) {
-  Group<kStreamThreads, false> block(block_shared());
-  const int64_t begin = blockIdx.x * part_rows, end = min(a.N, begin + part_rows);
-  S* stats = static_cast<S*>(a.row_stats);
-  double loss = 0;
-  for (int64_t row = begin; row < end; ++row) {
-    Best<S> best{lowest(S(0)), static_cast<int>(threadIdx.x)};
-    for (int64_t k = threadIdx.x; k < a.C; k += kStreamThreads) {
-      const S x = load<S>(a.logits, row, k);
-      if (x > best.value) best = {x, static_cast<int>(k)};
-    }
-    best = block.reduce(best, Better());
-    S others = 0;
-    for (int64_t k = threadIdx.x; k < a.C; k += kStreamThreads) {
-      const S shifted = load<S>(a.logits, row, k) - best.value;
-      others += row_math::others_term(k == best.index, shifted, exp_of(shifted));
-    }
-    others = block.sum(others);
-    if (threadIdx.x == 0) {
-      loss += static_cast<double>(log1p_of(others));
-      stats[row] = best.value;
-      stats[a.N + row] = others;
-      stats[2 * a.N + row] = static_cast<S>(best.index);
-    }
-  }
-  const double abs = block.sum(a.terms.F > 0 ? abs_sum(a.terms.features, a.N, a.terms.F) : 0.0);
-  if (threadIdx.x == 0) {
-    double* scalars = a.scratch + blockIdx.x * (a.C + kPartScalars) + a.C;
-    scalars[kOneHot] = loss;
-    scalars[kAbs] = abs;
-  }
-}
-
-// A part's sums of p from those statistics: a thread a column, which it follows down the rows.
-template <class S>
-__global__ void __launch_bounds__(kStreamThreads)
-    generator_columns_stream_kernel(GeneratorForward a, int64_t part_rows) {
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * kStreamThreads + threadIdx.x;
-  const int64_t begin = blockIdx.y * part_rows, end = min(a.N, begin + part_rows);
-  const S* stats = static_cast<const S*>(a.row_stats);
-  if (k >= a.C) return;  // no barrier follows
-  double sum = 0;
-  for (int64_t row = begin; row < end; ++row) {
-    const S e = exp_of(load<S>(a.logits, row, k) - stats[row]);
-    sum += static_cast<double>(e / (S(1) + stats[a.N + row]));
-  }
-  a.scratch[blockIdx.y * (a.C + kPartScalars) + k] = sum;
-}
-
-template <class S>
-__global__ void __launch_bounds__(kStreamThreads)
-    generator_backward_stream_kernel(GeneratorBackward a, int64_t part_rows) {
-  Group<kStreamThreads, false> block(block_shared());
-  const GeneratorFactors factors =
-      generator_factors(a.terms, upstream_of(a.upstream, a.upstream_dtype));
-  const int64_t begin = blockIdx.x * part_rows, end = min(a.N, begin + part_rows);
-  const S* stats = static_cast<const S*>(a.row_stats);
-  const S* mean = static_cast<const S*>(a.class_mean);
-  const S one_hot = static_cast<S>(factors.one_hot), factor = static_cast<S>(factors.slope);
-  S centre = 0;
-  for (int64_t k = threadIdx.x; k < a.C; k += kStreamThreads)
-    centre += mean[k] * log_or_zero(mean[k]);
-  centre = block.sum(centre);
-
-  for (int64_t row = begin; row < end; ++row) {
-    const S maximum = stats[row], others = stats[a.N + row];
-    const int64_t argmax = static_cast<int64_t>(stats[2 * a.N + row]);
-    const S inverse = S(1) / (S(1) + others);
-    S mean_slope = 0;
-    for (int64_t k = threadIdx.x; k < a.C; k += kStreamThreads) {
-      const S p = exp_of(load<S>(a.logits, row, k) - maximum) * inverse;
-      mean_slope += p * (factor * (log_or_zero(mean[k]) - centre));
-    }
-    mean_slope = block.sum(mean_slope);
-    for (int64_t k = threadIdx.x; k < a.C; k += kStreamThreads) {
-      const S p = exp_of(load<S>(a.logits, row, k) - maximum) * inverse;
-      const S slope = factor * (log_or_zero(mean[k]) - centre);
-      store(a.grad_logits, a.logits.dtype, row * a.C + k,
-            row_math::generator_gradient(k == argmax, p, slope, mean_slope, others, inverse,
-                                         one_hot));
+    if (own.has(at, a.N)) {
+      own.store_row(a.grad_logits, a.logits.dtype, store_vectors, row, C, x);
     }
   }
   if (a.terms.F > 0) {
-    sign_gradient(a.terms.features, a.N, a.terms.F, factors.sign, a.grad_features);
+    activation_in<T>(a.terms.features, a.N, a.terms.F, factors.sign, a.grad_features, threadIdx.x,
+                     R::kThreads);
   }
 }
 
 // ---- Adding the parts --------------------------------------------------------------------------
 
-// By a whole block; p_log_p: the sum of p_bar log p_bar, in nats.
+// By a whole block.
 template <class S>
-__device__ void write_losses(const GeneratorForward& a, int64_t parts, double p_log_p,
-                             double* shared) {
-  const int lane = threadIdx.x % kWarp;
-  const double scalar = add_parts(a.scratch, parts, a.C + kPartScalars,
-                                  lane < kGeneratorSums ? a.C + lane : -1, shared);
-  double sums[kGeneratorSums];
-#pragma unroll
-  for (int i = 0; i < kGeneratorSums; ++i) sums[i] = __shfl_sync(0xffffffffu, scalar, i);
-  if (threadIdx.x == 0) store_scalars<S>(generator_losses(a.terms, sums, p_log_p).values, a.losses);
+__device__ void write_losses(const GeneratorForward& a, const Parts<S>& all, int64_t parts,
+                             Block<kAddThreads>& block, const Entropy& entropy) {
+  double sums[kGeneratorSums] = {};
+  add_scalars(parts, block, sums, [&](int64_t p, int k) { return all.scalars(p)[k]; });
+  if (threadIdx.x == 0)
+    store_scalars<S>(generator_losses(a.terms, sums, entropy.total()).values, a.losses);
 }
 
-// p_bar from the parts, 32 classes a block, and the block's share of sum p_bar log p_bar. A single
-// block goes on to the losses; otherwise generator_totals_kernel follows.
+// p_bar from the parts, 32 classes a block, and the block's share of the entropy. A single block
+// goes on to the losses; otherwise generator_totals_kernel follows.
 template <class S>
-__global__ void __launch_bounds__(8 * kColumnsPerBlock)
+__global__ void __launch_bounds__(kAddThreads)
     generator_class_mean_kernel(GeneratorForward a, int64_t parts) {
-  double* shared = reinterpret_cast<double*>(block_shared());
-  const int64_t width = a.C + kPartScalars;
+  Block<kAddThreads> block(block_shared());
+  double* columns = reinterpret_cast<double*>(block_shared() + kReduceBytes);
+  const Parts<S> all(a.scratch, a.C);
   const int lane = threadIdx.x % kWarp;
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kColumnsPerBlock + lane;
-  const double mean =
-      add_parts(a.scratch, parts, width, k < a.C ? k : -1, shared) / static_cast<double>(a.N);
-  const double p_log_p = warp_reduce(k < a.C ? mean * log_or_zero(mean) : 0.0, Add());
+  const double sum = add_columns(parts, columns, [&](int64_t p) {
+    return k < a.C ? static_cast<double>(all.columns(p)[k]) : 0.0;
+  });
+  const double mean = sum / static_cast<double>(a.N);
   if (threadIdx.x < kWarp && k < a.C) static_cast<S*>(a.class_mean)[k] = static_cast<S>(mean);
-  if (gridDim.x > 1) {
-    if (threadIdx.x == 0) a.scratch[parts * width + blockIdx.x] = p_log_p;
-    return;  // the whole block
+  const Entropy entropy = Entropy::of(mean, log_or_zero(mean)).lane_sums();
+  if (gridDim.x == 1) {
+    write_losses(a, all, parts, block, entropy);
+  } else if (threadIdx.x == 0) {
+    all.behind(parts)[2 * blockIdx.x] = entropy.p_log_p;
+    all.behind(parts)[2 * blockIdx.x + 1] = entropy.rest;
   }
-  write_losses<S>(a, parts, p_log_p, shared);
 }
 
 template <class S>
-__global__ void __launch_bounds__(8 * kColumnsPerBlock)
+__global__ void __launch_bounds__(kAddThreads)
     generator_totals_kernel(GeneratorForward a, int64_t parts) {
-  double* shared = reinterpret_cast<double*>(block_shared());
-  const int64_t width = a.C + kPartScalars;
-  const int64_t shares = (a.C + kColumnsPerBlock - 1) / kColumnsPerBlock;
-  const int lane = threadIdx.x % kWarp;
-  // The shares of sum p_bar log p_bar as 32 columns of one "part" each.
-  double p_log_p = 0;
-  for (int64_t i = lane; i < shares; i += kWarp) p_log_p += a.scratch[parts * width + i];
-  p_log_p = warp_reduce(p_log_p, Add());
-  write_losses<S>(a, parts, p_log_p, shared);
+  Block<kAddThreads> block(block_shared());
+  const Parts<S> all(a.scratch, a.C);
+  const int64_t count = (a.C + kColumnsPerBlock - 1) / kColumnsPerBlock;
+  double sums[2] = {};
+  add_scalars(count, block, sums, [&](int64_t i, int k) { return all.behind(parts)[2 * i + k]; });
+  write_losses(a, all, parts, block, Entropy(sums[0], sums[1]));
 }
 
 template <class S>
 cudaError_t launch_add_parts(const GeneratorForward& args, const Plan& plan, cudaStream_t stream) {
   const int64_t blocks = ceil_div(args.C, kColumnsPerBlock);
-  const int threads = 8 * kColumnsPerBlock;
-  cudaError_t error = launch(generator_class_mean_kernel<S>, dim3(blocks), threads, 1,
+  cudaError_t error = launch(generator_class_mean_kernel<S>, dim3(blocks), kAddThreads, 1,
                              kAddPartsBytes, stream, args, plan.parts);
   if (error == cudaSuccess && blocks > 1) {
-    error = launch(generator_totals_kernel<S>, dim3(1), threads, 1, kAddPartsBytes, stream, args,
-                   plan.parts);
+    error = launch(generator_totals_kernel<S>, dim3(1), kAddThreads, 1, kAddPartsBytes, stream,
+                   args, plan.parts);
   }
   return error;
 }
@@ -350,9 +355,12 @@ cudaError_t launch_generator_forward(const GeneratorForward& args, const Plan& p
   } else if (plan.regime == Regime::tile) {
     error = launch_generator_forward_tile(args, plan, stream);
   } else {
-    error = with_rows(plan, [&](auto rows) {
-      return launch(generator_forward_rows_kernel<decltype(rows)>, dim3(plan.blocks), plan.threads,
-                    plan.cluster, plan.shared, stream, args, plan.rows);
+    error = with_type(args.logits.dtype, [&](auto type) {
+      return with_rows(plan, [&](auto rows) {
+        return launch(generator_forward_rows_kernel<decltype(rows), decltype(type)>,
+                      dim3(plan.blocks), plan.threads, plan.cluster, plan.shared, stream, args,
+                      plan.rows);
+      });
     });
   }
   if (error != cudaSuccess || plan.one_launch) return error;
@@ -362,16 +370,18 @@ cudaError_t launch_generator_forward(const GeneratorForward& args, const Plan& p
 
 cudaError_t launch_generator_backward(const GeneratorBackward& args, const Plan& plan,
                                       cudaStream_t stream) {
-  const dim3 blocks(plan.blocks);
+  const dim3 blocks(plan.backward_blocks);
   if (plan.regime == Regime::stream) {
     const auto kernel = args.f64 ? generator_backward_stream_kernel<double>
                                  : generator_backward_stream_kernel<float>;
-    return launch(kernel, blocks, plan.threads, 1, plan.shared, stream, args, plan.rows);
+    return launch(kernel, blocks, plan.threads, 1, plan.shared, stream, args);
   }
   if (plan.regime == Regime::tile) return launch_generator_backward_tile(args, plan, stream);
-  return with_rows(plan, [&](auto rows) {
-    return launch(generator_backward_rows_kernel<decltype(rows)>, blocks, plan.threads,
-                  plan.cluster, plan.shared, stream, args, plan.rows);
+  return with_type(args.logits.dtype, [&](auto type) {
+    return with_rows(plan, [&](auto rows) {
+      return launch(generator_backward_rows_kernel<decltype(rows), decltype(type)>, blocks,
+                    plan.threads, plan.cluster, plan.shared, stream, args);
+    });
   });
 }
 

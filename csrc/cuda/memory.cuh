@@ -1,11 +1,14 @@
-// What the kernels read and write: elements, fours of elements and rows in registers, of any dtype.
+// What the kernels read and write: single elements of any dtype and strides, and 16 bytes at a time
+// of one dtype.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cfloat>
 #include <cstdint>
+#include <cstring>
 
 #include "../matrix.h"
 #include "../row_math.h"
@@ -15,36 +18,42 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 
-__device__ inline float lowest(float) { return -__builtin_huge_valf(); }
 __device__ inline double lowest(double) { return -__builtin_huge_val(); }
+__device__ inline float lowest(float) { return -__builtin_huge_valf(); }
 __device__ inline float exp_of(float x) { return expf(x); }
 __device__ inline double exp_of(double x) { return exp(x); }
 __device__ inline float log_of(float x) { return logf(x); }
 __device__ inline double log_of(double x) { return log(x); }
+__device__ inline float log1p_of(float x) { return log1pf(x); }
+__device__ inline double log1p_of(double x) { return log1p(x); }
 
 template <class S>
 __device__ S log_or_zero(S p) {
   return p == S(0) ? S(0) : log_of(p);
 }
 
-__device__ inline float log1p_of(float x) { return log1pf(x); }
-__device__ inline double log1p_of(double x) { return log1p(x); }
+constexpr float kLog2E = 1.44269504f;
+
+// 2^x within 2 ulp, one instruction. What is below fp32's smallest normal number is 0.
+__device__ inline float exp2_of(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+// exp(x - m), exactly 1 for x = m. The difference is taken first: with both products in one FMA,
+// the rounding of a large m's would be in every term.
+__device__ inline float exp_below(float x, float m) { return exp2_of((x - m) * kLog2E); }
 
 // 1 / x within 2 ulp, for 1 <= x < 2^126 and NaN: sums of exponentials. It needs no call to a slow
 // path, around which registers would spill.
 __device__ inline float reciprocal(float x) { return __fdividef(1.0f, x); }
 
-// The compiler takes the value for a new one, and orders memory accesses around it: what it would
-// otherwise share between loops or load ahead, all at once, does not fit the registers.
-__device__ inline void keep_apart(float& value) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+f"(value)::"memory");
-#else
-  (void)value;
-#endif
-}
-
-// ---- Memory ------------------------------------------------------------------------------------
+// ---- Single elements ---------------------------------------------------------------------------
 
 __device__ inline float decode16(unsigned short bits, Dtype dtype) {
   return dtype == Dtype::bf16 ? __uint_as_float(static_cast<unsigned>(bits) << 16)
@@ -56,7 +65,7 @@ __device__ inline unsigned short encode16(float value, Dtype dtype) {
                               : __half_as_ushort(__float2half_rn(value));
 }
 
-// One element, at an offset in elements.
+// At an offset in elements.
 template <class S>
 __device__ S load(const void* data, Dtype dtype, int64_t offset) {
   switch (dtype) {
@@ -100,129 +109,126 @@ __device__ void store_scalars(const double (&values)[n], void* const* to) {
   for (int i = 0; i < n; ++i) *static_cast<S*>(to[i]) = static_cast<S>(values[i]);
 }
 
-// Whether `width` columns can be read in aligned fours: 16 bytes of fp32, 8 of bf16 or fp16.
-__device__ inline bool has_quads(const Matrix& m, int64_t width) {
-  const int64_t bytes = m.dtype == Dtype::f32 ? 16 : 8;
-  return m.dtype != Dtype::f64 && m.col_stride == 1 && width % 4 == 0 && m.row_stride % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(m.data) % bytes == 0;
-}
+// ---- 16 bytes ----------------------------------------------------------------------------------
 
-// Four elements at an offset that has_quads vouches for.
-__device__ inline float4 load_quad(const void* data, Dtype dtype, int64_t offset) {
-  if (dtype == Dtype::f32) {
-    return *reinterpret_cast<const float4*>(static_cast<const float*>(data) + offset);
-  }
-  const ushort4 bits =
-      *reinterpret_cast<const ushort4*>(static_cast<const unsigned short*>(data) + offset);
-  return make_float4(decode16(bits.x, dtype), decode16(bits.y, dtype), decode16(bits.z, dtype),
-                     decode16(bits.w, dtype));
-}
+// The elements of 16 bytes, in fp32 and back. bf16 is the upper half of an fp32 number.
+template <class T>
+struct Vector;
 
-__device__ inline void store_quad(void* data, Dtype dtype, int64_t offset, float4 v) {
-  if (dtype == Dtype::f32) {
-    *reinterpret_cast<float4*>(static_cast<float*>(data) + offset) = v;
-  } else {
-    *reinterpret_cast<ushort4*>(static_cast<unsigned short*>(data) + offset) = make_ushort4(
-        encode16(v.x, dtype), encode16(v.y, dtype), encode16(v.z, dtype), encode16(v.w, dtype));
-  }
-}
+template <>
+struct Vector<float> {
+  static constexpr Dtype kDtype = Dtype::f32;
+  static constexpr int kSize = 4;
+  static constexpr unsigned kLowest = 0xff800000u;  // a word of -inf
 
-// A row in registers. A thread owns the columns first + 4 q kGroup + j, q < kQuads, j < 4, of
-// those below `limit`; first is a multiple of 4, and neighbours' quads are neighbours.
-template <int kGroup>
-__device__ constexpr int column_of(int i, int first) {
-  return first + i / 4 * (4 * kGroup) + i % 4;
-}
-
-struct Columns {
-  int first, limit;
+  __device__ static void unpack(unsigned word, float* x) { *x = __uint_as_float(word); }
+  __device__ static unsigned pack(const float* x) { return __float_as_uint(*x); }
 };
 
-// Columns from the limit on read as -inf, which no maximum and no sum of exponentials sees. One
-// dtype's loads stand together, so that all of them are under way before the first is used.
-template <int kGroup, int kQuads>
-__device__ void load_row(const Matrix& m, bool quads, int64_t row, Columns own,
-                         float (&x)[4 * kQuads]) {
-  const int64_t start = row * m.row_stride;
-  if (quads && m.dtype == Dtype::f32) {
-    const float* from = static_cast<const float*>(m.data) + start;
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const int column = column_of<kGroup>(4 * q, own.first);
-      const float low = lowest(0.0f);
-      float4 v = make_float4(low, low, low, low);
-      if (column < own.limit) v = *reinterpret_cast<const float4*>(from + column);
-      x[4 * q] = v.x;
-      x[4 * q + 1] = v.y;
-      x[4 * q + 2] = v.z;
-      x[4 * q + 3] = v.w;
-    }
-  } else if (quads) {
-    const unsigned short* from = static_cast<const unsigned short*>(m.data) + start;
-    ushort4 bits[kQuads];
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const int column = column_of<kGroup>(4 * q, own.first);
-      bits[q] = make_ushort4(0, 0, 0, 0);
-      if (column < own.limit) bits[q] = *reinterpret_cast<const ushort4*>(from + column);
-    }
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const bool in = column_of<kGroup>(4 * q, own.first) < own.limit;
-      x[4 * q] = in ? decode16(bits[q].x, m.dtype) : lowest(0.0f);
-      x[4 * q + 1] = in ? decode16(bits[q].y, m.dtype) : lowest(0.0f);
-      x[4 * q + 2] = in ? decode16(bits[q].z, m.dtype) : lowest(0.0f);
-      x[4 * q + 3] = in ? decode16(bits[q].w, m.dtype) : lowest(0.0f);
-    }
-  } else {
-    // Any strides. One element after the other: addresses for all would not fit the registers.
-#pragma unroll
-    for (int i = 0; i < 4 * kQuads; ++i) {
-      const int column = column_of<kGroup>(i, own.first);
-      const int64_t offset = start + column * m.col_stride;
-      x[i] = column < own.limit ? load<float>(m.data, m.dtype, offset) : lowest(0.0f);
-      keep_apart(x[i]);
-    }
+template <>
+struct Vector<__nv_bfloat16> {
+  static constexpr Dtype kDtype = Dtype::bf16;
+  static constexpr int kSize = 8;
+  static constexpr unsigned kLowest = 0xff80ff80u;
+
+  __device__ static void unpack(unsigned word, float* x) {
+    x[0] = __uint_as_float(word << 16);
+    x[1] = __uint_as_float(word & 0xffff0000u);
   }
+  __device__ static unsigned pack(const float* x) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
+    unsigned word;
+    memcpy(&word, &pair, 4);
+    return word;
+  }
+};
+
+template <>
+struct Vector<__half> {
+  static constexpr Dtype kDtype = Dtype::f16;
+  static constexpr int kSize = 8;
+  static constexpr unsigned kLowest = 0xfc00fc00u;
+
+  __device__ static void unpack(unsigned word, float* x) {
+    __half2 pair;
+    memcpy(&pair, &word, 4);
+    const float2 both = __half22float2(pair);
+    x[0] = both.x;
+    x[1] = both.y;
+  }
+  __device__ static unsigned pack(const float* x) {
+    const __half2 pair = __floats2half2_rn(x[0], x[1]);
+    unsigned word;
+    memcpy(&word, &pair, 4);
+    return word;
+  }
+};
+
+template <class T>
+__device__ void unpack(uint4 bits, float* x) {
+  constexpr int k = Vector<T>::kSize / 4;  // elements a word
+  Vector<T>::unpack(bits.x, x);
+  Vector<T>::unpack(bits.y, x + k);
+  Vector<T>::unpack(bits.z, x + 2 * k);
+  Vector<T>::unpack(bits.w, x + 3 * k);
 }
 
-// Asks for a row that load_row will read next: it travels to the L2 cache while the current one is
-// worked on, without taking registers.
-template <int kGroup, int kQuads>
-__device__ void prefetch_row(const Matrix& m, bool quads, int64_t row, Columns own) {
-#ifdef __CUDA_ARCH__
-  if (!quads) return;
-  const char* from = static_cast<const char*>(m.data);
-  const int size = m.dtype == Dtype::f32 ? 4 : 2;
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    const int column = column_of<kGroup>(4 * q, own.first);
-    const char* at = from + (row * m.row_stride + column) * size;
-    if (column < own.limit) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-  }
-#endif
+template <class T>
+__device__ uint4 pack(const float* x) {
+  constexpr int k = Vector<T>::kSize / 4;
+  return make_uint4(Vector<T>::pack(x), Vector<T>::pack(x + k), Vector<T>::pack(x + 2 * k),
+                    Vector<T>::pack(x + 3 * k));
 }
 
-// Into a contiguous [N, C] gradient.
-template <int kGroup, int kQuads>
-__device__ void store_row(void* grad, Dtype dtype, int64_t row, int C, Columns own,
-                          const float (&x)[4 * kQuads]) {
-  const int64_t start = row * C;
-  const bool quads = C % 4 == 0;
+template <class T>
+__device__ uint4 load_vector(const void* data, int64_t offset) {
+  return *reinterpret_cast<const uint4*>(static_cast<const char*>(data) + offset * sizeof(T));
+}
+
+template <class T>
+__device__ void store_vector(void* data, int64_t offset, uint4 bits) {
+  *reinterpret_cast<uint4*>(static_cast<char*>(data) + offset * sizeof(T)) = bits;
+}
+
+// Whether rows of `width` columns are whole aligned vectors of T.
+template <class T>
+__device__ bool has_vectors(const Matrix& m, int64_t width) {
+  constexpr int k = Vector<T>::kSize;
+  return m.dtype == Vector<T>::kDtype && m.col_stride == 1 && width % k == 0 &&
+         m.row_stride % k == 0 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+}
+
+// The elements of one vector wherever they lie, `count` of them; behind them -inf. A matrix of
+// another dtype than T is read only with T = float, which holds fp32, bf16 and fp16 exactly. It is
+// a call, because inlined it would take registers from the loops that do without.
+template <class T>
+__device__ __attribute__((noinline)) uint4 gather_vector(Matrix m, int64_t row, int column,
+                                                         int count) {
+  constexpr int k = Vector<T>::kSize / 4;
+  unsigned words[4];
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    const int column = column_of<kGroup>(4 * q, own.first);
-    if (quads) {
-      if (column < own.limit) {
-        store_quad(grad, dtype, start + column,
-                   make_float4(x[4 * q], x[4 * q + 1], x[4 * q + 2], x[4 * q + 3]));
-      }
-    } else {
+  for (int w = 0; w < 4; ++w) {
+    float x[k];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (column + j < own.limit) store(grad, dtype, start + column + j, x[4 * q + j]);
-      }
+    for (int j = 0; j < k; ++j) {
+      const int i = w * k + j;
+      x[j] = i < count ? load<float>(m, row, column + i) : lowest(0.0f);
     }
+    words[w] = Vector<T>::pack(x);
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// The first `count` elements of a vector into a contiguous gradient, at an offset in elements; a
+// call for the same reason.
+template <class T>
+__device__ __attribute__((noinline)) void scatter_vector(void* grad, Dtype dtype, int64_t offset,
+                                                         uint4 bits, int count) {
+  float x[Vector<T>::kSize];
+  unpack<T>(bits, x);
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i) {
+    if (i < count) store(grad, dtype, offset + i, x[i]);
   }
 }
 

@@ -7,13 +7,13 @@
 // Otherwise sums are written to scratch, and a second launch starts when all of them are there.
 //
 // Both losses at once: teacher and student logits are read together, each row's softmaxes are
-// formed once in shared memory, and losses and gradients leave from there. No row statistics are
+// formed once, and losses and gradients leave from its thread's registers. No row statistics are
 // written. The student's and the features' gradients are a row's own affair. The teacher's needs
 // p_bar, the mean over all rows. With E = N C bytes-per-logit:
-//   one launch     the blocks hold all rows in shared memory until p_bar is known: 4 E bytes moved.
+//   one launch     threads hold their rows until p_bar is known: 4 E bytes moved.
 //   two launches   each block of the second adds the sums for itself, in the same order, and forms
 //                  the rows anew from logits that the L2 cache still has: 5 E bytes.
-// In the first launch the features are read, and again from the cache, and their gradient written.
+// In the first launch the features are read and their gradient written.
 #include "distill_row.cuh"
 #include "tile.cuh"
 
@@ -29,28 +29,36 @@ struct GeneratorRow {
   int argmax;
 };
 
-// t [C], a row that one thread owns: logits in, p out.
-__device__ inline GeneratorRow generator_row(float* t, int C) {
-  const Best<float> best = row_best(t, C);
-  float others = 0;
-  for (int k = 0; k < C; ++k) {
-    const float shifted = t[k] - best.value;
-    t[k] = exp_of(shifted);
-    others += row_math::others_term(k == best.index, shifted, t[k]);
+// Logits in, p out; behind the C-th 0. A NaN or an infinity makes d' NaN.
+template <int kC>
+__device__ GeneratorRow generator_row(float (&t)[kC]) {
+  GeneratorRow row;
+  row.maximum = row_best(t, &row.argmax);
+  row.others = row.argmax < 0 ? NAN : row.maximum - row.maximum;
+#pragma unroll
+  for (int k = 0; k < kC; ++k) {
+    t[k] = exp_below(t[k], row.maximum);
+    row.others += k == row.argmax ? 0.0f : t[k];
   }
-  const float inverse = reciprocal(1.0f + others);
-  for (int k = 0; k < C; ++k) t[k] *= inverse;
-  return {best.value, others, inverse, best.index};
+  row.argmax = max(row.argmax, 0);
+  row.inverse = reciprocal(1.0f + row.others);
+#pragma unroll
+  for (int k = 0; k < kC; ++k) t[k] *= row.inverse;
+  return row;
 }
 
-// p in, gradient out.
-__device__ inline void generator_row_gradient(float* p, int C, const GeneratorRow& row,
-                                              const float* slope, float one_hot) {
-  float mean_slope = 0;
-  for (int k = 0; k < C; ++k) mean_slope += p[k] * slope[k];
-  for (int k = 0; k < C; ++k) {
-    p[k] = row_math::generator_gradient(k == row.argmax, p[k], slope[k], mean_slope, row.others,
-                                        row.inverse, one_hot);
+// p in, gradient out. slope: of all classes.
+template <int kC>
+__device__ void generator_row_gradient(float (&p)[kC], const GeneratorRow& row, const float* slope,
+                                       float one_hot) {
+  const float slope_y = slope[row.argmax];
+  float gap = 0;
+#pragma unroll
+  for (int k = 0; k < kC; ++k) gap += p[k] * (slope[k] - slope_y);
+#pragma unroll
+  for (int k = 0; k < kC; ++k) {
+    p[k] = k == row.argmax ? row_math::argmax_gradient(row.others, row.inverse, gap, one_hot)
+                           : p[k] * ((slope[k] - slope_y) + (one_hot - gap));
   }
 }
 
@@ -59,109 +67,112 @@ __device__ inline void generator_row_gradient(float* p, int C, const GeneratorRo
 // a cancellation.
 __device__ inline float lane_slope(float mean, float factor) {
   const float log_mean = log_or_zero(mean);
-  return factor * (log_mean - warp_reduce(mean * log_mean, Add()));
+  return factor * (log_mean - lane_sum(mean * log_mean));
+}
+
+// A warp, a lane a class: the losses, and p_bar where it is wanted.
+template <class Args>
+__device__ void write_generator_losses(const Args& a, double sum_of_p, const double* sums,
+                                       float* class_mean) {
+  const int lane = threadIdx.x % kWarp;
+  const double mean = lane < a.C ? sum_of_p / static_cast<double>(a.N) : 0.0;
+  if (class_mean != nullptr && lane < a.C) class_mean[lane] = static_cast<float>(mean);
+  const Entropy entropy = Entropy::of(mean, log_of_mean(mean)).lane_sums();
+  if (lane == 0) {
+    store_scalars<float>(generator_losses(a.terms, sums, entropy.total()).values, a.losses);
+  }
 }
 
 // ---- The generator's loss ----------------------------------------------------------------------
 
-// Warp 0, a lane a class: p_bar, then the losses.
-__device__ void finish(const GeneratorForward& a, double sum_of_p,
-                       const double (&sums)[kGeneratorSums]) {
-  const int lane = threadIdx.x;
-  const double mean = sum_of_p / static_cast<double>(a.N);
-  if (lane < a.C) static_cast<float*>(a.class_mean)[lane] = static_cast<float>(mean);
-  const double p_log_p = warp_reduce(lane < a.C ? mean * log_or_zero(mean) : 0.0, Add());
-  if (lane == 0) store_scalars<float>(generator_losses(a.terms, sums, p_log_p).values, a.losses);
-}
-
-template <bool kOneLaunch>
-__global__ void __launch_bounds__(kTileThreads, 4)
+template <bool kOneLaunch, int kC>
+__global__ void __launch_bounds__(TileRoles<kOneLaunch, kC>::kThreads, 1)
     generator_forward_tile_kernel(GeneratorForward a, int64_t part_rows) {
-  const int C = static_cast<int>(a.C), pitch = tile_pitch(C);
-  const TileShared shared(block_shared(), pitch);
-  Group<kTileThreads, false> block(block_shared());
-  if constexpr (kOneLaunch) meet_cluster();
+  using Roles = TileRoles<kOneLaunch, kC>;
+  const int C = static_cast<int>(a.C);
+  const TileShared shared(block_shared());
+  if constexpr (kOneLaunch) shared.begin_meeting();
   float* stats = static_cast<float*>(a.row_stats);
-  for (int k = threadIdx.x; k < kTileWidth; k += kTileThreads) shared.sums[k] = 0;
-
-  const int64_t begin = min(a.N, blockIdx.x * part_rows), end = min(a.N, begin + part_rows);
-  double loss = 0;
-  for (int64_t at = begin; at < end; at += kTileRows) {
-    const int rows = static_cast<int>(min(end - at, static_cast<int64_t>(kTileRows)));
-    load_tile(a.logits, at, rows, C, shared.first);
-    __syncthreads();  // rows were loaded by all threads, and belong to one from here on
-    const int mine = threadIdx.x;
-    if (mine < rows) {
-      const GeneratorRow row = generator_row(shared.first + mine * pitch, C);
-      loss += log1p_of(row.others);
-      stats[at + mine] = row.maximum;
-      stats[a.N + at + mine] = row.others;
-      stats[2 * a.N + at + mine] = static_cast<float>(row.argmax);
+  const int64_t begin = blockIdx.x * part_rows, end = min(a.N, begin + part_rows);
+  double sums[kGeneratorSums] = {};
+  float columns[kC] = {};
+  GeneratorRow one{};
+  const auto write_stats = [&](int64_t row) {
+    stats[row] = one.maximum;
+    stats[a.N + row] = one.others;
+    stats[2 * a.N + row] = static_cast<float>(one.argmax);
+  };
+  if (Roles::has_rows()) {
+    for (int64_t row = begin + threadIdx.x; row < end; row += Roles::kRowThreads) {
+      float t[kC];
+      load_tile_row(a.logits, row, C, t);
+      one = generator_row(t);
+#pragma unroll
+      for (int k = 0; k < kC; ++k) columns[k] += t[k];
+      sums[kOneHot] += static_cast<double>(log1p_of(one.others));
+      if (!kOneLaunch) write_stats(row);  // in one launch a thread has one row, and time later
     }
-    __syncthreads();  // columns are read across rows; also, sums[] is cleared
-    add_columns(shared.first, rows, C, shared.sums);
-    __syncthreads();  // before the next tile overwrites this one
   }
-  loss = block.sum(loss);
-  const double abs = block.sum(a.terms.F > 0 ? abs_sum(a.terms.features, a.N, a.terms.F) : 0.0);
-  if (threadIdx.x == 0) {
-    shared.sums[C + kOneHot] = loss;
-    shared.sums[C + kAbs] = abs;
+  if (a.terms.F > 0 && Roles::has_features()) {
+    sums[kAbs] = activation(a.terms.features, a.N, a.terms.F, 0, nullptr, Roles::feature_thread(),
+                            Roles::kFeatureThreads);
   }
-  __syncthreads();  // sums[] is complete
+  shared.put<kC>(warp_columns(columns), C, sums);
+  __syncthreads();  // all warps' sums are there
 
-  const int width = C + kPartScalars;
+  const int width = C + kGeneratorSums;
   if constexpr (kOneLaunch) {
-    gather_sums(shared, width);
+    shared.end_meeting();
+    shared.send(width);
+    const int64_t row = begin + threadIdx.x;
+    if (Roles::has_rows() && row < end) write_stats(row);
+    shared.receive();
     if (blockIdx.x == 0 && threadIdx.x < kWarp) {
       const int lane = threadIdx.x;
-      double sums[kGeneratorSums];
+      double scalars[kGeneratorSums];
 #pragma unroll
-      for (int i = 0; i < kGeneratorSums; ++i) sums[i] = gathered_sum(shared, C + i);
-      finish(a, lane < C ? gathered_sum(shared, lane) : 0.0, sums);
+      for (int i = 0; i < kGeneratorSums; ++i) scalars[i] = shared.gathered_sum(C + i);
+      write_generator_losses(a, lane < C ? shared.gathered_sum(lane) : 0.0, scalars,
+                             static_cast<float*>(a.class_mean));
     }
   } else {
-    for (int k = threadIdx.x; k < width; k += kTileThreads) {
-      a.scratch[static_cast<int64_t>(blockIdx.x) * width + k] = shared.sums[k];
-    }
+    const Parts<float> parts(a.scratch, C);
+    const int k = threadIdx.x;
+    if (k < C) parts.columns(blockIdx.x)[k] = static_cast<float>(shared.block_sum(k));
+    if (k >= C && k < width) parts.scalars(blockIdx.x)[k - C] = shared.block_sum(k);
   }
 }
 
-__global__ void __launch_bounds__(kTileThreads, 4)
-    generator_backward_tile_kernel(GeneratorBackward a, int64_t part_rows) {
-  const int C = static_cast<int>(a.C), pitch = tile_pitch(C);
-  const TileShared shared(block_shared(), pitch);
+template <int kC>
+__global__ void __launch_bounds__(kTileThreads)
+    generator_backward_tile_kernel(GeneratorBackward a) {
+  const int C = static_cast<int>(a.C);
+  const TileShared shared(block_shared());
   const GeneratorFactors factors =
       generator_factors(a.terms, upstream_of(a.upstream, a.upstream_dtype));
-  float* slope = reinterpret_cast<float*>(shared.sums);
   if (threadIdx.x < kWarp) {
     const float* mean = static_cast<const float*>(a.class_mean);
     const int k = threadIdx.x;
-    slope[k] = lane_slope(k < C ? mean[k] : 0.0f, static_cast<float>(factors.slope));
+    shared.slope[k] = lane_slope(k < C ? mean[k] : 0.0f, static_cast<float>(factors.slope));
   }
   const float* stats = static_cast<const float*>(a.row_stats);
   const float one_hot = static_cast<float>(factors.one_hot);
-
-  const int64_t begin = min(a.N, blockIdx.x * part_rows), end = min(a.N, begin + part_rows);
-  for (int64_t at = begin; at < end; at += kTileRows) {
-    const int rows = static_cast<int>(min(end - at, static_cast<int64_t>(kTileRows)));
-    load_tile(a.logits, at, rows, C, shared.first);
-    __syncthreads();  // rows were loaded by all threads; also, slope[] is complete
-    const int mine = threadIdx.x;
-    if (mine < rows) {
-      float* p = shared.first + mine * pitch;
-      const float others = stats[a.N + at + mine];
-      const GeneratorRow row{stats[at + mine], others, reciprocal(1.0f + others),
-                             static_cast<int>(stats[2 * a.N + at + mine])};
-      for (int k = 0; k < C; ++k) p[k] = exp_of(p[k] - row.maximum) * row.inverse;
-      generator_row_gradient(p, C, row, slope, one_hot);
-    }
-    __syncthreads();  // rows are stored by all threads
-    store_tile(a.grad_logits, a.logits.dtype, at, rows, C, shared.first);
-    __syncthreads();  // before the next tile overwrites this one
-  }
   if (a.terms.F > 0) {
-    sign_gradient(a.terms.features, a.N, a.terms.F, factors.sign, a.grad_features);
+    activation(a.terms.features, a.N, a.terms.F, factors.sign, a.grad_features, threadIdx.x,
+               kTileThreads);
+  }
+  __syncthreads();  // slope[] is complete
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kTileThreads;
+  for (int64_t row = spread_row(); row < a.N; row += step) {
+    float p[kC];
+    load_tile_row(a.logits, row, C, p);
+    const float others = stats[a.N + row];
+    const GeneratorRow one{stats[row], others, reciprocal(1.0f + others),
+                           static_cast<int>(stats[2 * a.N + row])};
+#pragma unroll
+    for (int k = 0; k < kC; ++k) p[k] = exp_below(p[k], one.maximum) * one.inverse;
+    generator_row_gradient(p, one, shared.slope, one_hot);
+    store_tile_row(a.grad_logits, a.logits.dtype, row, C, p);
   }
 }
 
@@ -170,131 +181,140 @@ __global__ void __launch_bounds__(kTileThreads, 4)
 // Scalars of a part, behind the generator's.
 enum { kKl = kGeneratorSums, kAgreeing };
 
-// One warp, a lane a class: p_bar's slope, and from block 0 the losses.
-__device__ void finish(const JointLosses& a, double sum_of_p, const double (&scalars)[kPartScalars],
-                       float* slope) {
-  const int lane = threadIdx.x;
-  const GeneratorFactors factors = generator_factors(a.terms, 1.0);
-  const double mean = lane < a.C ? sum_of_p / static_cast<double>(a.N) : 0.0;
-  slope[lane] = lane_slope(static_cast<float>(mean), static_cast<float>(factors.slope));
-  if (blockIdx.x != 0) return;  // the whole warp
-  const double p_log_p = warp_reduce(mean * log_or_zero(mean), Add());
-  if (lane == 0) {
-    store_scalars<float>(generator_losses(a.terms, scalars, p_log_p).values, a.losses);
-    write_distill_losses<float>(a.N, a.distill_scale, scalars[kKl], scalars[kAgreeing],
-                                a.losses + kGeneratorLosses);
+// Two warps of a block, a lane a class, each from all sums: one forms p_bar's slopes, for which
+// gradients wait, and in block 0 another the losses, for which nobody does.
+template <class Sum>
+__device__ void finish(const JointLosses& a, const TileShared& shared, Sum sum) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int C = static_cast<int>(a.C);
+  if (warp == 0) {
+    const GeneratorFactors factors = generator_factors(a.terms, 1.0);
+    const double mean = lane < C ? sum.column(lane) / static_cast<double>(a.N) : 0.0;
+    shared.slope[lane] = lane_slope(static_cast<float>(mean), static_cast<float>(factors.slope));
+  } else if (warp == 1 && blockIdx.x == 0) {
+    double scalars[kPartScalars];
+#pragma unroll
+    for (int i = 0; i < kPartScalars; ++i) scalars[i] = sum.scalar(i);
+    write_generator_losses(a, lane < C ? sum.column(lane) : 0.0, scalars, nullptr);
+    if (lane == 0) {
+      write_distill_losses<float>(a.N, a.distill_scale, scalars[kKl], scalars[kAgreeing],
+                                  a.losses + kGeneratorLosses);
+    }
   }
 }
 
-template <bool kOneLaunch>
-__global__ void __launch_bounds__(kTileThreads, 4)
+// All blocks' sums: of p, lane's own, and of scalars.
+struct GatheredSums {
+  const TileShared& shared;
+  int C;
+
+  __device__ double column(int k) const { return shared.gathered_sum(k); }
+  __device__ double scalar(int i) const { return shared.gathered_sum(C + i); }
+};
+
+struct AddedSums {
+  double own;
+  const double (&scalars)[kPartScalars];
+
+  __device__ double column(int) const { return own; }
+  __device__ double scalar(int i) const { return scalars[i]; }
+};
+
+template <bool kOneLaunch, int kC>
+__global__ void __launch_bounds__(TileRoles<kOneLaunch, kC>::kThreads, 1)
     joint_losses_tile_kernel(JointLosses a, int64_t part_rows) {
-  const int C = static_cast<int>(a.C), pitch = tile_pitch(C);
-  const TileShared shared(block_shared(), pitch);
-  Group<kTileThreads, false> block(block_shared());
-  if constexpr (kOneLaunch) meet_cluster();
-  for (int k = threadIdx.x; k < kTileWidth; k += kTileThreads) shared.sums[k] = 0;
+  using Roles = TileRoles<kOneLaunch, kC>;
+  const int C = static_cast<int>(a.C);
+  const TileShared shared(block_shared());
+  if constexpr (kOneLaunch) shared.begin_meeting();
   const float scale = static_cast<float>(a.inverse_temperature);
   const float factor = static_cast<float>(a.distill_grad_scale * a.terms.per_row);
   const GeneratorFactors factors = generator_factors(a.terms, 1.0);
 
-  const int64_t begin = min(a.N, blockIdx.x * part_rows), end = min(a.N, begin + part_rows);
-  const int mine = threadIdx.x;
-  float* const t = shared.first + mine * pitch;
-  float* const s = shared.second + mine * pitch;
-  GeneratorRow row{};
-  double loss = 0, kl = 0, agreeing = 0;
-  for (int64_t at = begin; at < end; at += kTileRows) {  // once, in one launch
-    const int rows = static_cast<int>(min(end - at, static_cast<int64_t>(kTileRows)));
-    load_tile(a.teacher, at, rows, C, shared.first);
-    load_tile(a.student, at, rows, C, shared.second);
-    __syncthreads();  // rows were loaded by all threads, and belong to one from here on
-    if (mine < rows) {
-      const DistillRow pair = distill_row(s, t, C, scale);
-      kl += distill_row_kl<true>(s, t, C, pair, scale, factor);
-      agreeing += pair.student.index == pair.teacher.index ? 1 : 0;
-      row = generator_row(t, C);
-      loss += log1p_of(row.others);
+  const int64_t begin = blockIdx.x * part_rows, end = min(a.N, begin + part_rows);
+  double sums[kPartScalars] = {};
+  float s[kC], t[kC], p[kC], columns[kC] = {};
+  GeneratorRow one{};
+  DistillRow pair(0, 0, 0, 0, 0);
+  // In one launch nothing waits for the student's gradient, if the registers hold its row so long.
+  constexpr bool kLater = kOneLaunch && kC <= 16;
+  const auto write_student = [&](int64_t row) {
+    distill_row_gradient(s, t, C, pair, factor);
+    store_tile_row(a.grad_student, a.student.dtype, row, C, s);
+  };
+  if (Roles::has_rows()) {
+    for (int64_t row = begin + threadIdx.x; row < end; row += Roles::kRowThreads) {
+      float log_s, log_t;
+      bool agree;
+      load_tile_row(a.teacher, row, C, t);
+      load_tile_row(a.student, row, C, s);
+      pair = distill_row(s, t, scale, &agree, &log_s, &log_t);
+      sums[kKl] += static_cast<double>(distill_row_kl(s, t, C, pair));
+      sums[kAgreeing] += agree ? 1 : 0;
+      if (!kLater) write_student(row);
+#pragma unroll
+      for (int k = 0; k < kC; ++k) p[k] = t[k];
+      one = generator_row(p);
+#pragma unroll
+      for (int k = 0; k < kC; ++k) columns[k] += p[k];
+      sums[kOneHot] += static_cast<double>(log1p_of(one.others));
     }
-    __syncthreads();  // columns are read and rows stored by all threads; sums[] is cleared
-    add_columns(shared.first, rows, C, shared.sums);
-    store_tile(a.grad_student, a.student.dtype, at, rows, C, shared.second);
-    __syncthreads();  // before the next tile overwrites this one
   }
-  double abs = 0;
-  if (a.terms.F > 0) {
-    abs = abs_sum(a.terms.features, a.N, a.terms.F);
-    sign_gradient(a.terms.features, a.N, a.terms.F, factors.sign, a.grad_features);
+  if (a.terms.F > 0 && Roles::has_features()) {
+    sums[kAbs] = activation(a.terms.features, a.N, a.terms.F, factors.sign, a.grad_features,
+                            Roles::feature_thread(), Roles::kFeatureThreads);
   }
-  loss = block.sum(loss);
-  abs = block.sum(abs);
-  kl = block.sum(kl);
-  agreeing = block.sum(agreeing);
-  if (threadIdx.x == 0) {
-    double* scalars = shared.sums + C;
-    scalars[kOneHot] = loss;
-    scalars[kAbs] = abs;
-    scalars[kKl] = kl;
-    scalars[kAgreeing] = agreeing;
-  }
-  __syncthreads();  // sums[] is complete
+  shared.put<kC>(warp_columns(columns), C, sums);
+  __syncthreads();  // all warps' sums are there
 
   const int width = C + kPartScalars;
   if constexpr (kOneLaunch) {
-    gather_sums(shared, width);
-    // In place of this block's own sums, which every block has by now.
-    float* slope = reinterpret_cast<float*>(shared.sums);
-    if (threadIdx.x < kWarp) {
-      const int lane = threadIdx.x;
-      double scalars[kPartScalars];
-      for (int i = 0; i < kPartScalars; ++i) scalars[i] = gathered_sum(shared, C + i);
-      finish(a, lane < C ? gathered_sum(shared, lane) : 0.0, scalars, slope);
-    }
+    const int64_t row = begin + threadIdx.x;
+    const bool has_row = Roles::has_rows() && row < end;
+    shared.end_meeting();
+    shared.send(width);
+    if (kLater && has_row) write_student(row);
+    shared.receive();
+    finish(a, shared, GatheredSums{shared, C});
     __syncthreads();  // slope[] is complete
-    const int rows = static_cast<int>(end - begin);
-    if (mine < rows) {
-      generator_row_gradient(t, C, row, slope, static_cast<float>(factors.one_hot));
+    if (has_row) {
+      generator_row_gradient(p, one, shared.slope, static_cast<float>(factors.one_hot));
+      store_tile_row(a.grad_teacher, a.teacher.dtype, row, C, p);
     }
-    __syncthreads();  // rows are stored by all threads
-    store_tile(a.grad_teacher, a.teacher.dtype, begin, rows, C, shared.first);
   } else {
-    for (int k = threadIdx.x; k < width; k += kTileThreads) {
-      a.scratch[static_cast<int64_t>(blockIdx.x) * width + k] = shared.sums[k];
-    }
+    const Parts<float> parts(a.scratch, C);
+    const int k = threadIdx.x;
+    if (k < C) parts.columns(blockIdx.x)[k] = static_cast<float>(shared.block_sum(k));
+    if (k >= C && k < width) parts.scalars(blockIdx.x)[k - C] = shared.block_sum(k);
   }
 }
 
-__global__ void __launch_bounds__(kTileThreads, 4)
-    joint_finish_tile_kernel(JointLosses a, int64_t part_rows) {
-  const int C = static_cast<int>(a.C), pitch = tile_pitch(C);
-  const TileShared shared(block_shared(), pitch);
-  const int64_t parts = gridDim.x;
-  const int lane = threadIdx.x % kWarp, width = C + kPartScalars;
-  const double sum = add_parts(a.scratch, parts, width, lane < C ? lane : -1, shared.scratch);
+template <int kC>
+__global__ void __launch_bounds__(kTileThreads)
+    joint_finish_tile_kernel(JointLosses a, int64_t parts) {
+  const int C = static_cast<int>(a.C);
+  const TileShared shared(block_shared());
+  const Parts<float> all(a.scratch, C);
+  const int lane = threadIdx.x % kWarp;
+  // Every block adds the parts for itself, in the same order; the losses only one of them.
+  const double column = add_columns(parts, shared.warps, [&](int64_t p) {
+    return lane < C ? static_cast<double>(all.columns(p)[lane]) : 0.0;
+  });
   double scalars[kPartScalars] = {};
-  if (blockIdx.x == 0) {  // only there are the losses written
-    const double scalar =
-        add_parts(a.scratch, parts, width, lane < kPartScalars ? C + lane : -1, shared.scratch);
-    for (int i = 0; i < kPartScalars; ++i) scalars[i] = __shfl_sync(0xffffffffu, scalar, i);
+  if (blockIdx.x == 0) {
+    Block<kAddThreads> block(block_shared() + kTileBytes);
+    add_scalars(parts, block, scalars, [&](int64_t p, int k) { return all.scalars(p)[k]; });
   }
-  float* slope = reinterpret_cast<float*>(shared.sums);
-  if (threadIdx.x < kWarp) finish(a, sum, scalars, slope);
+  finish(a, shared, AddedSums{column, scalars});
+  __syncthreads();  // slope[] is complete
   const GeneratorFactors factors = generator_factors(a.terms, 1.0);
-
-  const int64_t begin = min(a.N, blockIdx.x * part_rows), end = min(a.N, begin + part_rows);
-  for (int64_t at = begin; at < end; at += kTileRows) {
-    const int rows = static_cast<int>(min(end - at, static_cast<int64_t>(kTileRows)));
-    load_tile(a.teacher, at, rows, C, shared.first);
-    __syncthreads();  // rows were loaded by all threads; also, slope[] is complete
-    const int mine = threadIdx.x;
-    if (mine < rows) {
-      float* t = shared.first + mine * pitch;
-      const GeneratorRow row = generator_row(t, C);
-      generator_row_gradient(t, C, row, slope, static_cast<float>(factors.one_hot));
-    }
-    __syncthreads();  // rows are stored by all threads
-    store_tile(a.grad_teacher, a.teacher.dtype, at, rows, C, shared.first);
-    __syncthreads();  // before the next tile overwrites this one
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kTileThreads;
+  for (int64_t row = spread_row(); row < a.N; row += step) {
+    float t[kC];
+    load_tile_row(a.teacher, row, C, t);
+    const GeneratorRow one = generator_row(t);
+    generator_row_gradient(t, one, shared.slope, static_cast<float>(factors.one_hot));
+    store_tile_row(a.grad_teacher, a.teacher.dtype, row, C, t);
   }
 }
 
@@ -302,29 +322,35 @@ __global__ void __launch_bounds__(kTileThreads, 4)
 
 cudaError_t launch_generator_forward_tile(const GeneratorForward& args, const Plan& plan,
                                           cudaStream_t stream) {
-  const auto kernel =
-      plan.one_launch ? generator_forward_tile_kernel<true> : generator_forward_tile_kernel<false>;
-  return launch(kernel, dim3(plan.blocks), plan.threads, plan.cluster, plan.shared, stream, args,
-                plan.rows);
+  return with_columns(args.C, [&](auto columns) {
+    const auto kernel = plan.one_launch ? generator_forward_tile_kernel<true, columns()>
+                                        : generator_forward_tile_kernel<false, columns()>;
+    return launch(kernel, dim3(plan.blocks), plan.threads, plan.cluster, plan.shared, stream, args,
+                  plan.rows);
+  });
 }
 
 cudaError_t launch_generator_backward_tile(const GeneratorBackward& args, const Plan& plan,
                                            cudaStream_t stream) {
-  return launch(generator_backward_tile_kernel, dim3(plan.blocks), plan.threads, 1, plan.shared,
-                stream, args, plan.rows);
+  return with_columns(args.C, [&](auto columns) {
+    return launch(generator_backward_tile_kernel<columns()>, dim3(plan.backward_blocks),
+                  kTileThreads, 1, plan.shared, stream, args);
+  });
 }
 
 cudaError_t launch_joint_losses(const JointLosses& args, const Plan& plan, cudaStream_t stream) {
   const dim3 blocks(plan.blocks);
-  if (plan.one_launch) {
-    return launch(joint_losses_tile_kernel<true>, blocks, plan.threads, plan.cluster, plan.shared,
-                  stream, args, plan.rows);
-  }
-  const cudaError_t error = launch(joint_losses_tile_kernel<false>, blocks, plan.threads, 1,
-                                   plan.shared, stream, args, plan.rows);
-  if (error != cudaSuccess) return error;
-  return launch(joint_finish_tile_kernel, blocks, plan.threads, 1, plan.shared, stream, args,
-                plan.rows);
+  return with_columns(args.C, [&](auto columns) {
+    if (plan.one_launch) {
+      return launch(joint_losses_tile_kernel<true, columns()>, blocks, plan.threads, plan.cluster,
+                    plan.shared, stream, args, plan.rows);
+    }
+    const cudaError_t error = launch(joint_losses_tile_kernel<false, columns()>, blocks,
+                                     plan.threads, 1, plan.shared, stream, args, plan.rows);
+    if (error != cudaSuccess) return error;
+    return launch(joint_finish_tile_kernel<columns()>, dim3(plan.backward_blocks), kTileThreads, 1,
+                  plan.shared, stream, args, plan.parts);
+  });
 }
 
 }  // namespace cuda

@@ -6,6 +6,7 @@
 // computed in fp32 (fp64 for fp64), also for 16-bit activations.
 #include <array>
 
+#include "gpu.h"
 #include "shared.h"
 
 namespace dafl {
@@ -18,6 +19,18 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   check_channels("bias", x, bias, weight.sym_size(0));
   TORCH_CHECK_VALUE(x.sym_size(2) >= 6 && x.sym_size(3) >= 6,
                     "x must have at least 6 rows and columns", got(x));
+}
+
+// The kernels for a GPU hold one image's channel in shared memory.
+void check_fits(const Tensor& x, const Tensor& weight) {
+#ifdef DAFL_FAST_CUDA
+  if (!x.is_cuda()) return;
+  const int most = cuda::kConvPoolChannels, side = cuda::kConvPoolSide;
+  TORCH_CHECK_VALUE(weight.sym_size(0) <= most && weight.sym_size(1) <= most &&
+                        x.sym_size(2) <= side && x.sym_size(3) <= side,
+                    "on a GPU conv_pool is for at most ", most, " channels and images of ", side,
+                    "x", side, got(x));
+#endif
 }
 
 // Of the results.
@@ -122,6 +135,75 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_, const Tenso
           like_parameter(total.narrow(0, taps, bias.numel()), bias)};
 }
 
+#ifdef DAFL_FAST_CUDA
+
+// x is contiguous, and outlives this.
+cuda::ConvPool arguments_of(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const auto size = [](const Tensor& tensor, int64_t dim) {
+    return static_cast<int>(tensor.size(dim));
+  };
+  return {x.size(0),   size(x, 1),         size(x, 2),        size(x, 3),     size(weight, 0),
+          dtype_of(x), x.const_data_ptr(), parameter(weight), parameter(bias)};
+}
+
+std::tuple<Tensor, Tensor> forward_cuda(const Tensor& x_, const Tensor& weight,
+                                        const Tensor& bias) {
+  check(x_, weight, bias);
+  check_fits(x_, weight);
+  const Gpu gpu(x_);
+  auto [y, index] = allocate(x_, weight);
+  const Tensor x = x_.contiguous();
+  if (index.numel() > 0) {
+    const cuda::ConvPool arguments = arguments_of(x, weight, bias);
+    const int64_t images = index.numel() / (arguments.out * arguments.pooled());
+    check_launch(cuda::launch_conv_pool(arguments, y.mutable_data_ptr(),
+                                        index.mutable_data_ptr<uint8_t>(), images, gpu.stream),
+                 "conv_pool");
+  }
+  return {y, index};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad_, const Tensor& x_,
+                                                 const Tensor& weight, const Tensor& bias,
+                                                 const Tensor& index_, bool want_input,
+                                                 bool want_weight) {
+  check_backward(grad_, x_, weight, bias, index_);
+  check_fits(x_, weight);
+  const Gpu gpu(x_);
+  const Tensor index = index_.contiguous(), x = x_.contiguous();
+  const Tensor grad = dense(grad_, x.scalar_type(), at::MemoryFormat::Contiguous);
+  const cuda::ConvPool arguments = arguments_of(x, weight, bias);
+  const bool some = grad.numel() > 0;
+  // With x's own strides where there are several that are contiguous: those of channels_last for
+  // one channel are what torch's kernels go by.
+  Tensor grad_x = want_input ? at::empty_like(x) : at::empty({0}, x.options());
+  if (want_input && x.numel() > 0) {
+    if (some) {
+      check_launch(cuda::launch_conv_pool_inputs(arguments, grad.const_data_ptr(),
+                                                 index.const_data_ptr<uint8_t>(),
+                                                 grad_x.mutable_data_ptr(), gpu.stream),
+                   "conv_pool_backward");
+    } else {
+      grad_x.zero_();
+    }
+  }
+  if (!want_weight)
+    return {grad_x, at::empty({0}, weight.options()), at::empty({0}, bias.options())};
+  if (!some || weight.numel() == 0) return {grad_x, at::zeros_like(weight), at::zeros_like(bias)};
+  Tensor grad_weight = at::empty_like(weight), grad_bias = at::empty_like(bias);
+  const int64_t width = weight.numel() + bias.numel();
+  const Tensor parts =
+      at::empty({cuda::conv_pool_parts(arguments.N, width), width}, x.options().dtype(at::kDouble));
+  check_launch(cuda::launch_conv_pool_weights(
+                   arguments, grad.const_data_ptr(), index.const_data_ptr<uint8_t>(),
+                   parts.mutable_data_ptr<double>(), parameter(grad_weight), parameter(grad_bias),
+                   gpu.stream),
+               "conv_pool_backward");
+  return {grad_x, grad_weight, grad_bias};
+}
+
+#endif  // DAFL_FAST_CUDA
+
 std::tuple<Tensor, Tensor> forward_meta(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   check(x, weight, bias);
   return allocate(x, weight);
@@ -166,6 +248,8 @@ struct Function : torch::autograd::Function<Function> {
 std::tuple<Tensor, Tensor> forward_autograd(const Tensor& x, const Tensor& weight,
                                             const Tensor& bias) {
   refuse_tangents("conv_pool", x, weight, bias);
+  check(x, weight, bias);
+  check_fits(x, weight);
   auto results = Function::apply(x, weight, bias);
   return {results[0], results[1]};
 }
@@ -174,13 +258,18 @@ std::tuple<Tensor, Tensor> forward_autograd(const Tensor& x, const Tensor& weigh
 // each maximum came from (uint8, in an order of the kernels' own). Gradients that are not wanted
 // are [0].
 TORCH_LIBRARY_FRAGMENT(dafl_fast, m) {
-  define(m, "conv_pool(Tensor x, Tensor weight, Tensor bias) -> (Tensor y, Tensor index)",
-         forward_cpu, forward_meta, torch::CppFunction(forward_autograd));
-  define(m,
-         "conv_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor index, "
-         "bool want_input, bool want_weight) -> "
-         "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-         backward_cpu, backward_meta);
+  const std::string forward =
+      "conv_pool(Tensor x, Tensor weight, Tensor bias) -> (Tensor y, Tensor index)";
+  const std::string backward =
+      "conv_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor index, "
+      "bool want_input, bool want_weight) -> "
+      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)";
+  define(m, forward, forward_cpu, forward_meta, torch::CppFunction(forward_autograd));
+  define(m, backward, backward_cpu, backward_meta);
+#ifdef DAFL_FAST_CUDA
+  add_kernel(m, forward, c10::DispatchKey::CUDA, forward_cuda);
+  add_kernel(m, backward, c10::DispatchKey::CUDA, backward_cuda);
+#endif
 }
 
 }  // namespace

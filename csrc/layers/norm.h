@@ -9,9 +9,12 @@
 #include <array>
 #include <cmath>
 
+#include "gpu.h"
 #include "shared.h"
 
 namespace dafl {
+
+inline int64_t rows_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
 constexpr int64_t kNormValues = 32768;  // of a piece: small enough to be read twice from the caches
 
@@ -173,5 +176,30 @@ inline std::vector<double> add_pieces(const std::vector<double>& sums, int64_t w
   for (size_t k = 0; k < sums.size(); ++k) total[k % width] += sums[k];
   return total;
 }
+
+#ifdef DAFL_FAST_CUDA
+
+inline void check_gpu_dtype(const Tensor& x) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      x.scalar_type() != at::kDouble,
+      "on a GPU the operators with a norm are not for float64: use BatchNorm itself");
+}
+
+// What is given is contiguous, and outlives the result.
+inline cuda::Norm norm_of(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                          const Tensor& weight, const Tensor& bias, double eps, double slope) {
+  return {rows_of(x),
+          static_cast<int>(x.size(1)),
+          dtype_of(x),
+          x.const_data_ptr(),
+          mean.const_data_ptr<float>(),
+          variance.const_data_ptr<float>(),
+          parameter(weight),
+          parameter(bias),
+          static_cast<float>(eps),
+          static_cast<float>(slope)};
+}
+
+#endif  // DAFL_FAST_CUDA
 
 }  // namespace dafl

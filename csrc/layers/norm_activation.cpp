@@ -13,8 +13,6 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 constexpr std::array<const char*, 2> kParameters = {"weight", "bias"};
 
-int64_t rows_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
-
 std::tuple<Tensor, Tensor> moments_meta(const Tensor& x) {
   check_activations(x);
   TORCH_CHECK_VALUE(x.sym_numel() > 0, "x must have at least one value per channel", got(x));
@@ -90,6 +88,67 @@ Gradients backward_meta(const Tensor& grad, const Tensor& x, const Tensor& mean,
           at::empty_like(bias)};
 }
 
+#ifdef DAFL_FAST_CUDA
+
+Tensor norm_scratch(const Tensor& x, int64_t C) {
+  const int64_t part = cuda::norm_part(rows_of(x), static_cast<int>(C));
+  return at::empty({(rows_of(x) + part - 1) / part, 2, C}, x.options().dtype(at::kDouble));
+}
+
+std::tuple<Tensor, Tensor> moments_cuda(const Tensor& x_) {
+  auto [mean, variance] = moments_meta(x_);
+  check_gpu_dtype(x_);
+  const Gpu gpu(x_);
+  const Tensor x = x_.contiguous(kChannelsLast);
+  const int64_t C = x.size(1);
+  const Tensor parts = norm_scratch(x, C);
+  check_launch(
+      cuda::launch_moments(x.const_data_ptr(), dtype_of(x), rows_of(x), static_cast<int>(C),
+                           parts.mutable_data_ptr<double>(), mean.mutable_data_ptr<float>(),
+                           variance.mutable_data_ptr<float>(), gpu.stream),
+      "moments");
+  return {mean, variance};
+}
+
+Tensor forward_cuda(const Tensor& x_, const Tensor& mean_, const Tensor& variance_,
+                    const Tensor& weight, const Tensor& bias, double eps, double slope) {
+  Tensor y = forward_meta(x_, mean_, variance_, weight, bias, eps, slope);
+  check_gpu_dtype(x_);
+  const Gpu gpu(x_);
+  if (y.numel() == 0) return y;
+  const Tensor x = x_.contiguous(kChannelsLast);
+  const Tensor mean = mean_.contiguous(), variance = variance_.contiguous();
+  check_launch(cuda::launch_norm(norm_of(x, mean, variance, weight, bias, eps, slope),
+                                 y.mutable_data_ptr(), gpu.stream),
+               "norm_activation");
+  return y;
+}
+
+Gradients backward_cuda(const Tensor& grad_, const Tensor& x_, const Tensor& mean_,
+                        const Tensor& variance_, const Tensor& weight, const Tensor& bias,
+                        double eps, double slope) {
+  check_backward(grad_, x_, mean_, variance_, weight, bias, eps);
+  check_gpu_dtype(x_);
+  const Gpu gpu(x_);
+  const Tensor x = x_.contiguous(kChannelsLast);
+  const Tensor grad = dense(grad_, x.scalar_type(), kChannelsLast);
+  const Tensor mean = mean_.contiguous(), variance = variance_.contiguous();
+  Tensor grad_x = at::empty_like(x, x.options(), kChannelsLast);
+  if (x.numel() == 0) return {grad_x, at::zeros_like(weight), at::zeros_like(bias)};
+  Tensor grad_weight = at::empty_like(weight), grad_bias = at::empty_like(bias);
+  const Tensor parts = norm_scratch(x, x.size(1));
+  const Tensor factors = at::empty({2, x.size(1)}, mean.options());
+  check_launch(
+      cuda::launch_norm_backward(norm_of(x, mean, variance, weight, bias, eps, slope),
+                                 grad.const_data_ptr(), parts.mutable_data_ptr<double>(),
+                                 factors.mutable_data_ptr<float>(), grad_x.mutable_data_ptr(),
+                                 parameter(grad_weight), parameter(grad_bias), gpu.stream),
+      "norm_activation_backward");
+  return {grad_x, grad_weight, grad_bias};
+}
+
+#endif  // DAFL_FAST_CUDA
+
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x,
                         const Tensor& mean, const Tensor& variance, const Tensor& weight,
@@ -123,16 +182,22 @@ Tensor forward_autograd(const Tensor& x, const Tensor& mean, const Tensor& varia
 // takes them from here or from upsample_conv, its gradient to x goes through them, and its result
 // is channels_last. slope 1: no activation.
 TORCH_LIBRARY_FRAGMENT(dafl_fast, m) {
-  define(m, "moments(Tensor x) -> (Tensor mean, Tensor variance)", moments_cpu, moments_meta);
-  define(m,
-         "norm_activation(Tensor x, Tensor mean, Tensor variance, Tensor weight, Tensor bias, "
-         "float eps, float slope) -> Tensor",
-         forward_cpu, forward_meta, torch::CppFunction(forward_autograd));
-  define(m,
-         "norm_activation_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance, "
-         "Tensor weight, Tensor bias, float eps, float slope) -> "
-         "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-         backward_cpu, backward_meta);
+  const std::string moments = "moments(Tensor x) -> (Tensor mean, Tensor variance)";
+  const std::string forward =
+      "norm_activation(Tensor x, Tensor mean, Tensor variance, Tensor weight, Tensor bias, "
+      "float eps, float slope) -> Tensor";
+  const std::string backward =
+      "norm_activation_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance, "
+      "Tensor weight, Tensor bias, float eps, float slope) -> "
+      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)";
+  define(m, moments, moments_cpu, moments_meta);
+  define(m, forward, forward_cpu, forward_meta, torch::CppFunction(forward_autograd));
+  define(m, backward, backward_cpu, backward_meta);
+#ifdef DAFL_FAST_CUDA
+  add_kernel(m, moments, c10::DispatchKey::CUDA, moments_cuda);
+  add_kernel(m, forward, c10::DispatchKey::CUDA, forward_cuda);
+  add_kernel(m, backward, c10::DispatchKey::CUDA, backward_cuda);
+#endif
 }
 
 }  // namespace

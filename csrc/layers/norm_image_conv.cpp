@@ -191,6 +191,75 @@ Gradients backward_cpu(const Tensor& grad_, const Tensor& x, const Tensor& mean,
           like_parameter(at::sum(grad, {0, 2, 3}, false, mean.scalar_type()), bias)};
 }
 
+#ifdef DAFL_FAST_CUDA
+
+void check_fits(const Tensor& x, const Tensor& weight) {
+  check_gpu_dtype(x);
+  const int channels = cuda::ImageConv::kChannels, row = cuda::ImageConv::kRow;
+  TORCH_CHECK_VALUE(weight.size(0) == 1 && x.size(1) <= channels && x.size(3) <= row,
+                    "on a GPU norm_image_conv is from at most ", channels,
+                    " channels to one, and for rows of at most ", row, " pixels", got(x));
+}
+
+// What is given is contiguous, and outlives the result.
+cuda::ImageConv arguments_of(const Tensor& x, const cuda::Norm& norm, const Tensor& weight,
+                             const Tensor& bias) {
+  return {norm,
+          x.size(0),
+          static_cast<int>(x.size(2)),
+          static_cast<int>(x.size(3)),
+          parameter(weight),
+          parameter(bias)};
+}
+
+Tensor forward_cuda(const Tensor& x_, const Tensor& mean_, const Tensor& variance_,
+                    const Tensor& norm_weight, const Tensor& norm_bias, double eps, double slope,
+                    const Tensor& weight, const Tensor& bias) {
+  Tensor y = forward_meta(x_, mean_, variance_, norm_weight, norm_bias, eps, slope, weight, bias);
+  check_fits(x_, weight);
+  const Gpu gpu(x_);
+  if (y.numel() == 0) return y;
+  const Tensor x = x_.contiguous(kChannelsLast);
+  const Tensor mean = mean_.contiguous(), variance = variance_.contiguous();
+  const cuda::Norm norm = norm_of(x, mean, variance, norm_weight, norm_bias, eps, slope);
+  check_launch(cuda::launch_image_conv(arguments_of(x, norm, weight, bias), y.mutable_data_ptr(),
+                                       gpu.stream),
+               "norm_image_conv");
+  return y;
+}
+
+Gradients backward_cuda(const Tensor& grad_, const Tensor& x_, const Tensor& mean_,
+                        const Tensor& variance_, const Tensor& norm_weight, const Tensor& norm_bias,
+                        double eps, double slope, const Tensor& weight, const Tensor& bias) {
+  check_backward(grad_, x_, mean_, variance_, norm_weight, norm_bias, eps, weight, bias);
+  check_fits(x_, weight);
+  const Gpu gpu(x_);
+  const Tensor x = x_.contiguous(kChannelsLast);
+  const Tensor grad = dense(grad_, x.scalar_type(), at::MemoryFormat::Contiguous);
+  const Tensor mean = mean_.contiguous(), variance = variance_.contiguous();
+  Tensor grad_x = at::empty_like(x, x.options(), kChannelsLast);
+  if (x.numel() == 0) {
+    return {grad_x, at::zeros_like(norm_weight), at::zeros_like(norm_bias), at::zeros_like(weight),
+            at::zeros_like(bias)};
+  }
+  Tensor grad_norm_weight = at::empty_like(norm_weight), grad_norm_bias = at::empty_like(norm_bias);
+  Tensor grad_weight = at::empty_like(weight), grad_bias = at::empty_like(bias);
+  const cuda::Norm norm = norm_of(x, mean, variance, norm_weight, norm_bias, eps, slope);
+  const cuda::ImageConv arguments = arguments_of(x, norm, weight, bias);
+  const Tensor parts =
+      at::empty({arguments.parts() + 1, arguments.sums()}, x.options().dtype(at::kDouble));
+  const Tensor factors = at::empty({2, x.size(1)}, mean.options());
+  check_launch(
+      cuda::launch_image_conv_backward(
+          arguments, grad.const_data_ptr(), parts.mutable_data_ptr<double>(),
+          factors.mutable_data_ptr<float>(), grad_x.mutable_data_ptr(), parameter(grad_norm_weight),
+          parameter(grad_norm_bias), parameter(grad_weight), parameter(grad_bias), gpu.stream),
+      "norm_image_conv_backward");
+  return {grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias};
+}
+
+#endif  // DAFL_FAST_CUDA
+
 Gradients backward_meta(const Tensor& grad, const Tensor& x, const Tensor& mean,
                         const Tensor& variance, const Tensor& norm_weight, const Tensor& norm_bias,
                         double eps, double, const Tensor& weight, const Tensor& bias) {
@@ -234,16 +303,20 @@ Tensor forward_autograd(const Tensor& x, const Tensor& mean, const Tensor& varia
 
 // x [N, Ci, H, W], the norm's values [Ci], weight [Co, Ci, 3, 3], bias [Co]: [N, Co, H, W].
 TORCH_LIBRARY_FRAGMENT(dafl_fast, m) {
-  define(m,
-         "norm_image_conv(Tensor x, Tensor mean, Tensor variance, Tensor norm_weight, "
-         "Tensor norm_bias, float eps, float slope, Tensor weight, Tensor bias) -> Tensor",
-         forward_cpu, forward_meta, torch::CppFunction(forward_autograd));
-  define(m,
-         "norm_image_conv_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance, "
-         "Tensor norm_weight, Tensor norm_bias, float eps, float slope, Tensor weight, "
-         "Tensor bias) -> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias, "
-         "Tensor grad_weight, Tensor grad_bias)",
-         backward_cpu, backward_meta);
+  const std::string forward =
+      "norm_image_conv(Tensor x, Tensor mean, Tensor variance, Tensor norm_weight, "
+      "Tensor norm_bias, float eps, float slope, Tensor weight, Tensor bias) -> Tensor";
+  const std::string backward =
+      "norm_image_conv_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance, "
+      "Tensor norm_weight, Tensor norm_bias, float eps, float slope, Tensor weight, "
+      "Tensor bias) -> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias, "
+      "Tensor grad_weight, Tensor grad_bias)";
+  define(m, forward, forward_cpu, forward_meta, torch::CppFunction(forward_autograd));
+  define(m, backward, backward_cpu, backward_meta);
+#ifdef DAFL_FAST_CUDA
+  add_kernel(m, forward, c10::DispatchKey::CUDA, forward_cuda);
+  add_kernel(m, backward, c10::DispatchKey::CUDA, backward_cuda);
+#endif
 }
 
 }  // namespace

@@ -2,57 +2,13 @@
 // current stream of the tensors' device, nothing is read back, and no memory needs to be cleared.
 #ifdef DAFL_FAST_CUDA
 
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
 #include <cmath>
-#include <mutex>
-#include <unordered_map>
 
-#include "cuda/launch.h"
+#include "gpu.h"
 #include "shared.h"
 
 namespace dafl {
 namespace {
-
-void check(cudaError_t error, const char* operation) {
-  if (error == cudaSuccess) return;
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction,
-      "this build of dafl_fast has no code for this GPU: build it again with TORCH_CUDA_ARCH_LIST "
-      "naming the GPU's architecture");
-  TORCH_CHECK(false, "CUDA failed in ", operation, ": ", cudaGetErrorString(error));
-}
-
-// The GPU of a call made current, its planning data and its stream.
-struct Gpu {
-  c10::cuda::CUDAGuard guard;
-  cudaStream_t stream;
-  cuda::Device traits;
-
-  explicit Gpu(const Tensor& tensor) : guard(checked(tensor)) {
-    stream = c10::cuda::getCurrentCUDAStream(tensor.get_device());
-    traits = of_device(tensor.get_device());
-  }
-
-  static c10::Device checked(const Tensor& tensor) {
-    TORCH_CHECK_VALUE(tensor.is_cuda(), "the CUDA kernels need tensors on a GPU", got(tensor));
-    return tensor.device();
-  }
-
-  static cuda::Device of_device(int index) {
-    static std::mutex mutex;
-    static std::unordered_map<int, cuda::Device> known;
-    std::lock_guard<std::mutex> lock(mutex);
-    auto at = known.find(index);
-    if (at == known.end()) {
-      cuda::Device device{};
-      check(cuda::device_traits(index, &device), "device_traits");
-      at = known.emplace(index, device).first;
-    }
-    return at->second;
-  }
-};
 
 // Partial sums. Given back to torch's allocator at once, which hands it out again only to work
 // that this stream runs later.
@@ -106,7 +62,7 @@ GeneratorOutputs generator(const Tensor& teacher_logits, const std::optional<Ten
                               scratch(teacher_logits, plan, holder),
                               f64};
   put_pointers(losses, args.losses);
-  check(cuda::launch_generator_forward(args, plan, gpu.stream), "generator_loss");
+  check_launch(cuda::launch_generator_forward(args, plan, gpu.stream), "generator_loss");
   return outputs;
 }
 
@@ -134,7 +90,7 @@ GeneratorGradients generator_backward(const Tensor& grad_total, const Tensor& te
                                      grads.logits.mutable_data_ptr(),
                                      grads.features.mutable_data_ptr(),
                                      f64};
-  check(cuda::launch_generator_backward(args, plan, gpu.stream), "generator_loss_backward");
+  check_launch(cuda::launch_generator_backward(args, plan, gpu.stream), "generator_loss_backward");
   return grads;
 }
 
@@ -163,7 +119,7 @@ DistillOutputs distill(const Tensor& student_logits, const Tensor& teacher_logit
                             scratch(student_logits, plan, holder),
                             f64};
   put_pointers(losses, args.losses);
-  check(cuda::launch_distill_forward(args, plan, gpu.stream), "distill_loss");
+  check_launch(cuda::launch_distill_forward(args, plan, gpu.stream), "distill_loss");
   return outputs;
 }
 
@@ -191,7 +147,7 @@ Tensor distill_backward(const Tensor& grad_total, const Tensor& student_logits,
                                    grad.mutable_data_ptr(),
                                    f64};
   const cuda::Plan plan = cuda::make_plan(N, C, f64, gpu.traits);
-  check(cuda::launch_distill_backward(args, plan, gpu.stream), "distill_loss_backward");
+  check_launch(cuda::launch_distill_backward(args, plan, gpu.stream), "distill_loss_backward");
   return grad;
 }
 
@@ -226,7 +182,7 @@ JointOutputs joint(const Tensor& teacher_logits, const std::optional<Tensor>& fe
                          outputs.grad_student.mutable_data_ptr()};
   put_pointers(outputs.generator, args.losses);
   put_pointers(outputs.distill, args.losses + kGeneratorLosses);
-  check(cuda::launch_joint_losses(args, plan, gpu.stream), "dafl_losses");
+  check_launch(cuda::launch_joint_losses(args, plan, gpu.stream), "dafl_losses");
   return outputs;
 }
 

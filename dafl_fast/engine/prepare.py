@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,8 @@ from ..config import Config
 from ..device import AUTOCAST, autocast
 from ..errors import UserError, first_line
 from ..models import Generator
+from ..models.functional import BUILT_FOR_GPU
+from ..models.norm import is_norm, with_fast_norms
 from ..models.pixels import Affine, GeneratorOf
 from ..models.twin import answers_alike
 from ..models.winograd import accelerated, becomes_faster
@@ -21,6 +25,7 @@ from ..unlabelled import Given
 from .checks import check_answers, check_generator, check_student, run_lazy_layers
 from .distributed import World
 from .evaluation import buffers_kept, evaluation_mode
+from .fuse import fuse_relu
 from .layout import try_out, use_channels_last
 from .outputs import demand_exclusive_classes, reading_of
 from .precision import precision_of, refuse_low_precision
@@ -72,7 +77,8 @@ def prepare(
     run_lazy_layers(generator, noise, "generator")
     run_lazy_layers(student, torch.zeros(2, *shape, device=device), "student")
     many = random_images(config, 16).to(device)
-    num_classes = frozen.check(many)
+    generating = config.generator != "none"
+    num_classes = frozen.check(many, to_images=generating)
     check_answers(frozen.network, many)
     if config.num_classes not in (None, num_classes):
         raise UserError(
@@ -82,7 +88,6 @@ def prepare(
     precision = precision_of(student, config.precision, precision)
     images = many[:2]
     check_student(student, images, num_classes)
-    generating = config.generator != "none"
     if generating:
         check_generator(generator, noise, made)
     if generating and config.generator_restart_every and not hasattr(generator, "reset"):
@@ -104,12 +109,18 @@ def prepare(
             precision = _narrow(precision, device, network, inputs, role)
         if precision in AUTOCAST:
             _cast(frozen, AUTOCAST[precision], images)
-    if device.type == "cpu":
-        some = [images, many[2:5]]  # of two sizes: what was kept from the first would show
-        frozen.network = _accelerated(frozen.network, some, constant=True)
-        student = _accelerated(student, some, trained=True)
     # Shapes never change, so cuDNN needs to search for the fastest convolutions only once.
     torch.backends.cudnn.benchmark = True
+    if device.type == "cpu":
+        some = [images, many[2:5]]  # of two sizes: what was kept from the first would show
+        constant = partial(accelerated, constant=True)
+        frozen.network = _accelerated(frozen.network, some, constant, becomes_faster)
+        student = _accelerated(student, some, accelerated, becomes_faster, trained=True)
+    elif not config.compile:  # which fuses by itself
+        if precision in AUTOCAST:  # with a batch as in training, for which cuDNN then has kernels
+            fuse_relu(frozen.network, [random_images(config, config.batch_size).to(device)])
+        if BUILT_FOR_GPU and (world is None or world.size == 1):
+            student = _accelerated(student, [images, many], with_fast_norms, is_norm, trained=True)
     if config.compile:
         for module in (generator, student, frozen):
             module.compile()
@@ -178,9 +189,14 @@ def _cast(frozen: FrozenTeacher, dtype: torch.dtype, images: Tensor) -> None:
 
 
 def _accelerated(
-    network: nn.Module, images: list[Tensor], constant: bool = False, trained: bool = False
+    network: nn.Module,
+    images: list[Tensor],
+    twin: Callable[..., nn.Module],
+    becomes_faster: Callable[[nn.Module], bool],
+    trained: bool = False,
 ) -> nn.Module:
-    """`network` with faster layers, as many of them as leave its answers what they are."""
+    """`network` with faster layers, as many of them as leave its answers what they are: a `twin`,
+    or one in which only these layers are faster."""
 
     def holds(fast: nn.Module) -> bool:
         with evaluation_mode(network), evaluation_mode(fast), buffers_kept(network):
@@ -191,12 +207,12 @@ def _accelerated(
             return True
         return False
 
-    fast = accelerated(network, constant)
+    fast = twin(network)
     if fast is network or holds(fast):
         return fast
-    layers = [layer for layer in network.modules() if becomes_faster(layer)]
-    good = {layer for layer in layers if holds(accelerated(network, constant, {layer}))}
-    fast = accelerated(network, constant, good)
+    candidates = [layer for layer in network.modules() if becomes_faster(layer)]
+    good = {layer for layer in candidates if holds(twin(network, layers={layer}))}
+    fast = twin(network, layers=good)
     return fast if fast is network or holds(fast) else network
 
 

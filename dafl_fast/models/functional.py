@@ -1,9 +1,10 @@
 """Faster versions of the networks' layers, with the same values and gradients up to rounding.
 
 Each function takes the modules of a few successive layers and computes what they do. On a CPU it
-runs one operator of `dafl_fast._C`. On other devices, and if a module is not of exactly the kind
-that the operator replaces, it runs the modules. Under autocast, activations are cast to its dtype;
-parameters keep theirs and are rounded inside the operator.
+runs one operator of `dafl_fast._C`, and on a GPU where there is one for it. On other devices, and
+if a module is not of exactly the kind that the operator replaces, it runs the modules. Under
+autocast, activations are cast to its dtype; parameters keep theirs and are rounded inside the
+operator.
 """
 
 from __future__ import annotations
@@ -14,19 +15,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _C
+
 _OPS = torch.ops.dafl_fast
 # `norm_image_conv` is for few channels: it takes nine planes of memory for each of them.
 _IMAGE_CHANNELS = 4
+# The kernels of `conv_pool` on a GPU are for few channels and small images.
+_POOL_CHANNELS, _POOL_SIDE = 32, 64
+# And those of `norm_image_conv` are for images of one channel and rows of so many pixels.
+_GPU_CHANNELS, _GPU_ROW = 128, 379
+BUILT_FOR_GPU = bool(_C.build_info()["cuda"])
 
 
 def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """Applies `norm` to x [N, C, H, W]."""
-    if not _takes_batch_statistics(norm, x):
-        return norm(x)
-    x = as_autocast(x)
+    return normalised(as_autocast(x), norm) if _takes_batch_statistics(norm, x) else norm(x)
+
+
+def normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """x [N, C, H, W] as `norm` normalises it in training, where `norm_runs` says that it can."""
     mean, variance = _OPS.moments(x.detach())
     _update_running(norm, x, mean, variance)
     return _OPS.norm_activation(x, mean, variance, norm.weight, norm.bias, norm.eps, 1.0)
+
+
+def linear_image(z: Tensor, linear: nn.Linear, size: tuple[int, int, int]) -> Tensor:
+    """`linear` of z, viewed as images [N, C, H, W] of this size, and channels_last.
+
+    In place of the images the rows of the weight are moved, which are fewer in a large batch.
+    """
+
+    def moved(parameter: Tensor) -> Tensor:  # from [C H W, ...] to [H W C, ...]
+        return parameter.unflatten(0, size).movedim(0, 2).flatten(0, 2)
+
+    y = F.linear(z, moved(linear.weight), moved(linear.bias))
+    return y.unflatten(1, (*size[1:], size[0])).movedim(3, 1)
 
 
 def upsample_stage(
@@ -45,16 +68,17 @@ def upsample_stage(
       Instead of 36 multiply-adds per pixel of x and pair of channels, this takes 6.25 on a CPU
       (csrc/layers/upsample_conv.cpp), and 16 elsewhere (a stride-2 transposed convolution);
     * `conv`'s bias in training, because `norm` subtracts it again. It only shifts the running mean;
-    * most passes over memory on a CPU (norm_activation.cpp, norm_image_conv.cpp in csrc/layers).
+    * most passes over memory (norm_activation.cpp, norm_image_conv.cpp in csrc/layers).
     """
     if operators_run(x):
-        y, mean, variance = _OPS.upsample_conv(as_autocast(x), conv.weight)
+        y, *moments = _OPS.upsample_conv(as_autocast(x), conv.weight)
     else:
-        y = _upsample_by_transposed_conv(x, conv.weight)
+        y, moments = _upsample_by_transposed_conv(x, conv.weight), []
     if _takes_batch_statistics(norm, y):
+        mean, variance = moments or _OPS.moments(y.detach())
         _update_running(norm, y, mean, variance, conv.bias)
         operands = (y, mean, variance, norm.weight, norm.bias, norm.eps, slope)
-        if to_image is not None and to_image.out_channels <= _IMAGE_CHANNELS:
+        if to_image is not None and _image_conv_runs(y, to_image):
             return _OPS.norm_image_conv(*operands, to_image.weight, to_image.bias)
         y = _OPS.norm_activation(*operands)
         return y if to_image is None else to_image(y)
@@ -75,7 +99,11 @@ def conv_pool(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
     x is [N, in_channels, H, W]; the result [N, out_channels, (H - 4) // 2, (W - 4) // 2].
     """
-    if operators_run(x):
+    if operators_run(x) or (
+        _kernels_run(x)
+        and max(conv.weight.shape[:2]) <= _POOL_CHANNELS
+        and max(x.shape[2:]) <= _POOL_SIDE
+    ):
         return _OPS.conv_pool(as_autocast(x), conv.weight, conv.bias)[0]
     # ReLU after pooling gives the same values as before it, with a quarter of the work.
     return F.relu(F.max_pool2d(conv(x), 2))
@@ -84,6 +112,15 @@ def conv_pool(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def whole_image_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """`conv` with a kernel as large as the image, computed as a linear layer: [N, out_channels]."""
     return F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)
+
+
+def with_channel_last(x: Tensor) -> Tensor:
+    """x [N, 1, H, W], contiguous, with the strides of channels_last, which are as true of it.
+
+    Torch chooses its kernels by the strides. On a GPU, BatchNorm of one channel by those for
+    contiguous tensors takes twenty times as long, since a block of threads adds up the whole batch.
+    """
+    return x.squeeze(1).unsqueeze(3).permute(0, 3, 1, 2)
 
 
 def with_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +143,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if operators_run(x):
+        if _moments_run(x):
             mean, variance = _OPS.moments(x)
         else:  # the variance is the biased one
             mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
@@ -123,15 +160,37 @@ class _Moments(torch.autograd.Function):
         shift = grad_mean / count - scale * mean
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
         # scale * x + shift, as BatchNorm without statistics of its own.
-        if operators_run(x):
+        if _moments_run(x):
             return grad + _OPS.norm_activation(x, zero, one, scale, shift, 0.0, 1.0)
         return grad + F.batch_norm(x, zero, one, scale, shift, eps=0.0)
+
+
+def _moments_run(x: Tensor) -> bool:
+    return operators_run(x) or (x.dim() == 4 and _norm_runs(x))
 
 
 def operators_run(x: Tensor) -> bool:
     """Whether our operators are used for x: on a CPU, but not during an export, because an exported
     program should run without dafl_fast."""
     return x.device.type == "cpu" and not _exporting()
+
+
+def _kernels_run(x: Tensor) -> bool:
+    """Whether x is on a GPU for which this build has kernels, outside an export."""
+    return x.is_cuda and BUILT_FOR_GPU and not _exporting()
+
+
+def _norm_runs(x: Tensor) -> bool:
+    """Whether the norm's operators are used for x on a GPU."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return _kernels_run(x) and last and x.dtype != torch.float64
+
+
+def _image_conv_runs(y: Tensor, to_image: nn.Conv2d) -> bool:
+    """Whether one operator computes the norm of y, the activation and `to_image`."""
+    channels, width = y.shape[1], y.shape[3]
+    small = channels <= _GPU_CHANNELS and width <= _GPU_ROW and to_image.out_channels == 1
+    return to_image.out_channels <= _IMAGE_CHANNELS if operators_run(y) else small
 
 
 def _exporting() -> bool:
@@ -141,22 +200,32 @@ def _exporting() -> bool:
 def _upsample_by_transposed_conv(x: Tensor, weight: Tensor) -> Tensor:
     # Along one axis: kernel4[j] = w[2 - j] + w[3 - j], where w is zero outside 0..2. Sums of 2x2
     # neighbours are what pooling computes, by one kernel, and exactly (a matrix product may round
-    # the weights to TF32).
-    sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)
-    kernel = sums.flip(2, 3).transpose(0, 1).contiguous()
+    # the weights to TF32). Contiguous, because for channels_last torch's CUDA kernel (2.11) forgets
+    # the padding in the gradient.
+    sums = F.avg_pool2d(weight.contiguous(), 2, stride=1, padding=1, divisor_override=1)
+    kernel = sums.flip(2, 3).transpose(0, 1)
+    if x.is_cuda:  # autocast and cuDNN would need two copies
+        kernel = kernel.to(_autocast_dtype(kernel), memory_format=torch.channels_last)
+    else:
+        kernel = kernel.contiguous()
     return F.conv_transpose2d(x, kernel, None, stride=2, padding=1)
 
 
 def _takes_batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     """Whether the operators compute what `norm` would. A subclass may use other statistics, such as
-    those of several processes; torch raises an error for a batch with one value per channel."""
+    those of several processes."""
+    return type(norm) is nn.BatchNorm2d and norm_runs(norm, x)
+
+
+def norm_runs(norm: nn.BatchNorm2d, x: Tensor) -> bool:
+    """Whether the operators compute nn.BatchNorm2d with the settings of `norm` for x [N, C, H, W].
+    torch raises an error for a batch with one value per channel."""
     return (
-        type(norm) is nn.BatchNorm2d
-        and norm.training
+        norm.training
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and operators_run(x)
+        and (operators_run(x) or _norm_runs(x))
         and x.numel() > x.shape[1]
     )
 
@@ -172,13 +241,19 @@ def _update_running(
     if bias is not None:
         mean = mean + bias
     count = x.numel() // x.shape[1]
-    running_mean.lerp_(mean.to(running_mean.dtype), norm.momentum)
-    running_var.lerp_(variance.to(running_var.dtype) * (count / (count - 1)), norm.momentum)
+    variance = variance * (count / (count - 1))
+    moments = [mean.to(running_mean.dtype), variance.to(running_var.dtype)]
+    torch._foreach_lerp_([running_mean, running_var], moments, norm.momentum)
     norm.num_batches_tracked.add_(1)
 
 
 def as_autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype, to which torch's own convolutions would cast it."""
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype("cpu"))
-    return x
+    return x.to(_autocast_dtype(x))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ImageSize, sides
-from .functional import batch_norm, upsample_stage
+from .functional import batch_norm, linear_image, upsample_stage, with_channel_last
 
 # The released code writes `BatchNorm2d(128, 0.8)`, whose second argument is eps, not momentum.
 # That was probably a mistake, but the published results were obtained with it, so we keep it.
@@ -92,21 +92,24 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         start, *sizes, size = self._sizes
-        x = self.l1(z).view(-1, self._width, *start)
         # A type checker knows Sequential's elements only as modules.
         first: list[list[Any]] = [list(block) for block in (*self.more_blocks, self.conv_blocks1)]
-        (norm0,), (conv2, norm2, act2, to_image, *last) = (
+        (norm0,), (conv2, norm2, act2, to_image, tanh, norm3) = (
             list[Any](block) for block in (self.conv_blocks0, self.conv_blocks2)
         )
-        if conv2.weight.is_contiguous(memory_format=torch.channels_last):
-            x = x.contiguous(memory_format=torch.channels_last)
+        channels_last = conv2.weight.is_contiguous(memory_format=torch.channels_last)
+        if channels_last and z.is_cuda and len(z) > 2 * self.latent_dim:
+            x = linear_image(z, self.l1[0], (self._width, *start))  # type: ignore[arg-type]
+        else:
+            x = self.l1(z).view(-1, self._width, *start)
+            if channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
         x = batch_norm(x, norm0)
         for (conv, norm, activation), doubled in zip(first, sizes, strict=True):
             x = _cropped(upsample_stage(x, conv, norm, activation.negative_slope), doubled)
         x = _cropped(upsample_stage(x, conv2, norm2, act2.negative_slope, to_image), size)
-        for layer in last:
-            x = layer(x)
-        return x
+        x = tanh(x)
+        return norm3(with_channel_last(x) if x.is_cuda and x.shape[1] == 1 else x)
 
     @torch.no_grad()
     def reset(self) -> None:
