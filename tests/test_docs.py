@@ -364,7 +364,7 @@ def known_flags() -> set[str]:
     for path in (ROOT / "dafl_fast").glob("*.py"):
         if "def main(" in path.read_text():
             flags |= flags_of_command(path.stem)
-    for path in (ROOT / "bench").glob("*.py"):
+    for path in [*(ROOT / "bench").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
         flags |= set(re.findall(r'"(--[a-z][\w-]*)"', path.read_text()))
     return flags
 
