@@ -40,15 +40,15 @@ CAP_avx512 := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENAB
 ISA ?= avx2
 CAPPED = DAFL_FAST_ISA=$(ISA) $(CAP_$(ISA)) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-$(ISA)
 # Tests whose results are no matter of the CPU's instructions, or that start other commands.
-ANY_ISA := architecture bench config containers cuda cuda_emulated data distributed docs export \
-    faults files gpu_check hostile info kill_check live make networks notices onnx packaging \
-    progress report reproduce schedule threads train_teacher
+ANY_ISA := architecture bench config containers cuda cuda_emulated cuda_model data distributed \
+    docs emulation export faults files gpu_check hostile info kill_check live make mutants networks \
+    notices onnx packaging progress report reproduce schedule threads train_teacher
 
 SECONDS ?= 60
 KILLS ?= 100
 
 .PHONY: help demo test test-isa bench lint format build cuda-check cuda-build-check gpu-check \
-    sanitize sanitize-cpu hostile fuzz kill-check arm-check arm-wheel dist dist-check clean
+    sanitize sanitize-cpu hostile fuzz kill-check mutants arm-check arm-wheel dist dist-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -87,8 +87,8 @@ format: $(STAMPS)/lint ## rewrite the sources in the project's style
 build: $(STAMPS)/build ## compile the extension and say how it was built
 	@$(PY) -c 'import dafl_fast; print(dafl_fast.build_info())'
 
-cuda-check: ## compile every CUDA kernel with warnings as errors and list registers and spills
-	@echo '== Compiling the kernels for three architectures, no GPU needed (about 1 minute)'
+cuda-check: ## compile every CUDA kernel, count its instructions and check them against budgets
+	@echo '== Compiling the kernels for three architectures, no GPU needed (about 2 minutes)'
 	@$(PY_AS_IS) tools/cuda_check.py $(ARGS)
 
 gpu-check: ## build, test and measure on the visible GPU (8 minutes at most); without one a dry run
@@ -109,6 +109,9 @@ fuzz: $(STAMPS)/test ## change good files at random for SECONDS=60, and read the
 
 kill-check: $(STAMPS)/test ## kill runs at KILLS=100 random moments, and compare how they end
 	$(PY) tools/kill_check.py --kills $(KILLS) $(ARGS)
+
+mutants: $(STAMPS)/test ## change the CUDA kernels in one place after the other: which test finds it?
+	$(PY) tools/mutants.py $(ARGS)
 
 cuda-build-check: $(STAMPS)/torch ## compile with CUDA in a throw-away folder, warnings are errors
 	@echo '== Compiling with CUDA, warnings are errors (1 to 3 minutes)'
