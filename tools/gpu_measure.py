@@ -316,6 +316,23 @@ def exercise() -> None:
             fused.distill_loss(s, t.detach(), temperature=2.0).total.backward()
             if dtype != torch.float64:
                 fused.dafl_losses(t, f, s)
+    # The layers' kernels, with no layer of torch's between, whose own kernels would be looked at.
+    ops = torch.ops.dafl_fast
+    for dtype in (torch.float32, torch.bfloat16):
+        for N, C, side in ((10, 3, 13), (3, 64, 8)):
+            x = torch.randn(N, C, side, side, device=DEVICE).to(dtype)
+            x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+            weight, bias, offset = (torch.randn(C, device=DEVICE, requires_grad=True)
+                                    for _ in range(3))  # fmt: skip
+            kernel = torch.randn(1, C, 3, 3, device=DEVICE, requires_grad=True)
+            mean, variance = ops.moments(x.detach())
+            norm = (x, mean, variance, weight, bias, 1e-5, 0.2)
+            ops.norm_activation(*norm).float().sum().backward()
+            ops.norm_image_conv(*norm, kernel, offset[:1]).float().sum().backward()
+        x = torch.randn(9, 3, 17, 14, device=DEVICE).to(dtype).requires_grad_()
+        weight, bias = (torch.randn(*size, device=DEVICE, requires_grad=True)
+                        for size in ((5, 3, 5, 5), (5,)))  # fmt: skip
+        ops.conv_pool(x, weight, bias)[0].float().sum().backward()
     if ON_GPU:
         torch.cuda.synchronize()
 
