@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dafl_fast import _C
-from tests import emulated
+from tests import emulated, exact
 from tests.emulated import LOSSES, Case, assert_close, randn
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++")
@@ -400,3 +400,23 @@ def test_minus_infinity_is_probability_zero(kernels, C, gpu):
         total, *_, stats, _, grad, _ = Case(kernels, logits, None, randn(9, C), gpu).generator()
         assert total.isnan() and grad[3].isnan().all()
         assert 0 <= stats[2, 3] < C, "an index that the backward pass can read at"
+
+
+@pytest.mark.parametrize("deviation", [0.1, 5.0, 60.0])
+def test_flat_and_saturated_logits_match_float64(kernels, deviation):
+    """As in test_losses.py, against formulas that keep their digits."""
+    shapes = [(3, 7, GPU), (49, 10, OLD_GPU), (21, 100, GPU), (9, 1000, GPU), (5, 3001, GPU),
+              (2, 20001, GPU), (2, 17000, OLD_GPU)]  # fmt: skip
+    for N, C, gpu in shapes:
+        logits, student = (randn(N, C, seed=seed) * (deviation / 3) for seed in (1, 2))
+        case = Case(kernels, logits, None, student, gpu, upstream=1.0)
+        total, one_hot, entropy, *_, grad, _ = case.generator()
+        weights = (emulated.WEIGHTS[name] for name in ("one_hot", "entropy", "log_base"))
+        ours = [total, one_hot, entropy, grad]
+        oracle = exact.generator_loss(logits, *weights)
+        total, kl, *_, grad = case.distill()
+        ours += [total, kl, grad]
+        oracle += exact.distill_loss(student, logits, emulated.TEMPERATURE)
+        for a, b in zip(ours, oracle, strict=True):
+            error = (a.double() - b.reshape(a.shape)).abs().max()
+            assert error <= 1e-5 * b.abs().max(), (N, C, a.shape)
