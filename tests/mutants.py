@@ -699,8 +699,8 @@ TILE_LOSSES = of(
         "joint",
     ),
     (
-        "slope[k] = lane_slope(k < C ? mean[k] : 0.0f,",
-        "const float any = mean[k];\n    shared.slope[k] = lane_slope(k < C ? any : 0.0f,",
+        "    shared.slope[k] = lane_slope(k < C ? mean[k] : 0.0f,",
+        "    const float any = mean[k];\n    shared.slope[k] = lane_slope(k < C ? any : 0.0f,",
         "reads means behind the end, and throws away what it read",
         "regimes",
     ),
@@ -736,6 +736,7 @@ TILE_LOSSES = of(
         "const bool has_row = row < end;",
         "gradients by threads without rows",
         "joint",
+        "a part has at most kTileRows rows, so those of the other threads lie behind its end",
     ),
     (
         "if (kLater && has_row) write_student",
