@@ -4,10 +4,13 @@ import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
-from bench import compare, measure, report
+from bench import compare, compare_methods, measure, report
+from dafl_fast.errors import UserError
 
 
 def row(name, params=None, **facts):
@@ -241,3 +244,48 @@ def test_bad_files_get_one_sentence(call, file, tmp_path, capsys):
     assert "--threshold must be 0 or more" in capsys.readouterr().err
     assert call(report) == 2
     assert "name the results file" in capsys.readouterr().err
+
+
+# -- the losses of published methods ---------------------------------------------------------------
+
+
+def small_command(folder, *more):
+    images = torch.randint(256, (20, 32, 32), dtype=torch.uint8).numpy()
+    np.savez(folder / "digits.npz", images=images, labels=torch.arange(20).numpy() % 10)
+    return [
+        "mnist", "--steps", "2", "--batch-size", "8", "--student-batch-size", "8",
+        "--student-updates", "1", "--bank-images", "32", "--generator-width", "4", "--eval-every",
+        "0", "--device", "cpu", "--precision", "fp32", "--eval", str(folder / "digits.npz"), *more,
+    ]  # fmt: skip
+
+
+def test_methods_differ_in_their_losses_alone(tmp_path):
+    methods, out = ["recipe", "fastdfkd", "none"], tmp_path / "out"
+    rows = compare_methods.compare(small_command(tmp_path), methods, [0, 1], out)
+    assert [one["method"] for one in rows] == methods
+    configs = [yaml.safe_load((out / f"{name}-0" / "config.yaml").read_text()) for name in methods]
+    differing = {key for key in configs[0] if len({str(one[key]) for one in configs}) > 1}
+    assert differing == {"one_hot", "entropy", "activation", "bn_statistics", "adversarial"}
+    assert configs[1]["adversarial"] == 1.1 and configs[2]["one_hot"] == 0.0
+    for one, name in zip(rows, methods, strict=True):
+        runs = [
+            json.loads((out / f"{name}-{seed}" / "summary.json").read_text()) for seed in (0, 1)
+        ]
+        assert one["accuracies"] == [summary["student_accuracy"] for summary in runs]
+        assert one["mean"] == sum(one["accuracies"]) / 2 and one["steps"] == 2
+    table = compare_methods.markdown(rows, [0, 1])
+    assert f"| {100 * rows[0]['mean']:.2f} ± {100 * rows[0]['sd']:.2f} | 2 |" in table
+
+
+def test_methods_that_are_done_are_not_run_again(tmp_path, monkeypatch):
+    command, out = small_command(tmp_path), tmp_path / "out"
+    first = compare_methods.compare(command, ["none"], [0], out)
+    monkeypatch.setattr(compare_methods, "train", lambda *_, **__: pytest.fail("ran again"))
+    assert compare_methods.compare(command, ["none"], [0], out) == first
+    with pytest.raises(UserError, match="runs of another command; choose another folder"):
+        compare_methods.compare([*command, "--seed", "1"], ["none"], [0], out)
+
+
+def test_methods_need_images_to_be_compared_on(tmp_path):
+    with pytest.raises(UserError, match="--eval none leaves nothing to compare"):
+        compare_methods.compare(["mnist", "--eval", "none"], ["none"], [0], tmp_path)
