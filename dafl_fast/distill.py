@@ -27,12 +27,13 @@ from .engine.folder import RunFolder, check_resumed, read_config
 from .engine.graph import reason_not_captured
 from .engine.layout import layout_kept
 from .engine.lock import locked
-from .engine.loop import Loop
+from .engine.loop import Loop, parameters_of
 from .engine.precision import computed_in
 from .engine.prepare import prepare
 from .engine.tensorboard import TensorBoard
 from .engine.threads import threads_of_run
 from .errors import UserError, require
+from .models.inherit import inherit
 from .models.twin import answers_alike, duplicate, give_back
 from .networks import load_networks, outputs_of
 from .notices import give_notice
@@ -168,9 +169,9 @@ def distill(
             )
     config = make_config(preset, recipe, **(given | settings))
     if config.resume is not None:
-        # What was chosen for the teacher, or for the memory, when the run began, and its images.
+        # What was chosen for the networks, or for the memory, when the run began, and its images.
         before = Config(**read_config(config.resume))
-        own = {*ADAPTED, "images"} - settings.keys()
+        own = {*ADAPTED, "images", "student_start"} - settings.keys()
         config = dataclasses.replace(config, **{name: getattr(before, name) for name in own})
         check_resumed(config)
     return _run(
@@ -239,6 +240,8 @@ def _run(
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     config = adapted(config, teacher, device, world, chosen)
     config = _with_bank_that_fits(config, device, world, given)
+    if config.student_start == "teacher" and config.resume is None:
+        _begin_as_teacher(student, teacher, "student_start" in chosen, world)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
     board = step = None
@@ -286,6 +289,23 @@ def _run(
         torch.randn(count, *config.shape, device=device, dtype=step.dtype) for count in (2, 3)
     ]
     return Result(_in_evaluation_mode(student, examples), loop.history, summary, folder.path)
+
+
+def _begin_as_teacher(student: nn.Module, teacher: nn.Module, asked: bool, world: World) -> None:
+    """Gives the student what it can have of the teacher's weights, and says how much that is. If it
+    is nothing, only a user who `asked` for it is told."""
+    count = inherit(student, teacher)
+    if count and world.first:
+        log.warning(
+            "the student begins with the teacher's weights in %s of its %s parameters; "
+            "--student-start own lets it begin without them",
+            f"{count:,}", f"{parameters_of(student):,}",
+        )  # fmt: skip
+    elif asked and world.first:
+        log.warning(
+            "--student-start teacher gives the student nothing: none of its layers has the name "
+            "and shape of one of the teacher's"
+        )
 
 
 def _unusual(config: Config) -> set[str]:

@@ -43,7 +43,9 @@ WITHOUT_BATCH_NORM: Values = {
 }  # fmt: skip
 
 # Ten classes and a teacher trained with noise need no help.
-_FAST_MNIST = {"max_seconds": 120.0, **WITHOUT_BATCH_NORM, "diversity": 0.0}
+_FAST_MNIST = {
+    "max_seconds": 120.0, **WITHOUT_BATCH_NORM, "diversity": 0.0, "student_start": "auto",
+}  # fmt: skip
 
 # 2000 epochs of 120 steps (DAFL-train.py and its README); CIFAR-100 has other loss weights.
 _PUBLISHED_CIFAR10: Values = {
@@ -62,7 +64,7 @@ _FAST_CIFAR: Values = {
     "generator_width": 64, "batch_size": 128, "generator_lr": 2e-3, "generator_beta1": 0.5,
     "generator_restart_every": 100,
     "one_hot": 0.5, "entropy": 5.0, "activation": 0.01, "log_base": math.e, "bn_statistics": 1.0,
-    "student_source": "bank", "student_after": 5_000,
+    "student_start": "auto", "student_source": "bank", "student_after": 5_000,
     "student_updates": 12, "student_batch_size": 128,
     "student_lr": 3e-3, "student_schedule": "cosine", "temperature": 8.0, "ema_decay": 0.998,
     "bank_images": 60_000, "bank_dtype": "uint8", "bank_crop": 4, "bank_flip": True,

@@ -327,6 +327,9 @@ def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
     torch.manual_seed(config.seed)
     opened = open_network(student_name, config.student_weights, "student")
     student = opened.built(classes, channels, size)
+    if config.student_start == "auto":
+        unlearned = config.student_weights is None and knows_nothing(student_name)
+        config = replace(config, student_start="teacher" if unlearned else "own")
     return config, teacher, _student_for_pixels(config, student)
 
 
