@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dafl_fast import FrozenTeacher, distill
-from dafl_fast.adapt import ADAPTED, adapted
+from dafl_fast.adapt import ADAPTED, _seconds_of_one, adapted
 from dafl_fast.engine.distributed import World
 from dafl_fast.engine.folder import read_config
 from dafl_fast.engine.prepare import random_images
@@ -149,6 +149,30 @@ def test_a_slow_teacher_gets_smaller_batches(monkeypatch, caplog):
     ]
     assert changed(config(steps=10), normed()) == {}  # the same on any machine
     assert changed(config(steps=10, max_seconds=1.0), normed()) == {}
+
+
+class Waiting(nn.Module):
+    """Takes `waits` seconds without the processor, as beside other programs, `works` with it."""
+
+    def __init__(self, waits=0.0, works=0.0):
+        super().__init__()
+        self.waits, self.works = waits, works
+
+    def forward(self, x):
+        time.sleep(self.waits)
+        end = time.thread_time() + self.works
+        while time.thread_time() < end:
+            pass
+        return x.mean((2, 3))
+
+
+def test_a_teacher_is_not_slow_because_of_other_programs():
+    images = torch.zeros(4, 3, 8, 8)
+    assert _seconds_of_one(Waiting(waits=0.1), images) < 0.005
+    threads = torch.get_num_threads()
+    slow = _seconds_of_one(Waiting(works=0.08), images)
+    assert slow * threads == pytest.approx(0.02, rel=0.3)
+    assert torch.get_num_threads() == threads
 
 
 def test_looking_at_the_teacher_counts_as_time_of_the_run(monkeypatch, tmp_path):
