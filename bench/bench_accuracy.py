@@ -5,9 +5,9 @@ saving are not counted. The run ends when it reaches 98 %, or after 90 seconds o
 which its learning rates are laid out.
 
 The others are those of bench_step.py: the published algorithm with the same teacher, as it is,
-tuned, and compiled. All students begin with random weights. What counts is how far their students are after as many seconds as ours took,
-for 98 % is far off for them where a step takes seconds. Two steps before that, in which they
-compile, are not counted.
+tuned, and compiled. All students begin with random weights. What counts is how far their students
+are after as many seconds as ours took, for 98 % is far off for them where a step takes seconds. Two
+steps before that, in which they compile, are not counted.
 """
 
 from __future__ import annotations

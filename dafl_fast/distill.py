@@ -117,7 +117,8 @@ def distill(
             are, if the teacher takes those, and should divide them itself. Its weights are trained
             in place; its layers keep their classes, hooks and modes. If it is in training mode, its
             layers in evaluation mode (frozen BatchNorm) stay in that mode. If it is in evaluation
-            mode, all its layers are trained.
+            mode, all its layers are trained. With `student_start="teacher"` it begins with the
+            teacher's weights in the layers that both have; else with its own.
         image_shape: C, H and W; 1 to 64 channels, height and width of at least 4.
         num_classes: if given, it must be the number of the teacher's logits.
         generator: from noise [N, latent_dim] to images of mean 0 and variance 1 per channel, which
