@@ -42,6 +42,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor | None]] = {
     "one more": lambda t: torch.zeros([n + 1 for n in t.shape] or [2], dtype=t.dtype),
     "empty": lambda t: torch.empty([0] * max(t.dim(), 1), dtype=t.dtype),
     "rank": lambda t: t.unsqueeze(0).unsqueeze(0),
+    "one number": lambda t: torch.zeros((), dtype=t.dtype),
     "bool": lambda t: t.bool(),
     "int64": lambda t: t.long(),
     "complex": lambda t: t.to(torch.complex64),
@@ -68,6 +69,8 @@ EXACT = {
 FITS = {
     ("generator_loss_backward", "grad_total", "rank"),  # one number in any shape
     ("distill_loss_backward", "grad_total", "rank"),
+    ("generator_loss_backward", "grad_total", "one number"),
+    ("distill_loss_backward", "grad_total", "one number"),
     # Without another tensor there is none to differ from.
     ("moments", "x", "meta"),
     ("moments", "x", "one more"),
