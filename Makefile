@@ -98,9 +98,11 @@ gpu-check: ## build, test and measure on the visible GPU (8 minutes at most); wi
 sanitize: ## compute-sanitizer (memory, races, barriers) over every kernel, on the visible GPU
 	$(PY_AS_IS) tools/gpu_check.py --only build,sanitizer $(ARGS)
 
-sanitize-cpu: ## AddressSanitizer and UndefinedBehaviorSanitizer over every CPU kernel, no PyTorch
+sanitize-cpu: $(STAMPS)/test ## AddressSanitizer, UndefinedBehaviorSanitizer over kernels and operators
 	@echo '== Compiling the CPU kernels with sanitizers, and running them (1 to 2 minutes)'
 	@$(MAKE) --no-print-directory -C tests/aarch64 sanitize
+	@echo '== Compiling the extension with sanitizers, and testing its operators (about 10 minutes)'
+	$(PY) tools/sanitize_cpu.py $(ARGS)
 
 hostile: $(STAMPS)/test ## give all hostile files to all readers (some minutes)
 	$(PY) -m tests.hostile $(ARGS)

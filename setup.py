@@ -5,6 +5,8 @@ found, whether or not a GPU is visible.
 
     DAFL_FAST_CUDA=0 | 1             never | always: 1 without a usable toolkit is an error
     DAFL_FAST_WERROR=1               warnings are errors
+    DAFL_FAST_SANITIZE=1             with AddressSanitizer and UndefinedBehaviorSanitizer, which
+                                     must be loaded first: see tools/sanitize_cpu.py
     TORCH_CUDA_ARCH_LIST="8.0;9.0"   the architectures to compile for
     CUDA_HOME=DIR                    the toolkit to try first
 """
@@ -189,6 +191,12 @@ def torch_build() -> tuple[Extension, type[build_ext]]:
     cxx = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
     cxx += ["-Wall", "-Wextra", *(["-Werror"] if werror else [])]
     link = ["-Wl,--strip-all"] if sys.platform == "linux" else []
+    if os.environ.get("DAFL_FAST_SANITIZE") == "1":
+        # Python's own flags would let integers overflow. Torch hides the types that vptr compares.
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv"]
+        cxx += ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]
+        cxx += ["-fno-sanitize-recover=undefined"]
+        link = ["-fsanitize=address,undefined"]
     threads = openmp(sys.platform, cpp_extension.include_paths())
     cxx += threads
     if not threads:

@@ -2,6 +2,7 @@
 // see them.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -15,7 +16,25 @@ using at::ScalarType;
 using at::Tensor;
 
 inline std::string got(const Tensor& tensor) {
+  if (!tensor.defined()) return ", got none";
   return c10::str(", got ", tensor.sym_sizes(), " on ", tensor.device());
+}
+
+// A tensor keeps its shape when its storage is freed or cut, as FSDP does with those it does not
+// need for now.
+inline void check_memory(const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name,
+                   " must be a dense tensor, got one that is ", tensor.layout());
+  const at::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  const c10::Storage& storage = impl->unsafe_storage();
+  if (!storage || tensor.is_meta() || impl->is_python_dispatch() ||
+      impl->has_symbolic_sizes_strides() || impl->numel() == 0) {
+    return;
+  }
+  const size_t needed = at::detail::computeStorageNbytes(
+      impl->sizes(), impl->strides(), tensor.element_size(), impl->storage_offset());
+  TORCH_CHECK_VALUE(storage.nbytes() >= needed, name, " must have all its memory, ", needed,
+                    " bytes, but its storage has ", storage.nbytes());
 }
 
 inline void check_dtype(const char* name, ScalarType type) {
@@ -26,6 +45,7 @@ inline void check_dtype(const char* name, ScalarType type) {
 
 inline void check_dtype(const char* name, const Tensor& tensor) {
   check_dtype(name, tensor.scalar_type());
+  check_memory(name, tensor);
 }
 
 // An argument that is made from others, such as statistics or a gradient, is read with sizes and
@@ -42,6 +62,7 @@ inline void check_argument(const char* name, const Tensor& tensor, c10::SymIntAr
   check_shape(name, tensor, size, like);
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ",
                    tensor.scalar_type());
+  check_memory(name, tensor);
 }
 
 // A gradient may have any dtype that operators take: they convert it.

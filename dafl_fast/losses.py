@@ -95,7 +95,12 @@ def generator_loss(
             *_SharedGeneratorLoss.apply(teacher_logits, features, weights, group)  # type: ignore
         )
     operator = _operators().generator_loss
-    return GeneratorLoss(*operator(teacher_logits, features, *weights)[:4])
+    try:
+        return GeneratorLoss(*operator(teacher_logits, features, *weights)[:4])
+    except TypeError:
+        tensors = {"teacher_logits": teacher_logits, "features": features}
+        _check_types(tensors, dict(zip(_WEIGHTS, weights)))
+        raise
 
 
 def adversarial_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -268,7 +273,12 @@ def distill_loss(
         TypeError: a dtype that is not floating point, or a floating point type not named above.
     """
     operator = _operators().distill_loss
-    return DistillLoss(*operator(student_logits, teacher_logits, temperature, scale_by_t2)[:3])
+    try:
+        return DistillLoss(*operator(student_logits, teacher_logits, temperature, scale_by_t2)[:3])
+    except TypeError:
+        tensors = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+        _check_types(tensors, {"temperature": temperature, "scale_by_t2": scale_by_t2})
+        raise
 
 
 def dafl_losses(
@@ -311,12 +321,36 @@ def dafl_losses(
         ValueError, TypeError: as the separate losses.
     """
     settings = (one_hot, entropy, activation, log_base, temperature, scale_by_t2)
-    t, s = teacher_logits.detach(), student_logits.detach()
-    f = None if features is None else features.detach()
-    results = _operators().dafl_losses(t, f, s, *settings)
+    try:
+        t, s = teacher_logits.detach(), student_logits.detach()
+        f = None if features is None else features.detach()
+        results = _operators().dafl_losses(t, f, s, *settings)
+    except (AttributeError, TypeError):
+        tensors = {
+            "teacher_logits": teacher_logits, "features": features,
+            "student_logits": student_logits,
+        }  # fmt: skip
+        _check_types(tensors, dict(zip((*_WEIGHTS, "temperature", "scale_by_t2"), settings)))
+        raise
     grad_t, grad_f, grad_s = results[7:]
     generator, distill = GeneratorLoss(*results[:4]), DistillLoss(*results[4:7])
     return DaflLosses(generator, distill, grad_t, None if f is None else grad_f, grad_s)
+
+
+_WEIGHTS = ("one_hot", "entropy", "activation", "log_base")
+
+
+def _check_types(tensors: dict[str, Any], numbers: dict[str, Any]) -> None:
+    """Says in one sentence what the extension would say in a page, after it has refused a call."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) and not (name == "features" and value is None):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}") from None
+    for name, value in numbers.items():
+        try:
+            float(value + 0)  # text that is a number is none
+        except (TypeError, ValueError, OverflowError):
+            kind = type(value).__name__
+            raise TypeError(f"{name} must be a number that fits a float, got {kind}") from None
 
 
 def _operators() -> Any:

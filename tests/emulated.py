@@ -195,6 +195,7 @@ class Case:
         self.N, self.C = logits.shape
         self.F = features.shape[1] if features is not None else 0
         self.weights = (ctypes.c_double * len(WEIGHTS))(*WEIGHTS.values())
+        self.argmax = None  # what the backward pass is told, of all rows
 
     def stats_dtype(self, *inputs):
         return torch.float64 if torch.float64 in [x.dtype for x in inputs] else torch.float32
@@ -230,6 +231,8 @@ class Case:
             *inputs, f64, *self.gpu, pointers(losses), address(stats), address(mean),
             self.scratch(arena, f64),
         )  # fmt: skip
+        if self.argmax is not None:
+            stats[2] = self.argmax
         self.kernels.generator_backward(
             *inputs, address(upstream), DTYPES[upstream.dtype], f64, *self.gpu, address(stats),
             address(mean), address(grad), address(grad_features),

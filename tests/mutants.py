@@ -27,6 +27,18 @@ def of(file: str, *changes: tuple[str, ...]) -> list[Mutant]:
 MEMORY = of(
     "memory.cuh",
     (
+        "return static_cast<unsigned>(k) < static_cast<unsigned>(C) ? k : 0;",
+        "return k;",
+        "an argmax that is no class is followed",
+        "argmax_that",
+    ),
+    (
+        "static_cast<unsigned>(k) < static_cast<unsigned>(C) ? k : 0",
+        "k < C ? k : 0",
+        "a negative argmax is followed",
+        "argmax_that",
+    ),
+    (
         "m.dtype, row * m.row_stride + column * m.col_stride)",
         "m.dtype, static_cast<int>(row * m.row_stride + column * m.col_stride))",
         "32 bits for the offset of an element",
@@ -390,8 +402,8 @@ GENERATOR = of(
         "16385",
     ),
     (
-        "    if (more) ahead = RowStats(stats, a.N, next);",
-        "    ahead = RowStats(stats, a.N, next);",
+        "    if (more) ahead = RowStats(stats, a.N, next, C);",
+        "    ahead = RowStats(stats, a.N, next, C);",
         "reads statistics of a row before the first",
         "-33- or 1500",
     ),

@@ -420,3 +420,17 @@ def test_flat_and_saturated_logits_match_float64(kernels, deviation):
         for a, b in zip(ours, oracle, strict=True):
             error = (a.double() - b.reshape(a.shape)).abs().max()
             assert error <= 1e-5 * b.abs().max(), (N, C, a.shape)
+
+
+@pytest.mark.parametrize(
+    ("N", "C", "gpu"), [(70, 10, GPU), (9, 401, GPU), (3, 5000, GPU), (2, 131072, (4, 90))]
+)
+@pytest.mark.parametrize("argmax", [1e9, -1.0, -3e38, float("nan"), float("inf")])
+def test_an_argmax_that_is_no_class_reads_nothing_outside(kernels, N, C, gpu, argmax):
+    """It is taken for class 0: a GPU cannot refuse it without making the host wait."""
+    gradients = []
+    for told in (argmax, 0.0):
+        case = Case(kernels, randn(N, C), None, randn(N, C, seed=1), gpu)
+        case.argmax = told
+        gradients.append(case.generator()[LOSSES + 2])
+    assert torch.equal(*gradients)

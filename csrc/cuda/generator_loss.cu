@@ -186,8 +186,8 @@ struct RowStats {
   int argmax = 0;
 
   RowStats() = default;
-  __device__ RowStats(const float* stats, int64_t N, int64_t row)
-      : maximum(stats[row]), others(stats[N + row]), argmax(static_cast<int>(stats[2 * N + row])) {}
+  __device__ RowStats(const float* stats, int64_t N, int64_t row, int C)
+      : maximum(stats[row]), others(stats[N + row]), argmax(class_of(stats[2 * N + row], C)) {}
 };
 
 template <class R, class T>
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(R::kThreads, R::kBlocks)
   RowStats ahead;
   float mean_y = 0;
   if (own.any(first, a.N)) {
-    ahead = RowStats(stats, a.N, a.N - 1 - own.within(first, a.N));
+    ahead = RowStats(stats, a.N, a.N - 1 - own.within(first, a.N), C);
     mean_y = mean[ahead.argmax];
   }
   for (int64_t at = first; own.any(at, a.N); at += step) {
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(R::kThreads, R::kBlocks)
     own.unpack_all(bits, x);
     if (kLoadAhead && more) load(next);
     const RowStats now = ahead;
-    if (more) ahead = RowStats(stats, a.N, next);
+    if (more) ahead = RowStats(stats, a.N, next, C);
     const float slope_y = slope_of(mean_y, centre, factor);
     const float inverse = reciprocal(1.0f + now.others);
     float sums[4] = {};

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kStreamThreads)
 
   for (int64_t row = blockIdx.x; row < a.N; row += gridDim.x) {
     const S maximum = stats[row], others = stats[a.N + row];
-    const int64_t argmax = static_cast<int64_t>(stats[2 * a.N + row]);
+    const int argmax = class_of(stats[2 * a.N + row], static_cast<int>(a.C));
     const S inverse = S(1) / (S(1) + others);
     const S log_y = log_or_zero(mean[argmax]);
     S gap = 0;

@@ -32,6 +32,14 @@ __device__ S log_or_zero(S p) {
   return p == S(0) ? S(0) : log_of(p);
 }
 
+// A row's argmax as the statistics have it, from outside: always a class that there is. The CPU
+// refuses another, but the host does not wait to see what is on a GPU.
+template <class S>
+__device__ int class_of(S argmax, int C) {
+  const int k = static_cast<int>(argmax);
+  return static_cast<unsigned>(k) < static_cast<unsigned>(C) ? k : 0;
+}
+
 constexpr float kLog2E = 1.44269504f;
 
 // 2^x within 2 ulp, one instruction. What is below fp32's smallest normal number is 0.

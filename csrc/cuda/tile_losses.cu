@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kTileThreads)
     load_tile_row(a.logits, row, C, p);
     const float others = stats[a.N + row];
     const GeneratorRow one{stats[row], others, reciprocal(1.0f + others),
-                           static_cast<int>(stats[2 * a.N + row])};
+                           class_of(stats[2 * a.N + row], C)};
 #pragma unroll
     for (int k = 0; k < kC; ++k) p[k] = exp_below(p[k], one.maximum) * one.inverse;
     generator_row_gradient(p, one, shared.slope, one_hot);

@@ -12,7 +12,8 @@
 namespace dafl {
 namespace {
 
-constexpr int64_t kImages = 2 * cpu::kConvPoolImages;  // of a piece
+constexpr int64_t kGroup = cpu::kConvPoolImages;  // whose index lies together
+constexpr int64_t kImages = 2 * kGroup;           // of a piece
 
 void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   check_weight(x, weight, 5);
@@ -45,8 +46,8 @@ struct Sizes {
 
   std::array<c10::SymInt, 4> y() const { return {N, out, height, width}; }
   c10::SymInt index() const {
-    const c10::SymInt groups = (N + (cpu::kConvPoolImages - 1)) / cpu::kConvPoolImages;
-    return groups * cpu::kConvPoolImages * out * height * width;
+    const c10::SymInt groups = (N + (kGroup - 1)) / kGroup;
+    return groups * kGroup * out * height * width;
   }
 };
 
@@ -63,6 +64,12 @@ void check_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, c
   const Sizes sizes(x, weight);
   check_gradient("conv_pool_backward's grad", grad, sizes.y(), x);
   check_argument("conv_pool_backward's index", index, {sizes.index()}, at::kByte, x);
+}
+
+void check_index(const uint8_t* index, int64_t count) {
+  const uint8_t* end = index + count;
+  TORCH_CHECK_VALUE(std::all_of(index, end, [](uint8_t which) { return which <= 4; }),
+                    "conv_pool_backward's index must be of 0 to 4");
 }
 
 // Operands as the kernels read them; holds what `arguments` points to.
@@ -93,6 +100,7 @@ struct Operands {
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   check(x, weight, bias);
   auto [y, index] = allocate(x, weight);
+  if (y.numel() == 0) return {y, index};
   const Operands operands(x, weight, bias, index);
   const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
   void* to = y.data_ptr();
@@ -108,6 +116,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_, const Tenso
                                                 const Tensor& index_, bool want_input,
                                                 bool want_weight) {
   check_backward(grad_, x, weight, bias, index_);
+  if (grad_.numel() == 0) {
+    const auto zeros = [](const Tensor& like, bool wanted) {
+      return wanted ? at::zeros_like(like) : at::empty({0}, like.options());
+    };
+    return {zeros(x, want_input), zeros(weight, want_weight), zeros(bias, want_weight)};
+  }
   const Tensor index = index_.contiguous();
   const Operands operands(x, weight, bias, index);
   const Tensor grad = dense(grad_, x.scalar_type(), at::MemoryFormat::Contiguous);
@@ -116,7 +130,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_, const Tenso
   std::vector<double> sums(want_weight ? std::max<int64_t>((N + kImages - 1) / kImages, 1) * width
                                        : 0);
   const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
+  const int64_t per_group = index.numel() / ((N + kGroup - 1) / kGroup);
   for_pieces(N, kImages, [&](int64_t piece, int64_t begin, int64_t count) {
+    check_index(operands.arguments.index + begin / kGroup * per_group,
+                (count + kGroup - 1) / kGroup * per_group);
     Tensor scratch = operands.scratch(kernels);
     kernels.conv_pool_gradient(operands.arguments, begin, begin + count, grad.const_data_ptr(),
                                want_input ? grad_x.data_ptr() : nullptr,

@@ -34,6 +34,12 @@ inline void check_norm(const Tensor& x, const Tensor& mean, const Tensor& varian
   TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, "eps must be finite and >= 0, got ", eps);
 }
 
+// The gradient to x goes through the moments: they are taken to be its own, and constants here.
+inline void refuse_moments_gradient(const Tensor& mean, const Tensor& variance) {
+  refuse_gradient("mean", mean);
+  refuse_gradient("variance", variance);
+}
+
 // Mean and biased variance of [rows, C], of which `part` rows are given at a time.
 class Moments {
  public:

@@ -41,6 +41,7 @@ Tensor forward_meta(const Tensor& x, const Tensor& mean, const Tensor& variance,
 Tensor forward_cpu(const Tensor& x_, const Tensor& mean, const Tensor& variance,
                    const Tensor& weight, const Tensor& bias, double eps, double slope) {
   Tensor y = forward_meta(x_, mean, variance, weight, bias, eps, slope);
+  if (y.numel() == 0) return y;
   const Tensor x = x_.contiguous(kChannelsLast);
   const int64_t C = x.size(1);
   const Norm norm(mean, variance, weight, bias, eps, slope);
@@ -64,6 +65,7 @@ Gradients backward_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& mean
   const Tensor x = x_.contiguous(kChannelsLast);
   const Tensor grad = dense(grad_, x.scalar_type(), kChannelsLast);
   Tensor grad_x = at::empty_like(x, x.options(), kChannelsLast);
+  if (x.numel() == 0) return {grad_x, at::zeros_like(weight), at::zeros_like(bias)};
   const int64_t C = x.size(1), rows = rows_of(x), piece_rows = norm_rows(C);
   const Norm norm(mean, variance, weight, bias, eps, slope);
   const cpu::LayerKernels& kernels = cpu::layer_kernels(dtype_of(x));
@@ -175,6 +177,8 @@ struct Function : torch::autograd::Function<Function> {
 Tensor forward_autograd(const Tensor& x, const Tensor& mean, const Tensor& variance,
                         const Tensor& weight, const Tensor& bias, double eps, double slope) {
   refuse_tangents("norm_activation", x, mean, variance, weight, bias);
+  refuse_moments_gradient(mean, variance);
+  check_norm(x, mean, variance, weight, bias, eps, kParameters);
   return Function::apply(x, mean, variance, weight, bias, eps, slope);
 }
 

@@ -298,6 +298,8 @@ Tensor forward_autograd(const Tensor& x, const Tensor& mean, const Tensor& varia
                         const Tensor& norm_weight, const Tensor& norm_bias, double eps,
                         double slope, const Tensor& weight, const Tensor& bias) {
   refuse_tangents("norm_image_conv", x, mean, variance, norm_weight, norm_bias, weight, bias);
+  refuse_moments_gradient(mean, variance);
+  check(x, mean, variance, norm_weight, norm_bias, eps, weight, bias);
   return Function::apply(x, mean, variance, norm_weight, norm_bias, eps, slope, weight, bias);
 }
 

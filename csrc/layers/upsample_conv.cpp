@@ -272,6 +272,7 @@ struct Function : torch::autograd::Function<Function> {
 
 std::tuple<Tensor, Tensor, Tensor> forward_autograd(const Tensor& x, const Tensor& weight) {
   refuse_tangents("upsample_conv", x, weight);
+  check_weight(x, weight, 3);
   auto results = Function::apply(x, weight);
   return {results[0], results[1], results[2]};
 }

@@ -15,6 +15,8 @@
 // Work is cut by shape into pieces whose data and products stay in the caches.
 #include <ATen/ops/sum.h>
 
+#include <limits>
+
 #include "cpu/winograd.h"
 #include "shared.h"
 
@@ -42,8 +44,9 @@ void check_factors(const char* name, const Tensor& factors, const Tensor& x,
   TORCH_CHECK_VALUE(factors.dim() == 1 && factors.sym_size(0) == size &&
                         factors.scalar_type() == x.scalar_type() && factors.device() == x.device(),
                     name, " must be those of conv3x3_factors for ", x.scalar_type(), ", ",
-                    x.sym_size(1), " and ", channels, " channels, [", size, "], got ",
-                    factors.sym_sizes(), " of ", factors.scalar_type(), " on ", factors.device());
+                    x.sym_size(1), " and ", channels, " channels, [", size, "]", got(factors),
+                    " of ", factors.scalar_type());
+  check_memory(name, factors);
 }
 
 // Scratch of the kernels, whose vectors are aligned.
@@ -56,18 +59,20 @@ const void* data_or_null(const std::optional<Tensor>& tensor) {
 }
 
 std::tuple<Tensor, Tensor> factors_meta(const Tensor& weight, ScalarType dtype, bool backward) {
-  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.sym_size(2) == 3 && weight.sym_size(3) == 3,
                     "weight must be [Co, Ci, 3, 3]", got(weight));
   check_dtype("weight", weight);
   check_dtype("dtype", dtype);
   const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(dtype));
-  const int64_t size = 16 * padded(kernels, weight.size(0)) * padded(kernels, weight.size(1));
-  const auto options = weight.options().dtype(dtype);
-  return {at::empty({size}, options), at::empty({backward ? size : 0}, options)};
+  const c10::SymInt Co = weight.sym_size(0), Ci = weight.sym_size(1);
+  const c10::SymInt size =
+      weight.sym_numel() == 0 ? c10::SymInt(0) : padded(kernels, Co) * padded(kernels, Ci) * 16;
+  return {empty(weight, {size}, dtype), empty(weight, {backward ? size : c10::SymInt(0)}, dtype)};
 }
 
 std::tuple<Tensor, Tensor> factors_cpu(const Tensor& weight, ScalarType dtype, bool backward) {
   auto factors = factors_meta(weight, dtype, backward);
+  if (weight.numel() == 0) return factors;
   void* to_outputs = std::get<0>(factors).data_ptr();
   void* to_inputs = backward ? std::get<1>(factors).data_ptr() : nullptr;
   const Tensor w = weight.to(stats_dtype(dtype)).permute({0, 2, 3, 1}).contiguous();
@@ -83,7 +88,9 @@ std::tuple<Tensor, Tensor> factors_cpu(const Tensor& weight, ScalarType dtype, b
 Tensor outputs_meta(const Tensor& x, const Tensor& factors, const std::optional<Tensor>& bias,
                     c10::SymInt channels) {
   check_activations(x);
-  TORCH_CHECK_VALUE(channels >= 0, "channels must not be negative, got ", channels);
+  TORCH_CHECK_VALUE(channels >= 0 && channels <= std::numeric_limits<int32_t>::max(),
+                    "channels must be 0 to ", std::numeric_limits<int32_t>::max(), ", got ",
+                    channels);
   check_factors("factors", factors, x, channels);
   if (bias) check_channels("bias", x, *bias, channels);
   return empty_activations(x, {x.sym_size(0), channels, x.sym_size(2), x.sym_size(3)},
@@ -93,6 +100,7 @@ Tensor outputs_meta(const Tensor& x, const Tensor& factors, const std::optional<
 Tensor outputs_cpu(const Tensor& x_, const Tensor& factors_, const std::optional<Tensor>& bias_,
                    c10::SymInt channels) {
   Tensor y = outputs_meta(x_, factors_, bias_, channels);
+  if (y.numel() == 0) return y;
   const Tensor x = x_.contiguous(kChannelsLast), factors = factors_.contiguous();
   const ScalarType dtype = x.scalar_type(), compute = stats_dtype(dtype);
   const int64_t Ci = x.size(1), Co = y.size(1);
@@ -134,7 +142,7 @@ Tensor weight_grad_cpu(const Tensor& grad_, const Tensor& x_, const Tensor& weig
   const int64_t Ci = x.size(1), Co = grad.size(1);
   const cpu::Tiles tiles{x.size(0), x.size(2), x.size(3)};
   const int64_t count = tiles.count(), size = std::min(kTilesPerSum, count);
-  if (count == 0) return at::zeros_like(weight);
+  if (count == 0 || weight.numel() == 0) return at::zeros_like(weight);
   const cpu::WinogradKernels& kernels = cpu::winograd_kernels(dtype_of(dtype));
   const int64_t in = padded(kernels, Ci), out = padded(kernels, Co);
   const int64_t items = in / kernels.panel * ((Co + kernels.lanes - 1) / kernels.lanes);
@@ -213,7 +221,6 @@ struct Function : torch::autograd::Function<Function> {
                         const std::optional<Tensor>& forward_factors,
                         const std::optional<Tensor>& backward_factors) {
     at::AutoDispatchBelowADInplaceOrView below;
-    check(x, weight, bias, forward_factors, backward_factors, x.requires_grad());
     Tensor to_outputs, to_inputs;
     if (forward_factors && backward_factors) {
       to_outputs = *forward_factors;
@@ -233,8 +240,12 @@ struct Function : torch::autograd::Function<Function> {
     const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &to_inputs = saved[3];
     Tensor grad_x, grad_weight, grad_bias;
     if (context->needs_input_grad(0)) {
+      // In a graph of the backward pass the factors hang on the weight, and refuse to say how.
+      const bool graph = at::GradMode::is_enabled() && weight.requires_grad();
+      const Tensor factors =
+          graph ? std::get<1>(factors_of(weight, to_inputs.scalar_type(), true)) : to_inputs;
       grad_x =
-          outputs_of(grads[0], to_inputs, std::nullopt, context->saved_data["channels"].toSymInt());
+          outputs_of(grads[0], factors, std::nullopt, context->saved_data["channels"].toSymInt());
     }
     if (context->needs_input_grad(1)) {
       static const auto op = find_operator<decltype(weight_grad_cpu)>("conv3x3_weight_grad");
@@ -253,11 +264,14 @@ Tensor autograd(const Tensor& x, const Tensor& weight, const std::optional<Tenso
                 const std::optional<Tensor>& forward_factors,
                 const std::optional<Tensor>& backward_factors) {
   refuse_tangents("conv3x3", x, weight, bias, forward_factors, backward_factors);
+  if (forward_factors) refuse_gradient("forward_factors", *forward_factors);
+  if (backward_factors) refuse_gradient("backward_factors", *backward_factors);
   if (!at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = find_operator<decltype(compute)>("conv3x3");
     return op.call(x, weight, bias, forward_factors, backward_factors);
   }
+  check(x, weight, bias, forward_factors, backward_factors, x.requires_grad());
   return Function::apply(x, weight, bias, forward_factors, backward_factors);
 }
 

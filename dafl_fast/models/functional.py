@@ -159,8 +159,9 @@ class _Moments(torch.autograd.Function):
         scale = grad_variance * (2 / count)
         shift = grad_mean / count - scale * mean
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
-        # scale * x + shift, as BatchNorm without statistics of its own.
-        if _moments_run(x):
+        # scale * x + shift, as BatchNorm without statistics of its own. The operator takes them to
+        # be those of x when it is differentiated again.
+        if _moments_run(x) and not torch.is_grad_enabled():
             return grad + _OPS.norm_activation(x, zero, one, scale, shift, 0.0, 1.0)
         return grad + F.batch_norm(x, zero, one, scale, shift, eps=0.0)
 
