@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}")
+        fresh = path.with_name(f"{_begin(path)}{secrets.token_hex(4)}")
         os.close(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # less the umask
         temporary, mode = fresh, stat.S_IMODE(fresh.stat().st_mode)
         write(temporary)
@@ -52,6 +53,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _begin(path: Path) -> str:
+    """How the names of temporary files for `path` begin; 8 hexadecimal digits follow."""
+    return f".{path.name[:60]}."
+
+
+def remove_leftovers(*paths: Path) -> None:
+    """Removes what processes have left that were killed while they wrote one of these files. Nobody
+    else may be writing them."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # such as no folder yet
+            for name in os.listdir(path.parent):
+                begin = _begin(path)
+                if name.startswith(begin) and re.fullmatch(r"[0-9a-f]{8}", name[len(begin) :]):
+                    path.with_name(name).unlink()
 
 
 def _sync(path: Path, how: int) -> None:

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -104,6 +105,34 @@ def test_long_names_are_written(tmp_path):
     assert (tmp_path / ("x" * 250)).read_text() == "whole"
     with pytest.raises(UserError, match="File name too long"):
         files.write_text(tmp_path / ("x" * 256), "whole")
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path):
+    left = ".a.file.0123abcd"
+    kept = [
+        ".a.file.0123abc",
+        ".a.file.0123abcg",
+        ".a.file.0123abcd.e",
+        ".b.file.0123abcd",
+        "a.file",
+    ]
+    for name in (left, *kept):
+        (tmp_path / name).write_text("x")
+    files.remove_leftovers(tmp_path / "a.file", tmp_path / "none" / "a.file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_run_that_was_killed_at_its_very_start_is_begun_or_resumed(tmp_path):
+    """There is what it had begun to write, but no config.yaml, or that alone."""
+    (tmp_path / ".config.yaml.0123abcd").write_text("steps:")
+    summary = train(make_config("mnist", **TINY, out_dir=tmp_path), progress="off")
+    assert summary["steps"] == TINY["steps"]
+    assert not list(tmp_path.glob(".config*"))
+    for path in tmp_path.iterdir():
+        if path.name != "config.yaml":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train(train_command.parse(["--resume", str(tmp_path)]), progress="off")
+    assert (tmp_path / "environment.json").exists() and (tmp_path / "summary.json").exists()
 
 
 # -- reading ---------------------------------------------------------------------------------------

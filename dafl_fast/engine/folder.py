@@ -103,11 +103,9 @@ class RunFolder:
                 f"--out-dir {path} holds another run; choose another folder, or go on with that "
                 f"run: --resume {path}"
             )
-        if any(path.iterdir()):
+        if not all(_LEFTOVER.fullmatch(one.name) for one in path.iterdir()):
             raise UserError(f"--out-dir {path} is not empty; choose a new folder")
-        folder = cls(path)
-        folder.write_config(config)
-        folder.write_json("environment.json", environment())
+        cls(path).write_config(config)
         return path
 
     def samples(self, step: int) -> Path:
@@ -120,11 +118,14 @@ class RunFolder:
         return self.path / "samples" / "images.png"
 
     def write_config(self, config: Config) -> None:
-        """Writes config.yaml, from which a run can be resumed."""
+        """Writes config.yaml, from which a run can be resumed, and environment.json if there is
+        none yet."""
         import yaml
 
         values = plain(config, without=Mark.OWN_FOLDER)
         write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        if not (self.path / "environment.json").exists():  # killed before, or new
+            write_json(self.path / "environment.json", environment())
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Writes a JSON file of the run, atomically."""
