@@ -118,13 +118,16 @@ def test_what_a_killed_process_has_left_is_removed(tmp_path):
     ]
     for name in (left, *kept):
         (tmp_path / name).write_text("x")
+    (tmp_path / f"{left[:-1]}e").mkdir()
+    (tmp_path / f"{left[:-1]}e" / ".tmpAbCdEf").write_text("of a library")
     files.remove_leftovers(tmp_path / "a.file", tmp_path / "none" / "a.file")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_a_run_that_was_killed_at_its_very_start_is_begun_or_resumed(tmp_path):
     """There is what it had begun to write, but no config.yaml, or that alone."""
-    (tmp_path / ".config.yaml.0123abcd").write_text("steps:")
+    (tmp_path / ".config.yaml.0123abcd").mkdir()
+    (tmp_path / ".config.yaml.0123abcd" / "new").write_text("steps:")
     summary = train(make_config("mnist", **TINY, out_dir=tmp_path), progress="off")
     assert summary["steps"] == TINY["steps"]
     assert not list(tmp_path.glob(".config*"))

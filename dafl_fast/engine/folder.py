@@ -27,6 +27,7 @@ from ..device import environment
 from ..errors import UserError
 from ..files import (
     check_file,
+    discard,
     load_checkpoint,
     load_tensors,
     read_json,
@@ -44,7 +45,7 @@ from .step import Step
 
 log = logging.getLogger(__name__)
 
-# Only files with these names are ever removed: temporary files (see `write_atomically`),
+# Only what has these names is ever removed: temporary folders (see `write_atomically`),
 _LEFTOVER = re.compile(r"\.[\w-]+\.(pt2?|yaml|jsonl?|safetensors|png|onnx|html)(\.md)?\.\w{8}")
 # and files with entries of the replay bank.
 _SHARD = re.compile(r"\d{9,}-\d{9,}\.safetensors")
@@ -223,8 +224,8 @@ class RunFolder:
         if first:
             for folder in (self.path, *inside):
                 for path in folder.glob(".*"):
-                    if _LEFTOVER.fullmatch(path.name) and path.is_file():
-                        path.unlink()  # left by a killed process
+                    if _LEFTOVER.fullmatch(path.name):
+                        discard(path)  # left by a killed process
         if not self.checkpoint.exists():
             for name in ("student.safetensors", "summary.json"):
                 if (self.path / name).exists():
