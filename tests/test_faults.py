@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
 import os
+import pickle
 import resource
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +77,117 @@ def test_what_does_not_fit_leaves_the_old_file_and_no_litter(kind, tmp_path):
     assert "what was there before is kept" in str(e.value)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.file"]
+
+
+_NO_MOUNT = 77
+_PRIVATE, _REMOUNT, _NEW_MOUNTS, _NEW_USER = 0x44000, 0x20, 0x20000, 0x10000000
+
+
+def on_a_disk(place: Path, options: str, work: Callable[[Callable[[str], None]], object]) -> Any:
+    """What `work` returns in a child, in which the empty folder `place` is a file system of its
+    own; it is given what mounts that again with other options. Skips where that is not allowed."""
+    kernel = ctypes.CDLL(None)
+
+    def mount(how: int, options: str, what: bytes = b"tmpfs", where: Path = place) -> None:
+        if kernel.mount(what, os.fsencode(where), what, how, options.encode() or None):
+            os._exit(_NO_MOUNT)
+
+    reading, writing = os.pipe()
+    ids = os.getuid(), os.getgid()
+    if (child := os.fork()) == 0:
+        try:
+            if kernel.unshare(_NEW_MOUNTS | (_NEW_USER if ids[0] else 0)):
+                os._exit(_NO_MOUNT)
+            for name, own in zip(("uid_map", "gid_map"), ids) if ids[0] else ():
+                if name == "gid_map":
+                    Path("/proc/self/setgroups").write_text("deny")
+                Path(f"/proc/self/{name}").write_text(f"0 {own} 1")
+            mount(_PRIVATE, "", b"none", Path("/"))
+            mount(0, options)
+            torch.set_num_threads(1)
+            with os.fdopen(writing, "wb") as pipe:
+                pickle.dump(work(lambda options: mount(_REMOUNT, options)), pipe)
+        except PermissionError:
+            os._exit(_NO_MOUNT)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == _NO_MOUNT:
+        pytest.skip("no file systems can be mounted here")
+    assert code == 0
+    return pickle.loads(said)
+
+
+def said_by(call: Callable[[], object]) -> str:
+    """What it says to the user who is to put something right."""
+    with pytest.raises(UserError) as caught:
+        call()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [("size=8k", "No space left on device"), ("size=1m,nr_inodes=2", "No space left on device")],
+)
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_full_disk(kind, options, reason, tmp_path):
+    path = tmp_path / "a.file"
+
+    def work(mount):
+        path.write_bytes(b"old")
+        said = said_by(lambda: WRITES[kind](path))
+        left = [p.name for p in tmp_path.iterdir()], path.read_bytes()
+        mount("size=10m,nr_inodes=100")
+        WRITES[kind](path)
+        return said, left, path.stat().st_size
+
+    said, left, size = on_a_disk(tmp_path, options, work)
+    assert said.startswith(f"could not write {path}: ") and reason in said
+    assert left == (["a.file"], b"old")
+    assert size > 8192
+
+
+def test_a_disk_that_cannot_be_written(tmp_path):
+    def work(mount):
+        run = tmp_path / "run"
+        train(make_config("mnist", **TINY, out_dir=run), progress="off")
+        mount("ro")
+        resume = train_command.parse(["--resume", str(run)])
+        return (
+            said_by(lambda: files.write_text(tmp_path / "t", "x")),
+            said_by(lambda: train(resume, progress="off")),
+            said_by(lambda: train(make_config("mnist", **TINY, out_dir=tmp_path / "new"))),
+        )
+
+    for said in on_a_disk(tmp_path, "size=10m", work):
+        assert "Read-only file system" in said
+
+
+@pytest.mark.parametrize("pages", [10, 40, 80, 120])
+def test_a_run_on_a_disk_that_becomes_full_goes_on_when_there_is_space(pages, tmp_path):
+    """It ends alike, whatever it could not write."""
+    settings = {**TINY, "steps": 6, "save_every": 1e-9, "eval_every": 1e-9, "threads": 1}
+    train(make_config("mnist", **settings, out_dir=tmp_path / "whole"), progress="off")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def work(mount):
+        run = disk / "run"
+        said = said_by(lambda: train(make_config("mnist", **settings, out_dir=run), progress="off"))
+        hidden = [path.name for path in run.rglob(".*")]
+        mount("size=100m")
+        train(train_command.parse(["--resume", str(run)]), progress="off")
+        return said, hidden, (run / "student.safetensors").read_bytes()
+
+    said, hidden, student = on_a_disk(disk, f"size={pages * 4096}", work)
+    assert "could not write" in said and "No space left on device" in said
+    assert hidden == []
+    assert student == (tmp_path / "whole" / "student.safetensors").read_bytes()
 
 
 def test_an_export_whose_card_fails_leaves_no_file(tmp_path):
