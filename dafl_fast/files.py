@@ -33,6 +33,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: the file could not be written (disk full, no permission); the old one is kept.
     """
+    check_destination(path)
     place = path.with_name(f"{_begin(path)}{secrets.token_hex(4)}")
     temporary = place / "new"
     try:
@@ -55,6 +56,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def check_destination(path: Path) -> None:
+    """Raises UserError if `path` is there and no file: a device would be replaced by one."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "folder" if os.path.isdir(path) else "pipe or a device"
+        raise UserError(f"could not write {path}: it is a {kind}, and must be a file")
 
 
 def _begin(path: Path) -> str:

@@ -28,6 +28,7 @@ from .engine.evaluation import accuracy
 from .engine.layout import use_channels_last
 from .errors import TrainingStopped, UserError, command
 from .files import (
+    check_destination,
     load_checkpoint,
     reading,
     remove_leftovers,
@@ -362,6 +363,7 @@ def train(config: TeacherConfig) -> dict[str, Any]:
         TrainingStopped: the loss is not finite.
     """
     keep_freed_memory()
+    check_destination(config.out)  # not after an hour
     grey = config.network in GREY_SIZES or config.preset in ("mnist", "hintonnet")
     known = _FORMATS.get(config.preset)
     size = config.image_size or GREY_SIZES.get(config.network)

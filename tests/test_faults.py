@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import nn
 
-from dafl_fast import data, errors, files
+from dafl_fast import data, errors, files, train_teacher
 from dafl_fast import train as train_command
 from dafl_fast.distill import train
 from dafl_fast.engine.distributed import World
@@ -190,9 +190,26 @@ def test_a_run_on_a_disk_that_becomes_full_goes_on_when_there_is_space(pages, tm
     assert student == (tmp_path / "whole" / "student.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_file_takes_no_place_of_a_pipe(kind, tmp_path):
+    """Nor of a device: as root one would make a file of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        path = tmp_path / name
+        with pytest.raises(UserError, match=f"write {path}: it is a pipe or a device, and must be"):
+            WRITES[kind](path)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+
+
+def test_a_teacher_is_not_trained_where_it_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match=f"could not write {tmp_path}: it is a folder"):
+        train_teacher.train(TeacherConfig(data="none at all", out=tmp_path))
+
+
 def test_an_export_whose_card_fails_leaves_no_file(tmp_path):
     (tmp_path / "s.safetensors.md").mkdir()
-    with pytest.raises(UserError, match=r"could not write .*\.md: Is a directory"):
+    with pytest.raises(UserError, match=r"could not write .*\.md: it is a folder, and must be a"):
         export_student(Small(), tmp_path / "s.safetensors", "safetensors", image_shape=(3, 16, 16))
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors.md"]
 
@@ -325,6 +342,26 @@ def test_a_reader_that_goes_ends_a_command_quietly():
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(20) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        (">/dev/full", 2, "error: the output could not be written: No space left on device\n"),
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+    ],
+)
+def test_an_output_that_cannot_be_written(end, code, said):
+    script = (
+        "import runpy, sys; e = runpy.run_path(sys.argv[1]); "
+        "sys.exit(e['command'](lambda: print('x' * 99))())"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" "$@" {end}', sys.executable, "-c", script, errors.__file__],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
     python tools/kill_check.py --kills 100      all jobs of `JOBS`, one after the other
     python tools/kill_check.py --kills 30 --only teacher export --seed 7
 
-A job of tiny networks writes something at every other step. Half of the kills come at a random
-moment: while the job starts, just after it has saved, near its end. The other half is aimed at one
-kind of file that it writes: when it is opened, written, renamed or removed, or a little later. Of
-two processes one is killed, or both. Then the same command goes on, until it gets through. What has
+A job of tiny networks writes something at every other step. Some kills come at a random
+moment: while the job starts, just after it has saved, near its end. More are aimed, at one kind of
+file after the other: when it is opened, written, renamed or removed, or a little later. Of two
+processes one is killed, or both. Then the same command goes on, until it gets through. What has
 its final name must be whole after each kill. At the end there must be the same files, with the same
 weights and figures (but for times), as of a job that nothing has disturbed.
 
@@ -43,6 +43,7 @@ SETTINGS: dict[str, Any] = {
     "threads": 1,
 }  # fmt: skip
 PATIENCE = 300  # seconds for a job to get on
+AIMED = 0.6  # of the kills
 MOST_KILLS = 5  # of one job, before it may get through
 REFUSED = 2  # exit code of what the user is to put right
 TIMES = (
@@ -158,8 +159,8 @@ JOBS = {
     ),
     "export": Job(
         export_all,
-        {"safetensors": r"student\.safetensors\.\w+$", "ONNX": r"student\.onnx\.\w+$",
-         "pt2": r"student\.pt2\.\w+$", "card": r"\.md"},
+        {"safetensors": r"student\.safetensors\.\w+/", "ONNX": r"student\.onnx\.\w+/",
+         "pt2": r"student\.pt2\.\w+/", "card": r"\.md"},
     ),
     "reproduce": Job(
         reproduce_some,
@@ -403,7 +404,7 @@ def check(kills: int, names: list[str], seed: int, place: Path) -> Counter[str]:
     """Kills that often, and returns at which moments. Ends the program, with what differs, if a job
     ends otherwise than one that was left alone."""
     draw, moments, jobs = random.Random(seed), Counter[str](), 0
-    whole, counts, seconds = {}, {}, {}
+    whole, counts, seconds, aims = {}, {}, {}, Counter[tuple[str, str]]()
     for name in names:
         for _ in range(2):  # the first may make what it needs
             out = place / f"whole {name}"
@@ -423,8 +424,9 @@ def check(kills: int, names: list[str], seed: int, place: Path) -> Counter[str]:
         jobs += 1
         for _ in range(min(draw.randint(1, MOST_KILLS), kills - done)):
             aim = None
-            if draw.random() < 0.5:
-                kind = draw.choice(sorted(counts[name]))
+            if draw.random() < AIMED:
+                kind = min(sorted(counts[name]), key=lambda kind: aims[name, kind])
+                aims[name, kind] += 1
                 delay = draw.choice((0.0, 10 ** draw.uniform(-5, -2)))
                 aim = Aim(kind, draw.randint(1, counts[name][kind]), delay)
             job = started(name, out, aim)

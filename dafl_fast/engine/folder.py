@@ -215,10 +215,10 @@ class RunFolder:
         """
         first = step.world.first
         inside = [self.path / name for name in (*_BANKS, "samples")]
-        for folder in inside:
-            if folder.is_symlink():
+        for part in (*inside, self.metrics, self.path / "tensorboard"):
+            if part.is_symlink():
                 raise UserError(
-                    f"{folder} is a link, and the run would change what it leads to; put a copy of "
+                    f"{part} is a link, and the run would change what it leads to; put a copy of "
                     "that in its place"
                 )
         if first:
