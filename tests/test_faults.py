@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import io
 import logging
+import multiprocessing
 import os
 import pickle
 import resource
@@ -14,7 +15,6 @@ import signal
 import stat
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,113 +81,110 @@ def test_what_does_not_fit_leaves_the_old_file_and_no_litter(kind, tmp_path):
 
 _NO_MOUNT = 77
 _PRIVATE, _REMOUNT, _NEW_MOUNTS, _NEW_USER = 0x44000, 0x20, 0x20000, 0x10000000
+# Processes that have not used autograd, which does not go with a fork.
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload([__name__])
 
 
-def on_a_disk(place: Path, options: str, work: Callable[[Callable[[str], None]], object]) -> Any:
-    """What `work` returns in a child, in which the empty folder `place` is a file system of its
-    own; it is given what mounts that again with other options. Skips where that is not allowed."""
-    kernel = ctypes.CDLL(None)
+def mount(place: Path, options: str, how: int = 0) -> None:
+    """Puts a file system of its own upon a folder, or changes that."""
+    if ctypes.CDLL(None).mount(
+        b"tmpfs", os.fsencode(place), b"tmpfs", how, options.encode() or None
+    ):
+        os._exit(_NO_MOUNT)
 
-    def mount(how: int, options: str, what: bytes = b"tmpfs", where: Path = place) -> None:
-        if kernel.mount(what, os.fsencode(where), what, how, options.encode() or None):
-            os._exit(_NO_MOUNT)
 
-    reading, writing = os.pipe()
+def _work_among_own_mounts(work: Callable[[Path], object], place: Path) -> None:
     ids = os.getuid(), os.getgid()
-    if (child := os.fork()) == 0:
-        try:
-            if kernel.unshare(_NEW_MOUNTS | (_NEW_USER if ids[0] else 0)):
-                os._exit(_NO_MOUNT)
-            for name, own in zip(("uid_map", "gid_map"), ids) if ids[0] else ():
-                if name == "gid_map":
-                    Path("/proc/self/setgroups").write_text("deny")
-                Path(f"/proc/self/{name}").write_text(f"0 {own} 1")
-            mount(_PRIVATE, "", b"none", Path("/"))
-            mount(0, options)
-            torch.set_num_threads(1)
-            with os.fdopen(writing, "wb") as pipe:
-                pickle.dump(work(lambda options: mount(_REMOUNT, options)), pipe)
-        except PermissionError:
-            os._exit(_NO_MOUNT)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code == _NO_MOUNT:
+    if ctypes.CDLL(None).unshare(_NEW_MOUNTS | (_NEW_USER if ids[0] else 0)):
+        os._exit(_NO_MOUNT)
+    with contextlib.suppress(PermissionError):  # then it cannot mount either
+        for name, own in zip(("uid_map", "gid_map"), ids) if ids[0] else ():
+            if name == "gid_map":
+                Path("/proc/self/setgroups").write_text("deny")
+            Path(f"/proc/self/{name}").write_text(f"0 {own} 1")
+    mount(Path("/"), "", _PRIVATE)
+    torch.set_num_threads(1)
+    said = pickle.dumps(work(place / "disk"))
+    (place / "said").write_bytes(said)
+
+
+def among_own_mounts(work: Callable[[Path], object], place: Path) -> Any:
+    """What `work` returns in a process that may `mount` upon the empty folder that it is given.
+    Skips where that is not allowed."""
+    (place / "disk").mkdir()
+    process = CLEAN.Process(target=_work_among_own_mounts, args=(work, place))
+    process.start()
+    process.join()
+    if process.exitcode == _NO_MOUNT:
         pytest.skip("no file systems can be mounted here")
-    assert code == 0
-    return pickle.loads(said)
+    assert process.exitcode == 0
+    return pickle.loads((place / "said").read_bytes())
 
 
-def said_by(call: Callable[[], object]) -> str:
+def said_by(call: Callable[[Path], object], path: Path) -> str:
     """What it says to the user who is to put something right."""
     with pytest.raises(UserError) as caught:
-        call()
+        call(path)
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [("size=8k", "No space left on device"), ("size=1m,nr_inodes=2", "No space left on device")],
-)
-@pytest.mark.parametrize("kind", WRITES)
-def test_a_full_disk(kind, options, reason, tmp_path):
-    path = tmp_path / "a.file"
-
-    def work(mount):
-        path.write_bytes(b"old")
-        said = said_by(lambda: WRITES[kind](path))
-        left = [p.name for p in tmp_path.iterdir()], path.read_bytes()
-        mount("size=10m,nr_inodes=100")
-        WRITES[kind](path)
-        return said, left, path.stat().st_size
-
-    said, left, size = on_a_disk(tmp_path, options, work)
-    assert said.startswith(f"could not write {path}: ") and reason in said
-    assert left == (["a.file"], b"old")
-    assert size > 8192
+def write_on_full_disks(disk: Path) -> dict[Any, Any]:
+    path, found = disk / "a.file", {}
+    for options in ("size=8k", "size=1m,nr_inodes=2"):
+        for kind, write in WRITES.items():
+            mount(disk, options)
+            path.write_bytes(b"old")
+            said = said_by(write, path)
+            left = [p.name for p in disk.iterdir()], path.read_bytes()
+            mount(disk, "size=10m,nr_inodes=100", _REMOUNT)
+            write(path)
+            found[options, kind] = said.replace(str(path), "PATH"), left, path.stat().st_size
+    return found
 
 
-def test_a_disk_that_cannot_be_written(tmp_path):
-    def work(mount):
-        run = tmp_path / "run"
-        train(make_config("mnist", **TINY, out_dir=run), progress="off")
-        mount("ro")
-        resume = train_command.parse(["--resume", str(run)])
-        return (
-            said_by(lambda: files.write_text(tmp_path / "t", "x")),
-            said_by(lambda: train(resume, progress="off")),
-            said_by(lambda: train(make_config("mnist", **TINY, out_dir=tmp_path / "new"))),
-        )
-
-    for said in on_a_disk(tmp_path, "size=10m", work):
-        assert "Read-only file system" in said
+@pytest.mark.slow
+def test_full_disks(tmp_path):
+    found = among_own_mounts(write_on_full_disks, tmp_path)
+    assert len(found) == 2 * len(WRITES)
+    for said, left, size in found.values():
+        assert said.startswith("could not write PATH: ") and "No space left on device" in said
+        assert left == (["a.file"], b"old")
+        assert size > 8192
 
 
-@pytest.mark.parametrize("pages", [10, 40, 80, 120])
-def test_a_run_on_a_disk_that_becomes_full_goes_on_when_there_is_space(pages, tmp_path):
-    """It ends alike, whatever it could not write."""
+def begin(run: Path) -> None:
     settings = {**TINY, "steps": 6, "save_every": 1e-9, "eval_every": 1e-9, "threads": 1}
-    train(make_config("mnist", **settings, out_dir=tmp_path / "whole"), progress="off")
-    disk = tmp_path / "disk"
-    disk.mkdir()
+    train(make_config("mnist", **settings, out_dir=run), progress="off")
 
-    def work(mount):
-        run = disk / "run"
-        said = said_by(lambda: train(make_config("mnist", **settings, out_dir=run), progress="off"))
+
+def resume(run: Path) -> bytes:
+    train(train_command.parse(["--resume", str(run)]), progress="off")
+    return (run / "student.safetensors").read_bytes()
+
+
+def run_on_full_disks(disk: Path) -> list[Any]:
+    run, found = disk / "run", []
+    for pages in (10, 40, 80, 120):
+        mount(disk, f"size={pages * 4096}")
+        said = said_by(begin, run)
         hidden = [path.name for path in run.rglob(".*")]
-        mount("size=100m")
-        train(train_command.parse(["--resume", str(run)]), progress="off")
-        return said, hidden, (run / "student.safetensors").read_bytes()
+        mount(disk, "size=100m", _REMOUNT)
+        found.append((said, hidden, resume(run)))
+    mount(disk, "", _REMOUNT | 1)
+    return [*found, said_by(resume, run), said_by(begin, disk / "new")]
 
-    said, hidden, student = on_a_disk(disk, f"size={pages * 4096}", work)
-    assert "could not write" in said and "No space left on device" in said
-    assert hidden == []
-    assert student == (tmp_path / "whole" / "student.safetensors").read_bytes()
+
+@pytest.mark.slow
+def test_a_run_whose_disk_becomes_full_goes_on_when_there_is_space(tmp_path):
+    """It ends alike, whatever it could not write. One that cannot be written at all is named."""
+    *full, read_only, new = among_own_mounts(run_on_full_disks, tmp_path)
+    begin(tmp_path / "whole")
+    for said, hidden, student in full:
+        assert "could not write" in said and "No space left on device" in said
+        assert hidden == []
+        assert student == (tmp_path / "whole" / "student.safetensors").read_bytes()
+    assert "Read-only file system" in read_only and "Read-only file system" in new
 
 
 @pytest.mark.parametrize("kind", WRITES)
