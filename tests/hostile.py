@@ -32,7 +32,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -626,6 +626,13 @@ def _image_cases(file: Path) -> Iterator[Case]:
         )
 
 
+def _onnx_cases(file: Path) -> Iterator[Case]:
+    good = file.read_bytes()
+    for name in (b"images", b"logits", b"Conv", b"weight"):
+        for new in (b"\xf4" + name[1:], b"\x1b" + name[1:], name[:-1] + b"\n"):
+            yield f"{name!r} as {new!r}", _bytes(good.replace(name, new))
+
+
 def _chunk(kind: bytes, content: bytes) -> bytes:
     body = kind + content
     return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
@@ -698,6 +705,7 @@ _BY_ENDING: dict[tuple[str, ...], Callable[[Path], Iterator[Case]]] = {
     ("/t.pt", ".pth", "checkpoint.pt", ".checkpoint"): _checkpoint_cases,
     (".png",): _image_cases,
     (".npz",): _npz_cases,
+    (".onnx",): _onnx_cases,
 }
 
 # -- trying ----------------------------------------------------------------------------------------
@@ -757,8 +765,9 @@ def measured(read: Callable[[], object]) -> tuple[str, str, Cost]:
 
 
 def _verdict(read: Callable[[], object]) -> tuple[str, str]:
+    printed = io.StringIO()
     try:
-        with bounded():
+        with bounded(), redirect_stdout(printed):
             read()
         said = ("read", "")
     except (UserError, TrainingStopped) as error:
@@ -772,6 +781,8 @@ def _verdict(read: Callable[[], object]) -> tuple[str, str]:
         said = ("bad", f"it took more than {SECONDS} s")
     except BaseException as error:
         said = ("bad", f"{type(error).__name__}: {str(error)[:300]}")
+    if "Error" in printed.getvalue():  # of a library
+        said = ("bad", f"it printed {printed.getvalue()[:300]!r}")
     return said
 
 
