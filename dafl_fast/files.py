@@ -34,11 +34,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         UserError: the file could not be written (disk full, no permission); the old one is kept.
     """
     check_destination(path)
-    place = path.with_name(f"{_begin(path)}{secrets.token_hex(4)}")
-    temporary = place / "new"
+    place: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        place.mkdir()
+        fresh = path.with_name(f"{_begin(path)}{secrets.token_hex(4)}")
+        fresh.mkdir()
+        place, temporary = fresh, fresh / "new"
+        place.chmod(0o700)  # whatever the umask leaves
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # less the umask
         mode = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)
@@ -55,7 +57,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             f"could not write {path}: {reason}; what was there before is kept"
         ) from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def check_destination(path: Path) -> None:

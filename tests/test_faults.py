@@ -211,7 +211,9 @@ def test_an_export_whose_card_fails_leaves_no_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors.md"]
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize(
+    ("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664), (0o177, 0o600)]
+)
 def test_files_have_the_mode_that_the_umask_leaves(umask, mode, tmp_path):
     before = os.umask(umask)
     try:
@@ -228,6 +230,29 @@ def test_a_name_is_on_the_disk_before_the_write_is_over(tmp_path, monkeypatch):
     files.write_text(tmp_path / "t", "x")
     now = [os.stat(path) for path in (tmp_path / "t", tmp_path)]
     assert [one.st_ino for one in synced] == [one.st_ino for one in now]
+
+
+def test_temporary_files_can_be_read_by_nobody_else(tmp_path):
+    seen = []
+
+    def write(temporary):
+        (place,) = tmp_path.iterdir()
+        seen.extend([stat.S_IMODE(place.stat().st_mode), temporary.parent == place])
+
+    before = os.umask(0o177)  # which leaves no folder that one can enter
+    try:
+        files.write_atomically(tmp_path / "a", write)
+    finally:
+        os.umask(before)
+    assert seen == [0o700, True]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "", "..", "/"])
+def test_odd_names_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="could not write "):
+        files.write_text(Path(name), "x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_long_names_are_written(tmp_path):
