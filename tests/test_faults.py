@@ -443,6 +443,8 @@ def test_a_terminal_that_goes_ends_a_run_in_order(ignored, tmp_path):
         (lambda: make_config("mnist", seed=2**70), "--seed must be a whole number of 64 bits, got"),
         (lambda: make_config("mnist", steps=2**63), "--steps must be a whole number of 64 bits"),
         (lambda: make_config("mnist", threads=2**40), "--threads must be auto, or 1 to 4096"),
+        (lambda: make_config("mnist", std=(0.0,)), "--std must be 1 numbers, .* and positive, got"),
+        (lambda: make_config("mnist", std=()), "--std must be 1 numbers, .* and positive, got"),
         (lambda: TeacherConfig(seed=2**70), "--seed must be a whole number of 64 bits"),
         (lambda: TeacherConfig(seed=2**40), r"--seed must be between -2\^32 and 2\^32"),
         (lambda: TeacherConfig(lr=float("nan")), "--lr must be a finite number"),
