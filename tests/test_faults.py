@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import io
 import logging
 import multiprocessing
@@ -27,6 +28,7 @@ from dafl_fast import data, errors, files, train_teacher
 from dafl_fast import train as train_command
 from dafl_fast.distill import train
 from dafl_fast.engine.distributed import World
+from dafl_fast.engine.lock import locked
 from dafl_fast.errors import UserError, command, first_line, printable
 from dafl_fast.evaluate import show
 from dafl_fast.export import export_student
@@ -55,6 +57,33 @@ WRITES = {
     "export": lambda path: export_student(LeNet5(), path, "safetensors", image_shape=(1, 32, 32)),
     "program": lambda path: export_student(LeNet5(), path, "pt2", image_shape=(1, 32, 32)),
 }
+
+
+def test_a_lock_that_cannot_be_written(tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    said = r"lock .*\.lock cannot be written: No space left"
+    with pytest.raises(UserError, match=said), locked(tmp_path):
+        pytest.fail("it is not held")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_is_no_student_before_there_is_a_checkpoint(tmp_path, monkeypatch):
+    """Or a disk that becomes full at the end of a short run would leave one that cannot go on."""
+
+    def full(*given):
+        raise UserError("could not write")
+
+    settings = {**TINY, "out_dir": tmp_path / "run", "save_every": 1e9}
+    with monkeypatch.context() as patch:
+        patch.setattr("dafl_fast.engine.folder.save_checkpoint", full)
+        with pytest.raises(UserError, match="could not write"):
+            train(make_config("mnist", **settings), progress="off")
+    assert not (tmp_path / "run" / "student.safetensors").exists()
+    train(train_command.parse(["--resume", str(tmp_path / "run")]), progress="off")
+    assert (tmp_path / "run" / "student.safetensors").exists()
 
 
 @contextlib.contextmanager

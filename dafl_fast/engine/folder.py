@@ -134,7 +134,9 @@ class RunFolder:
         write_json(self.path / name, value)
 
     def save_student(self, state: dict[str, Tensor]) -> None:
-        """Writes the student's weights, atomically."""
+        """Writes the student's weights, atomically, when all of before is written: a run with a
+        student and no checkpoint cannot go on."""
+        self.flush()
         self._check_it_is_there()
         save_weights(self.path / "student.safetensors", state)
 
