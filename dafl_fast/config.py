@@ -258,6 +258,8 @@ class Config:
             )
         if self.image_shape is not None:
             _ = self.from_generated  # mean and std are of as many channels as there are
+            if self.std is not None and min(self.std, default=0) <= 0:  # also where it has no use
+                _ = self._of_data("std")
 
     def check_images(self, given: bool) -> None:
         """Checks what the settings say of images that are not the data, which are `given` or not.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import logging
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable
 
 _MOST = 1000  # characters of a message
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a disk, for any reason
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
@@ -38,15 +40,21 @@ def command(main: Callable[[], int | None]) -> Callable[[], int]:
     def run() -> int:
         try:
             code = main() or 0
-            sys.stdout.flush()
+            if sys.stdout is not None:  # there is none under `>&-`
+                sys.stdout.flush()
             return code
         except (UserError, TrainingStopped) as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             return 2
         except BrokenPipeError:
-            with contextlib.suppress(OSError, ValueError):  # nor is there one when Python ends
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _say_no_more()
             return 128 + signal.SIGPIPE
+        except OSError as error:
+            if error.filename is not None or error.errno not in _FULL:
+                raise
+            _say_no_more()
+            print(f"error: the output could not be written: {error.strerror}", file=sys.stderr)
+            return 2
         except (MemoryError, RuntimeError) as error:
             if not memory_is_full(error):
                 raise
@@ -61,6 +69,12 @@ def command(main: Callable[[], int | None]) -> Callable[[], int]:
             return 130
 
     return run
+
+
+def _say_no_more() -> None:
+    """Nor is there a reader, or space, for what Python still has to write when it ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def memory_is_full(error: Exception) -> bool:

@@ -33,7 +33,7 @@ from .drop_in import answer_shape, chosen, drop_in, given
 from .engine.checks import logits_of
 from .engine.folder import read_config, read_summary
 from .errors import UserError, command, first_line, log_to_stderr, require
-from .files import save_at_once, write_atomically, write_text, write_weights
+from .files import remove_leftovers, save_at_once, write_atomically, write_text, write_weights
 from .models.pixels import Affine, Taking
 from .models.twin import duplicate
 from .networks import load_weights, open_run
@@ -138,6 +138,7 @@ def export_student(
     program = drop_in(student, convention)
     write, load = FORMATS[format].made(program, given(example, convention), convention)
     check: dict[str, Any] = {}
+    card = path.with_name(f"{path.name}.md")
 
     def write_and_check(temporary: Path) -> None:
         write(temporary)
@@ -149,8 +150,9 @@ def export_student(
             answer_shape=answer_shape(convention, num_classes),
             first=student[0] if isinstance(student, Taking) and format == "safetensors" else None,
         )  # fmt: skip
-        write_text(path.with_name(f"{path.name}.md"), text)  # or there is no new file either
+        write_text(card, text)  # or there is no new file either
 
+    remove_leftovers(path, card)
     write_atomically(path, write_and_check)
     return check
 

@@ -8,7 +8,9 @@ import errno
 import io
 import json
 import os
+import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,19 +25,24 @@ LONGEST = 2**24  # bytes of a text that is read whole: settings, notes and summa
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` write a temporary file beside `path`, then renames that to `path` at once.
+    """Lets `write` write a temporary file, in a folder of its own beside `path` as some libraries
+    have temporary files themselves, then renames that to `path` at once.
 
     A crash at any moment leaves the old file or the new one. `write` may raise UserError.
 
     Raises:
         UserError: the file could not be written (disk full, no permission); the old one is kept.
     """
-    temporary: Path | None = None
+    check_destination(path)
+    place: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}")
-        os.close(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # less the umask
-        temporary, mode = fresh, stat.S_IMODE(fresh.stat().st_mode)
+        fresh = path.with_name(f"{_begin(path)}{secrets.token_hex(4)}")
+        fresh.mkdir()
+        place, temporary = fresh, fresh / "new"
+        place.chmod(0o700)  # whatever the umask leaves
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # less the umask
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)
         os.chmod(temporary, mode)  # safetensors has its own idea of it
         _sync(temporary, os.O_RDWR)
@@ -50,8 +57,39 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             f"could not write {path}: {reason}; what was there before is kept"
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def check_destination(path: Path) -> None:
+    """Raises UserError if `path` is there and no file: a device would be replaced by one."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "folder" if os.path.isdir(path) else "pipe or a device"
+        raise UserError(f"could not write {path}: it is a {kind}, and must be a file")
+
+
+def _begin(path: Path) -> str:
+    """How the names of temporary folders for `path` begin; 8 hexadecimal digits follow."""
+    return f".{path.name[:60]}."
+
+
+def remove_leftovers(*paths: Path) -> None:
+    """Removes what processes have left that were killed while they wrote one of these files. Nobody
+    else may be writing them."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # such as no folder yet
+            for name in os.listdir(path.parent):
+                begin = _begin(path)
+                if name.startswith(begin) and re.fullmatch(r"[0-9a-f]{8}", name[len(begin) :]):
+                    discard(path.with_name(name))
+
+
+def discard(left: Path) -> None:
+    """Removes a temporary folder, or a temporary file as older versions had them."""
+    if left.is_dir() and not left.is_symlink():
+        shutil.rmtree(left)
+    else:
+        left.unlink(missing_ok=True)
 
 
 def _sync(path: Path, how: int) -> None:

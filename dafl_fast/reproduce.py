@@ -26,7 +26,7 @@ from .distill import distill
 from .engine.evaluation import accuracy_on
 from .engine.teacher import FrozenTeacher
 from .errors import TrainingStopped, UserError, command, require
-from .files import read_json, save_weights, write_json, write_text
+from .files import read_json, remove_leftovers, save_weights, write_json, write_text
 from .losses import distill_loss
 from .networks import bundled_weights, load_network
 from .paper import LOSSES, TABLES, Row
@@ -136,6 +136,11 @@ class Reproduction:
             given = name != "alternative" or config.alternative or self.form.channels == 1
             if name != "teacher" and given:
                 runs += [(name, seed) for seed in config.seeds]
+        remove_leftovers(settings, *(self._result(*run) for run in runs))
+        for end in (".checkpoint", ".safetensors"):
+            remove_leftovers(*(self._folder(*run).with_suffix(end) for run in runs))
+        for end in (".json", ".md", ".png"):
+            remove_leftovers(self.out / f"{config.table}{end}")
         left = {name for name, seed in runs if not self._result(name, seed).exists()}
         if left:  # mistakes show before anything has taken its time
             _ = self._new_student(0), self.held_out

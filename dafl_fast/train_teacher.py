@@ -27,7 +27,15 @@ from .engine.ema import Average
 from .engine.evaluation import accuracy
 from .engine.layout import use_channels_last
 from .errors import TrainingStopped, UserError, command
-from .files import load_checkpoint, reading, save_checkpoint, save_weights, write_json
+from .files import (
+    check_destination,
+    load_checkpoint,
+    reading,
+    remove_leftovers,
+    save_checkpoint,
+    save_weights,
+    write_json,
+)
 from .models import GREY_SIZES, NETWORKS
 from .networks import load_network
 from .settings import (
@@ -355,6 +363,7 @@ def train(config: TeacherConfig) -> dict[str, Any]:
         TrainingStopped: the loss is not finite.
     """
     keep_freed_memory()
+    check_destination(config.out)  # not after an hour
     grey = config.network in GREY_SIZES or config.preset in ("mnist", "hintonnet")
     known = _FORMATS.get(config.preset)
     size = config.image_size or GREY_SIZES.get(config.network)
@@ -383,6 +392,7 @@ def train(config: TeacherConfig) -> dict[str, Any]:
     )
     training = Training(network, images, labels, form, config)
     checkpoint = config.out.with_suffix(".checkpoint")
+    remove_leftovers(config.out, config.out.with_suffix(".json"), checkpoint)
     if config.resume:
         training.restore(checkpoint)
     print(f"{config.network} on {len(images):,} images of {len(classes)} classes", flush=True)

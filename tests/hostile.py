@@ -11,6 +11,7 @@ one more row of `READERS`, and meets everything at once.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import io
 import itertools
 import json
@@ -31,7 +32,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -625,6 +626,13 @@ def _image_cases(file: Path) -> Iterator[Case]:
         )
 
 
+def _onnx_cases(file: Path) -> Iterator[Case]:
+    good = file.read_bytes()
+    for name in (b"images", b"logits", b"Conv", b"weight"):
+        for new in (b"\xf4" + name[1:], b"\x1b" + name[1:], name[:-1] + b"\n"):
+            yield f"{name!r} as {new!r}", _bytes(good.replace(name, new))
+
+
 def _chunk(kind: bytes, content: bytes) -> bytes:
     body = kind + content
     return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
@@ -697,6 +705,7 @@ _BY_ENDING: dict[tuple[str, ...], Callable[[Path], Iterator[Case]]] = {
     ("/t.pt", ".pth", "checkpoint.pt", ".checkpoint"): _checkpoint_cases,
     (".png",): _image_cases,
     (".npz",): _npz_cases,
+    (".onnx",): _onnx_cases,
 }
 
 # -- trying ----------------------------------------------------------------------------------------
@@ -727,11 +736,38 @@ def bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def verdict(read: Callable[[], object]) -> tuple[str, str]:
-    """How a reader ends: "read", "refused" in one sentence, or "bad", and what it said."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+class Cost(NamedTuple):
+    """What an input took: seconds, and bytes of memory above what there was before."""
+
+    seconds: float = 0.0
+    memory: int = 0
+
+    def most(self, other: Cost) -> Cost:
+        return Cost(max(self.seconds, other.seconds), max(self.memory, other.memory))
+
+
+def _memory(name: str) -> int:
+    """Of this process, in bytes: what it has (VmRSS), or the most it had (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{name}:")[2].split()[0])
+
+
+def measured(read: Callable[[], object]) -> tuple[str, str, Cost]:
+    """How a reader ends: "read", "refused" in one sentence, or "bad"; what it said and took."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before counts again
+    Path("/proc/self/clear_refs").write_text("5")  # the most is measured anew
+    before, start = _memory("VmRSS"), time.monotonic()
+    how, said = _verdict(read)
+    cost = Cost(time.monotonic() - start, _memory("VmHWM") - before)
+    if cost.memory > BYTES:
+        how, said = "bad", f"it took {cost.memory / 1e9:.1f} GB"
+    return how, said, cost
+
+
+def _verdict(read: Callable[[], object]) -> tuple[str, str]:
+    printed = io.StringIO()
     try:
-        with bounded():
+        with bounded(), redirect_stdout(printed):
             read()
         said = ("read", "")
     except (UserError, TrainingStopped) as error:
@@ -745,8 +781,9 @@ def verdict(read: Callable[[], object]) -> tuple[str, str]:
         said = ("bad", f"it took more than {SECONDS} s")
     except BaseException as error:
         said = ("bad", f"{type(error).__name__}: {str(error)[:300]}")
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most)
-    return ("bad", f"it took {grown / 1e9:.1f} GB") if grown > BYTES else said
+    if "Error" in printed.getvalue():  # of a library
+        said = ("bad", f"it printed {printed.getvalue()[:300]!r}")
+    return said
 
 
 def fault_of(message: str) -> str:
@@ -762,9 +799,10 @@ def fault_of(message: str) -> str:
 
 def tried(
     reader: Reader, folder: Path, cases: Iterator[Case], keep: Path | None = None
-) -> Iterator[tuple[str, str, str]]:
-    """Each case's name and `verdict`. The good file is there again afterwards. What ends badly is
-    copied to `keep`; there is the newest one too, in case that it ends the process."""
+) -> Iterator[tuple[str, str, str, Cost]]:
+    """Each case's name and how it was `measured`. The good file is there again afterwards. What
+    ends badly is copied to `keep`; there is the newest one too, in case that it ends the process.
+    """
     file = folder / reader.file
     kept = folder / "kept"
     file.rename(kept)
@@ -774,10 +812,10 @@ def tried(
             newest = None if keep is None else keep / "newest"
             if newest is not None and file.is_file():
                 shutil.copyfile(file, newest)
-            how, said = verdict(lambda: reader.read(folder))
+            how, said, cost = measured(lambda: reader.read(folder))
             if newest is not None and how == "bad" and file.is_file():
                 shutil.copyfile(file, newest.with_name(f"{reader.file} {name}".replace("/", "_")))
-            yield name, how, said
+            yield name, how, said, cost
             _remove(file)
     finally:
         _remove(file)
@@ -805,6 +843,10 @@ def _in_time(cases: Iterator[Case], seconds: float) -> Iterator[Case]:
     return itertools.takewhile(lambda _: time.monotonic() - start < seconds, cases)
 
 
+def _at_most(cost: Cost) -> str:
+    return f"at most {cost.seconds:.1f} s and {cost.memory / 1e6:,.0f} MB each"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.hostile")
     parser.add_argument("readers", nargs="*", help=f"of {', '.join(READERS)}; all by default")
@@ -816,25 +858,29 @@ def main() -> int:
     warnings.simplefilter("ignore")
     os.fsync = lambda handle: None  # type: ignore[assignment]  # which is half of the time
     torch.set_num_threads(1)
-    names, counts = asked.readers or list(READERS), Counter[str]()
+    names, counts, highest = asked.readers or list(READERS), Counter[str](), Cost()
     with tempfile.TemporaryDirectory() as place:
         os.environ["HOSTILE_CANARY"] = str(Path(place) / CANARY)
         folder = folder_of_files(Path(place))
         for name in names:
-            reader, here = READERS[name], Counter[str]()
+            reader, here, most = READERS[name], Counter[str](), Cost()
             file = folder / reader.file
             cases = iter(list(spoiled(file, folder, asked.seed)))
             if asked.fuzz is not None:
                 draw = random.Random(f"{name} {asked.seed}")
                 cases = _in_time(fuzzed(file.read_bytes(), draw), asked.fuzz / len(names))
-            for case, how, said in tried(reader, folder, cases, asked.keep):
+            for case, how, said, cost in tried(reader, folder, cases, asked.keep):
                 here[how] += 1
+                most = most.most(cost)
                 if how == "bad":
                     print(f"  {name}: {case}: {said}")
-            counts += here
-            print(f"{name}: {dict(here)}", flush=True)
+            counts, highest = counts + here, highest.most(most)
+            print(f"{name}: {dict(here)}, {_at_most(most)}", flush=True)
         ran = Path(os.environ["HOSTILE_CANARY"]).exists()
-    print(f"{counts.total()} inputs: {dict(counts)}; code was {'run' if ran else 'not run'}")
+    print(
+        f"{counts.total()} inputs: {dict(counts)}, {_at_most(highest)}; "
+        f"code was {'run' if ran else 'not run'}"
+    )
     return bool(counts["bad"] or ran)
 
 

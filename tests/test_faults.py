@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import io
 import logging
+import multiprocessing
 import os
+import pickle
 import resource
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dafl_fast import data, errors, files
+from dafl_fast import data, errors, files, train_teacher
 from dafl_fast import train as train_command
 from dafl_fast.distill import train
 from dafl_fast.engine.distributed import World
+from dafl_fast.engine.lock import locked
 from dafl_fast.errors import UserError, command, first_line, printable
 from dafl_fast.evaluate import show
 from dafl_fast.export import export_student
@@ -51,6 +59,33 @@ WRITES = {
 }
 
 
+def test_a_lock_that_cannot_be_written(tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    said = r"lock .*\.lock cannot be written: No space left"
+    with pytest.raises(UserError, match=said), locked(tmp_path):
+        pytest.fail("it is not held")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_is_no_student_before_there_is_a_checkpoint(tmp_path, monkeypatch):
+    """Or a disk that becomes full at the end of a short run would leave one that cannot go on."""
+
+    def full(*given):
+        raise UserError("could not write")
+
+    settings = {**TINY, "out_dir": tmp_path / "run", "save_every": 1e9}
+    with monkeypatch.context() as patch:
+        patch.setattr("dafl_fast.engine.folder.save_checkpoint", full)
+        with pytest.raises(UserError, match="could not write"):
+            train(make_config("mnist", **settings), progress="off")
+    assert not (tmp_path / "run" / "student.safetensors").exists()
+    train(train_command.parse(["--resume", str(tmp_path / "run")]), progress="off")
+    assert (tmp_path / "run" / "student.safetensors").exists()
+
+
 @contextlib.contextmanager
 def files_of_at_most(size: int):
     """The operating system refuses to write beyond that many bytes, as on a full disk."""
@@ -73,14 +108,141 @@ def test_what_does_not_fit_leaves_the_old_file_and_no_litter(kind, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.file"]
 
 
+_NO_MOUNT = 77
+_PRIVATE, _REMOUNT, _NEW_MOUNTS, _NEW_USER = 0x44000, 0x20, 0x20000, 0x10000000
+# Processes that have not used autograd, which does not go with a fork.
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload([__name__])
+
+
+def mount(place: Path, options: str, how: int = 0) -> None:
+    """Puts a file system of its own upon a folder, or changes that."""
+    if ctypes.CDLL(None).mount(
+        b"tmpfs", os.fsencode(place), b"tmpfs", how, options.encode() or None
+    ):
+        os._exit(_NO_MOUNT)
+
+
+def _work_among_own_mounts(work: Callable[[Path], object], place: Path) -> None:
+    ids = os.getuid(), os.getgid()
+    if ctypes.CDLL(None).unshare(_NEW_MOUNTS | (_NEW_USER if ids[0] else 0)):
+        os._exit(_NO_MOUNT)
+    with contextlib.suppress(PermissionError):  # then it cannot mount either
+        for name, own in zip(("uid_map", "gid_map"), ids) if ids[0] else ():
+            if name == "gid_map":
+                Path("/proc/self/setgroups").write_text("deny")
+            Path(f"/proc/self/{name}").write_text(f"0 {own} 1")
+    mount(Path("/"), "", _PRIVATE)
+    torch.set_num_threads(1)
+    said = pickle.dumps(work(place / "disk"))
+    (place / "said").write_bytes(said)
+
+
+def among_own_mounts(work: Callable[[Path], object], place: Path) -> Any:
+    """What `work` returns in a process that may `mount` upon the empty folder that it is given.
+    Skips where that is not allowed."""
+    (place / "disk").mkdir()
+    process = CLEAN.Process(target=_work_among_own_mounts, args=(work, place))
+    process.start()
+    process.join()
+    if process.exitcode == _NO_MOUNT:
+        pytest.skip("no file systems can be mounted here")
+    assert process.exitcode == 0
+    return pickle.loads((place / "said").read_bytes())
+
+
+def said_by(call: Callable[[Path], object], path: Path) -> str:
+    """What it says to the user who is to put something right."""
+    with pytest.raises(UserError) as caught:
+        call(path)
+    return str(caught.value)
+
+
+def write_on_full_disks(disk: Path) -> dict[Any, Any]:
+    path, found = disk / "a.file", {}
+    for options in ("size=8k", "size=1m,nr_inodes=2"):
+        for kind, write in WRITES.items():
+            mount(disk, options)
+            path.write_bytes(b"old")
+            said = said_by(write, path)
+            left = [p.name for p in disk.iterdir()], path.read_bytes()
+            mount(disk, "size=10m,nr_inodes=100", _REMOUNT)
+            write(path)
+            found[options, kind] = said.replace(str(path), "PATH"), left, path.stat().st_size
+    return found
+
+
+@pytest.mark.slow
+def test_full_disks(tmp_path):
+    found = among_own_mounts(write_on_full_disks, tmp_path)
+    assert len(found) == 2 * len(WRITES)
+    for said, left, size in found.values():
+        assert said.startswith("could not write PATH: ") and "No space left on device" in said
+        assert left == (["a.file"], b"old")
+        assert size > 8192
+
+
+def begin(run: Path) -> None:
+    settings = {**TINY, "steps": 6, "save_every": 1e-9, "eval_every": 1e-9, "threads": 1}
+    train(make_config("mnist", **settings, out_dir=run), progress="off")
+
+
+def resume(run: Path) -> bytes:
+    train(train_command.parse(["--resume", str(run)]), progress="off")
+    return (run / "student.safetensors").read_bytes()
+
+
+def run_on_full_disks(disk: Path) -> list[Any]:
+    run, found = disk / "run", []
+    for pages in (10, 40, 80, 120):
+        mount(disk, f"size={pages * 4096}")
+        said = said_by(begin, run)
+        hidden = [path.name for path in run.rglob(".*")]
+        mount(disk, "size=100m", _REMOUNT)
+        found.append((said, hidden, resume(run)))
+    mount(disk, "", _REMOUNT | 1)
+    return [*found, said_by(resume, run), said_by(begin, disk / "new")]
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_becomes_full_goes_on_when_there_is_space(tmp_path):
+    """It ends alike, whatever it could not write. One that cannot be written at all is named."""
+    *full, read_only, new = among_own_mounts(run_on_full_disks, tmp_path)
+    begin(tmp_path / "whole")
+    for said, hidden, student in full:
+        assert "could not write" in said and "No space left on device" in said
+        assert hidden == []
+        assert student == (tmp_path / "whole" / "student.safetensors").read_bytes()
+    assert "Read-only file system" in read_only and "Read-only file system" in new
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_file_takes_no_place_of_a_pipe(kind, tmp_path):
+    """Nor of a device: as root one would make a file of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        path = tmp_path / name
+        with pytest.raises(UserError, match=f"write {path}: it is a pipe or a device, and must be"):
+            WRITES[kind](path)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+
+
+def test_a_teacher_is_not_trained_where_it_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match=f"could not write {tmp_path}: it is a folder"):
+        train_teacher.train(TeacherConfig(data="none at all", out=tmp_path))
+
+
 def test_an_export_whose_card_fails_leaves_no_file(tmp_path):
     (tmp_path / "s.safetensors.md").mkdir()
-    with pytest.raises(UserError, match=r"could not write .*\.md: Is a directory"):
+    with pytest.raises(UserError, match=r"could not write .*\.md: it is a folder, and must be a"):
         export_student(Small(), tmp_path / "s.safetensors", "safetensors", image_shape=(3, 16, 16))
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors.md"]
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize(
+    ("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664), (0o177, 0o600)]
+)
 def test_files_have_the_mode_that_the_umask_leaves(umask, mode, tmp_path):
     before = os.umask(umask)
     try:
@@ -99,11 +261,65 @@ def test_a_name_is_on_the_disk_before_the_write_is_over(tmp_path, monkeypatch):
     assert [one.st_ino for one in synced] == [one.st_ino for one in now]
 
 
+def test_temporary_files_can_be_read_by_nobody_else(tmp_path):
+    seen = []
+
+    def write(temporary):
+        (place,) = tmp_path.iterdir()
+        seen.extend([stat.S_IMODE(place.stat().st_mode), temporary.parent == place])
+
+    before = os.umask(0o177)  # which leaves no folder that one can enter
+    try:
+        files.write_atomically(tmp_path / "a", write)
+    finally:
+        os.umask(before)
+    assert seen == [0o700, True]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "", "..", "/"])
+def test_odd_names_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="could not write "):
+        files.write_text(Path(name), "x")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_long_names_are_written(tmp_path):
     files.write_text(tmp_path / ("x" * 250), "whole")
     assert (tmp_path / ("x" * 250)).read_text() == "whole"
     with pytest.raises(UserError, match="File name too long"):
         files.write_text(tmp_path / ("x" * 256), "whole")
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path):
+    left = ".a.file.0123abcd"
+    kept = [
+        ".a.file.0123abc",
+        ".a.file.0123abcg",
+        ".a.file.0123abcd.e",
+        ".b.file.0123abcd",
+        "a.file",
+    ]
+    for name in (left, *kept):
+        (tmp_path / name).write_text("x")
+    (tmp_path / f"{left[:-1]}e").mkdir()
+    (tmp_path / f"{left[:-1]}e" / ".tmpAbCdEf").write_text("of a library")
+    files.remove_leftovers(tmp_path / "a.file", tmp_path / "none" / "a.file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_run_that_was_killed_at_its_very_start_is_begun_or_resumed(tmp_path):
+    """There is what it had begun to write, but no config.yaml, or that alone."""
+    (tmp_path / ".config.yaml.0123abcd").mkdir()
+    (tmp_path / ".config.yaml.0123abcd" / "new").write_text("steps:")
+    summary = train(make_config("mnist", **TINY, out_dir=tmp_path), progress="off")
+    assert summary["steps"] == TINY["steps"]
+    assert not list(tmp_path.glob(".config*"))
+    for path in tmp_path.iterdir():
+        if path.name != "config.yaml":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train(train_command.parse(["--resume", str(tmp_path)]), progress="off")
+    assert (tmp_path / "environment.json").exists() and (tmp_path / "summary.json").exists()
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -180,6 +396,26 @@ def test_a_reader_that_goes_ends_a_command_quietly():
 
 
 @pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        (">/dev/full", 2, "error: the output could not be written: No space left on device\n"),
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+    ],
+)
+def test_an_output_that_cannot_be_written(end, code, said):
+    script = (
+        "import runpy, sys; e = runpy.run_path(sys.argv[1]); "
+        "sys.exit(e['command'](lambda: print('x' * 99))())"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" "$@" {end}', sys.executable, "-c", script, errors.__file__],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize(
     "error",
     [
         MemoryError(),
@@ -236,6 +472,8 @@ def test_a_terminal_that_goes_ends_a_run_in_order(ignored, tmp_path):
         (lambda: make_config("mnist", seed=2**70), "--seed must be a whole number of 64 bits, got"),
         (lambda: make_config("mnist", steps=2**63), "--steps must be a whole number of 64 bits"),
         (lambda: make_config("mnist", threads=2**40), "--threads must be auto, or 1 to 4096"),
+        (lambda: make_config("mnist", std=(0.0,)), "--std must be 1 numbers, .* and positive, got"),
+        (lambda: make_config("mnist", std=()), "--std must be 1 numbers, .* and positive, got"),
         (lambda: TeacherConfig(seed=2**70), "--seed must be a whole number of 64 bits"),
         (lambda: TeacherConfig(seed=2**40), r"--seed must be between -2\^32 and 2\^32"),
         (lambda: TeacherConfig(lr=float("nan")), "--lr must be a finite number"),

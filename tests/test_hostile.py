@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import time
 import warnings
 
 import pytest
@@ -39,9 +41,27 @@ def test_hostile_files_end_in_a_sentence(name, folder):
     assert len(cases) > 50
     if name in MOST:
         cases = random.Random(1).sample(cases, MOST[name])
-    bad = [(case, said) for case, how, said in tried(reader, folder, iter(cases)) if how == "bad"]
-    assert bad == []
+    ends = tried(reader, folder, iter(cases))
+    assert [(case, said) for case, how, said, _ in ends if how == "bad"] == []
     assert not (folder / hostile.CANARY).exists(), "code in a file was run"
+
+
+@pytest.mark.parametrize(
+    ("read", "fault"),
+    [
+        (lambda: bytearray(b"x") * 2**27, r"it took 0\.1 GB"),
+        (lambda: bytearray(b"x") * 2**25, ""),
+        (lambda: time.sleep(2), "it took more than 1 s"),
+    ],
+)
+def test_what_an_input_takes_is_measured(read, fault, monkeypatch):
+    monkeypatch.setattr(hostile, "SECONDS", 1)
+    monkeypatch.setattr(hostile, "BYTES", 2**26)
+    for _ in range(2):  # the second is not hidden by the first
+        how, said, cost = hostile.measured(read)
+        assert how == ("bad" if fault else "read")
+        assert re.fullmatch(fault, said)
+        assert fault or 0.9 * 2**25 < cost.memory < 1.1 * 2**25
 
 
 @pytest.mark.parametrize("name", ["weights", "checkpoint", "npz", "image", "note", "lock", "MNIST"])
@@ -59,7 +79,7 @@ def test_fuzz(name, folder):
         content = good
         for _ in range(1 + more):
             content = flipped(content, draw)
-        for _, how, said in tried(reader, folder, iter([hostile.content("fuzz", content)])):
+        for _, how, said, _ in tried(reader, folder, iter([hostile.content("fuzz", content)])):
             assert how != "bad", said
 
     broken()

@@ -220,6 +220,15 @@ def test_nothing_is_changed_through_a_link(name, folder, finished, tmp_path):
     assert content(other) == before
 
 
+@pytest.mark.parametrize("name", ["tensorboard", "metrics.jsonl"])
+def test_nothing_is_made_through_a_link(name, folder, tmp_path):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=f"run/{name} is a link, and the run would change what it"):
+        resumed(folder)
+    assert not (tmp_path / "other").exists()
+
+
 # -- a folder that goes away -----------------------------------------------------------------------
 
 

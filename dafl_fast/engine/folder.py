@@ -27,6 +27,7 @@ from ..device import environment
 from ..errors import UserError
 from ..files import (
     check_file,
+    discard,
     load_checkpoint,
     load_tensors,
     read_json,
@@ -44,7 +45,7 @@ from .step import Step
 
 log = logging.getLogger(__name__)
 
-# Only files with these names are ever removed: temporary files (see `write_atomically`),
+# Only what has these names is ever removed: temporary folders (see `write_atomically`),
 _LEFTOVER = re.compile(r"\.[\w-]+\.(pt2?|yaml|jsonl?|safetensors|png|onnx|html)(\.md)?\.\w{8}")
 # and files with entries of the replay bank.
 _SHARD = re.compile(r"\d{9,}-\d{9,}\.safetensors")
@@ -103,11 +104,9 @@ class RunFolder:
                 f"--out-dir {path} holds another run; choose another folder, or go on with that "
                 f"run: --resume {path}"
             )
-        if any(path.iterdir()):
+        if not all(_LEFTOVER.fullmatch(one.name) for one in path.iterdir()):
             raise UserError(f"--out-dir {path} is not empty; choose a new folder")
-        folder = cls(path)
-        folder.write_config(config)
-        folder.write_json("environment.json", environment())
+        cls(path).write_config(config)
         return path
 
     def samples(self, step: int) -> Path:
@@ -120,11 +119,14 @@ class RunFolder:
         return self.path / "samples" / "images.png"
 
     def write_config(self, config: Config) -> None:
-        """Writes config.yaml, from which a run can be resumed."""
+        """Writes config.yaml, from which a run can be resumed, and environment.json if there is
+        none yet."""
         import yaml
 
         values = plain(config, without=Mark.OWN_FOLDER)
         write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        if not (self.path / "environment.json").exists():  # killed before, or new
+            write_json(self.path / "environment.json", environment())
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Writes a JSON file of the run, atomically."""
@@ -132,7 +134,9 @@ class RunFolder:
         write_json(self.path / name, value)
 
     def save_student(self, state: dict[str, Tensor]) -> None:
-        """Writes the student's weights, atomically."""
+        """Writes the student's weights, atomically, when all of before is written: a run with a
+        student and no checkpoint cannot go on."""
+        self.flush()
         self._check_it_is_there()
         save_weights(self.path / "student.safetensors", state)
 
@@ -213,17 +217,17 @@ class RunFolder:
         """
         first = step.world.first
         inside = [self.path / name for name in (*_BANKS, "samples")]
-        for folder in inside:
-            if folder.is_symlink():
+        for part in (*inside, self.metrics, self.path / "tensorboard"):
+            if part.is_symlink():
                 raise UserError(
-                    f"{folder} is a link, and the run would change what it leads to; put a copy of "
+                    f"{part} is a link, and the run would change what it leads to; put a copy of "
                     "that in its place"
                 )
         if first:
             for folder in (self.path, *inside):
                 for path in folder.glob(".*"):
-                    if _LEFTOVER.fullmatch(path.name) and path.is_file():
-                        path.unlink()  # left by a killed process
+                    if _LEFTOVER.fullmatch(path.name):
+                        discard(path)  # left by a killed process
         if not self.checkpoint.exists():
             for name in ("student.safetensors", "summary.json"):
                 if (self.path / name).exists():

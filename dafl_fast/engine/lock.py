@@ -34,11 +34,8 @@ def locked(folder: Path) -> Iterator[None]:
         holder = _holder(file)  # one on this machine has ended, or it would still be locked
         if holder.get("machine", _machine()) != _machine():
             raise _held(folder, holder)
-        file.seek(0)
-        file.truncate()
-        json.dump({"process": os.getpid(), "machine": _machine()}, file)
-        file.flush()
         try:
+            _sign(file, path)
             yield
         finally:
             with contextlib.suppress(OSError):  # the folder may be gone by now
@@ -73,6 +70,16 @@ def _opened(path: Path, folder: Path) -> Any:
             if _is_at(path, file):
                 return file
         file.close()  # whoever held it has just removed it
+
+
+def _sign(file: Any, path: Path) -> None:
+    """Writes who holds the lock into its file."""
+    holder = json.dumps({"process": os.getpid(), "machine": _machine()})
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.pwrite(file.fileno(), holder.encode(), 0)  # nothing is left for when it is closed
+    except OSError as error:
+        raise UserError(f"the run's lock {path} cannot be written: {error.strerror}") from error
 
 
 def _is_at(path: Path, file: Any) -> bool:

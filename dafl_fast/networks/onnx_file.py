@@ -190,7 +190,10 @@ class _Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # its errors become exceptions
         options.intra_op_num_threads = torch.get_num_threads()
-        self._session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(
+            str(path), options, ["CPUExecutionProvider"],
+            enable_fallback=0,  # which would print, and try the same again
+        )  # fmt: skip
         self.path, self.role, self.convention, self.batch = path, role, convention, batch
         self._outputs = [output.name for output in self._session.get_outputs()]
 
