@@ -97,9 +97,9 @@ class Config:
     student_weights: Annotated[Path | None, Mark.ON_CARD] = None
     """Weights that the student starts from; random ones when not given."""
     student_start: Literal["auto", "teacher", "own"] = "own"
-    """teacher: the student begins with the teacher's weights in all layers that have the same name
-    and shape in both, as those of a shallower network of its kind. own: it keeps the weights that
-    it has. auto: teacher for a named network without --student-weights, else own."""
+    """teacher: the student begins with the teacher's weights in all layers with the same names, or
+    with their first channels, as a smaller network of the teacher's kind can. own: it keeps the
+    weights that it has. auto: teacher for a named network without --student-weights, else own."""
     trust_run: Annotated[bool, Mark.RESUMABLE, Mark.OWN_FOLDER] = False
     """Import the code that a run's folder names as its teacher or student, with --resume or as
     --teacher. Without it, that takes the same name on the command line."""
