@@ -23,7 +23,7 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
 }
 
 // The kernels for a GPU hold one image's channel in shared memory.
-void check_fits(const Tensor& x, const Tensor& weight) {
+void check_fits([[maybe_unused]] const Tensor& x, [[maybe_unused]] const Tensor& weight) {
 #ifdef DAFL_FAST_CUDA
   if (!x.is_cuda()) return;
   const int most = cuda::kConvPoolChannels, side = cuda::kConvPoolSide;
