@@ -241,8 +241,8 @@ def _run(
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     config = adapted(config, teacher, device, world, chosen)
     config = _with_bank_that_fits(config, device, world, given)
-    if config.student_start == "teacher" and config.resume is None:
-        _begin_as_teacher(student, teacher, "student_start" in chosen, world)
+    if config.student_start == "teacher":
+        _begin_as_teacher(student, teacher, config, "student_start" in chosen, world)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
     board = step = None
@@ -292,17 +292,22 @@ def _run(
     return Result(_in_evaluation_mode(student, examples), loop.history, summary, folder.path)
 
 
-def _begin_as_teacher(student: nn.Module, teacher: nn.Module, asked: bool, world: World) -> None:
+def _begin_as_teacher(
+    student: nn.Module, teacher: nn.Module, config: Config, asked: bool, world: World
+) -> None:
     """Gives the student what it can have of the teacher's weights, and says how much that is. If it
-    is nothing, only a user who `asked` for it is told."""
+    is nothing, only a user who `asked` for it is told. A resumed run has it said already; it may
+    have been killed before its first checkpoint, and else has other weights soon."""
     count = inherit(student, teacher)
-    if count and world.first:
+    if config.resume is not None or not world.first:
+        return
+    if count:
         log.warning(
             "the student begins with the teacher's weights in %s of its %s parameters; "
             "--student-start own lets it begin without them",
             f"{count:,}", f"{parameters_of(student):,}",
         )  # fmt: skip
-    elif asked and world.first:
+    elif asked:
         log.warning(
             "--student-start teacher gives the student nothing: none of its layers has the name "
             "and shape of one of the teacher's"

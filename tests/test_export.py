@@ -153,7 +153,7 @@ def test_the_card_says_what_the_run_says(run, monkeypatch, capsys, tmp_path):
         "5,000 held-out images (mnist-5k)",
         f"generated images: {summary['agreement_fresh']:.2%}",
         "Recipe: fast of the preset mnist; settings that differ from it: precision fp32, seed 3, "
-        "generator_width 8, batch_size 16,",
+        "student_start teacher, generator_width 8, batch_size 16,",
         "images [N, 1, 32, 32], float32",
         "mean [0.1307], std [0.3081]",
         "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, in this order",

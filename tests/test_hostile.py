@@ -61,7 +61,7 @@ def test_what_an_input_takes_is_measured(read, fault, monkeypatch):
         how, said, cost = hostile.measured(read)
         assert how == ("bad" if fault else "read")
         assert re.fullmatch(fault, said)
-        assert fault or 0.9 * 2**25 < cost.memory < 1.1 * 2**25
+        assert fault or 0.7 * 2**25 < cost.memory < 1.3 * 2**25
 
 
 @pytest.mark.parametrize("name", ["weights", "checkpoint", "npz", "image", "note", "lock", "MNIST"])

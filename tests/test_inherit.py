@@ -215,6 +215,19 @@ def test_a_resumed_student_does_not_begin_anew(tmp_path):
     torch.testing.assert_close(first_weights(again), learned)
 
 
+def test_a_run_without_a_checkpoint_begins_as_the_teacher_again(tmp_path):
+    torch.manual_seed(0)
+    teacher = LeNet5()
+    his = teacher.state_dict()["conv1.weight"][:3].clone()
+    given = dict(image_shape=(1, 32, 32), student_start="teacher", **SHORT)
+    distill(teacher, LeNet5Half(), out_dir=tmp_path, **given)
+    for name in ("checkpoint.pt", "student.safetensors", "summary.json"):
+        (tmp_path / name).unlink()
+    del given["student_start"]  # the run knows it
+    again = distill(teacher, LeNet5Half(), resume=tmp_path, **given)
+    torch.testing.assert_close(first_weights(again), his)
+
+
 def test_asked_for_but_impossible_is_said(tmp_path, caplog):
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
     distill(

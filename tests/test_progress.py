@@ -244,7 +244,8 @@ def test_the_command_speaks_on_stderr_and_its_warnings_stand_above_the_line(tmp_
     """In a process of its own: pytest has a say in logging."""
     arguments = ["train", "mnist", "--steps", "2", "--out-dir", str(tmp_path / "run"), "--eval",
                  "none", "--batch-size", "8", "--generator-width", "8", "--student-batch-size",
-                 "8", "--bank-images", "16", "--student-updates", "1"]  # fmt: skip
+                 "8", "--bank-images", "16", "--student-updates", "1", "--student-start",
+                 "own"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; from {command.__name__} import main; "
          f"sys.argv = {arguments}; sys.exit(main())"],

@@ -130,11 +130,11 @@ def test_a_stalled_step_is_named(tmp_path, caplog):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "body", stalling)
-        train(tiny(tmp_path / "stalls", steps=4, stall_seconds=0.2))
+        train(tiny(tmp_path / "stalls", steps=4, stall_seconds=0.2, student_start="own"))
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("nothing has moved for 0 s: the run stands at step 3, in stalling (")
     caplog.clear()
-    train(tiny(tmp_path / "runs", steps=4, stall_seconds=60))
+    train(tiny(tmp_path / "runs", steps=4, stall_seconds=60, student_start="own"))
     assert caplog.records == []
 
 
@@ -284,7 +284,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "dafl_fast.train", "mnist", "--max-seconds", "60", "--eval", "none",
-         "--out-dir", str(out), *TINY],
+         "--student-start", "own", "--out-dir", str(out), *TINY],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     limit = time.monotonic() + 60
