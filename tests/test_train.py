@@ -131,7 +131,8 @@ def test_a_stalled_step_is_named(tmp_path, caplog):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "body", stalling)
         train(tiny(tmp_path / "stalls", steps=4, stall_seconds=0.2, student_start="own"))
-    (message,) = [record.getMessage() for record in caplog.records]
+    # On a busy machine writing the last files can take as long, too.
+    (message,) = [line for line in caplog.messages if "saving after step 4" not in line]
     assert message.startswith("nothing has moved for 0 s: the run stands at step 3, in stalling (")
     caplog.clear()
     train(tiny(tmp_path / "runs", steps=4, stall_seconds=60, student_start="own"))
