@@ -109,6 +109,8 @@ def weight(*shape, dtype=torch.float32, device=None):
         (weight(2, 3), weight(2, 2), 0),  # the teacher's is too small
         (weight(2, 3), weight(2, 3, 1, 1), 0),
         (weight(6), weight(2, 3), 0),
+        (weight(2, 3, 3, 3), weight(4, 5, 3, 3), 54),
+        (weight(2, 3, 3, 3), weight(4, 5, 5, 5), 0),  # its corner would be another filter
         (weight(2, 3), weight(2, 3, device="meta"), 0),
         (weight(2, 3), "quantised", 0),
         (weight(2, 3), torch.ones(2, 3, dtype=torch.int64), 0),

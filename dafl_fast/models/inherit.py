@@ -18,9 +18,9 @@ Pair = tuple[Tensor, Tensor]
 def inherit(student: nn.Module, teacher: nn.Module) -> int:
     """Copies into `student`, in place, parameters and buffers of `teacher` with the same names.
 
-    Where the student's tensor is smaller it gets the first entries along each dimension. As all
-    layers take the first channels, these belong together. Names may differ by a prefix that all of
-    a network's parameters have, as within a wrapper.
+    Where the student's tensor has fewer channels it gets the first ones. As all layers take the
+    first channels, these belong together. Kernels must be of the same size. Names may differ by a
+    prefix that all of a network's parameters have, as within a wrapper.
 
     Returns:
         How many parameters, counted by number, the student has from the teacher now.
@@ -58,6 +58,7 @@ def _pairs(own: Tensors, others: Tensors) -> list[Pair]:
 def _fits(to: Tensor, by: Tensor) -> bool:
     plain = all(one.layout == torch.strided and not one.is_meta for one in (to, by))
     smaller = to.dim() == by.dim() and all(a <= b for a, b in zip(to.shape, by.shape))
+    smaller = smaller and to.shape[2:] == by.shape[2:]  # a kernel's corner is no smaller kernel
     same_kind = to.is_floating_point() == by.is_floating_point()
     return plain and smaller and same_kind and not by.is_quantized
 
