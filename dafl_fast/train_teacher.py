@@ -145,6 +145,7 @@ class TeacherConfig:
             raise UserError("say how long to train: --epochs or --max-seconds")
 
 
+MEASURED = 8  # steps between two measurements of the average's BatchNorm statistics
 # Images of natural things: crops and flips show the network what it would see anyway. The learning
 # rate is 0.8 per 1,000 images of a batch, as usual for SGD on CIFAR.
 _COLOUR: dict[str, Any] = {
@@ -307,8 +308,13 @@ class Training:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.average.ramp(self.steps)
+        self.average.ramp(self.steps, self.steps // MEASURED)
         self.average.update(self.network)
+        if self.average.layers and self.steps % MEASURED == 0:
+            # On images as they are when the network is used.
+            plain = self.crops[index, :, self.config.shift, self.config.shift]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                self.average.measure(self.normaliser(plain))
         self.steps += 1
         return torch.stack([loss.detach(), right])
 

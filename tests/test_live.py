@@ -22,6 +22,7 @@ ELSEWHERE = {
     "_student_lr": "written by the host before each step",
     "_adversarial": "written by the host before each step",
     "average.weight": "written by the host before each step",
+    "average.pace": "written by the host before each step",
     "found.bank._pixels": "saved incrementally, entry by entry",
     "found.bank.logits": "saved incrementally, entry by entry",
     "found.bank.levels": "saved incrementally, entry by entry",

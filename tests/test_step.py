@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -299,14 +300,61 @@ def test_weights_that_are_not_finite_are_seen(value):
     assert not step.is_finite()
 
 
-def test_the_average_copies_buffers_of_every_dtype():
-    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2).double())
+def test_the_average_measures_its_own_statistics():
+    """Those of the last weights would not fit it: the mean of what a layer gets would be wrong."""
+    torch.manual_seed(0)
+    kept = nn.BatchNorm1d(2).double()
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2), kept).double()
     average = Average(network, 0.9)
-    for buffer in network.buffers():
-        buffer.add_(7)
+    x = torch.randn(50, 3, dtype=torch.float64)
+    for k in range(200):
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight.add_(0.3 * torch.randn_like(weight))
+        network(x)
+        average.ramp(k, k)
+        average.update(network)
+        average.measure(x)
+    before = average.module[1].running_mean.clone()
+    for _ in range(200):
+        average.ramp(1000, 1000)
+        average.measure(x)
+    assert not torch.allclose(before, average.module[1].running_mean, rtol=1e-3)
+    hidden = average.module[0](x)
+    wanted = dict(rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(average.module[1].running_mean, hidden.mean(0), **wanted)
+    torch.testing.assert_close(average.module[1].running_var, hidden.var(0), **wanted)
+    # In evaluation mode it normalises, then, as in training mode.
+    normal = average.module[:2](x)
+    torch.testing.assert_close(normal.mean(0), average.module[1].bias, **wanted)
+    assert not any(layer.training for layer in average.module.modules())
+
+
+def test_the_first_batch_that_is_measured_counts_in_full():
+    network = nn.Sequential(nn.BatchNorm1d(2, momentum=0.3), nn.BatchNorm1d(2).eval())
+    network[1].running_mean.fill_(5)
+    average = Average(network, 0.9)
+    x, y = torch.randn(8, 2), torch.randn(8, 2)
+    average.ramp(0, 0)
+    average.measure(x)
+    torch.testing.assert_close(average.module[0].running_var, x.var(0))
+    average.ramp(500, 500)
+    average.measure(y)
+    torch.testing.assert_close(average.module[0].running_mean, 0.95 * x.mean(0) + 0.05 * y.mean(0))
+    # What is not trained stays as it is.
+    assert average.module[1].running_mean.tolist() == [5.0, 5.0]
+    assert network[0].momentum == 0.3 and network[0].num_batches_tracked == 0
+
+
+def test_the_average_copies_other_buffers():
+    """A mask of -inf minus itself would be NaN."""
+    network = nn.Linear(3, 2)
+    network.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    network.register_buffer("count", torch.tensor(1))
+    average = Average(network, 0.9)
+    network.count.add_(1)
     average.update(network)
-    for own, buffer in zip(average.module.buffers(), network.buffers(), strict=True):
-        assert torch.equal(own, buffer) and own.data_ptr() != buffer.data_ptr()
+    assert average.module.mask.tolist() == [0.0, -math.inf] and average.module.count == 2
 
 
 def test_students_with_sgd_follow_torch():
@@ -343,7 +391,7 @@ def test_the_average_forgets_the_start_and_then_moves_slowly():
     for k in range(300):
         with torch.no_grad():
             network.weight.fill_(float(k))
-        average.ramp(k)
+        average.ramp(k, k)
         average.update(network)
         decay = min(0.95, (1 + k) / (10 + k))
         expected = decay * expected + (1 - decay) * k

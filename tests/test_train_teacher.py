@@ -309,3 +309,21 @@ def test_the_command_line_chooses_the_presets_defaults():
     config = parse(["mnist", "--max-seconds", "9", "--epochs", "3"])
     assert (config.epochs, config.max_seconds) == (3.0, 9.0)
     assert parse([]) == make_config("mnist")
+
+
+def test_statistics_are_those_of_images_as_they_are(tmp_path):
+    """Not of shifted and noisy ones: nobody will ask the teacher about those."""
+    training = training_of(tiny(tmp_path, noise=3.0, shift=2, epochs=10))
+    for group in training.optimizer.param_groups:
+        group["lr"] = 0.0
+    for epoch in range(10):
+        for index in training._order(epoch).split(32):
+            training._step(index)
+    images = np.load(training.config.data)["images"]
+    plain = (images / 255 - [0.3, 0.4, 0.5]) / [0.2, 0.25, 0.3]
+    x = torch.from_numpy(plain).float().permute(0, 3, 1, 2)
+    hidden = training.average.module.conv1(x)
+    norm = training.average.module.bn1
+    torch.testing.assert_close(norm.running_mean, hidden.mean((0, 2, 3)), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(norm.running_var, hidden.var((0, 2, 3)), rtol=0.05, atol=0.0)
+    assert (training.network.bn1.running_var > 3 * norm.running_var).all()

@@ -195,9 +195,9 @@ class Step:
         if every and self.config.generator != "none" and self.steps and self.steps % every == 0:
             self._restart_generator()
         if self.average is not None:
-            self.average.ramp(self.learned * self.config.student_updates)
+            self.average.ramp(self.learned * self.config.student_updates, self.learned)
         begun = self.steps >= self.config.adversarial_after
-        self._adversarial.fill_(self.config.adversarial if begun else 0.0)
+        self._adversarial.fill_(begun * self.config.adversarial)
         if learn:
             self.run()
             self.learned += 1
@@ -218,8 +218,11 @@ class Step:
             self.bank.add(*self._finite(self.world.gather(images), self.world.gather(logits)))
         learned = torch.zeros(2, device=self.device)
         for _ in range(config.student_updates if learn else 0):
-            loss, agreement = self._update_student(*self._draw())
-            learned += torch.stack([loss, agreement])
+            learned += torch.stack(self._update_student(*self._draw(config.bank_crop)))
+        if learn and self.average is not None and self.average.layers:
+            with self._autocast():  # shifted images have other statistics, and cost a point
+                images = self._draw(crop=0)[0].to(self.dtype)
+                self.average.measure(self.world.gather(images))
         values = torch.cat([*(part.view(1) for part in parts), learned / config.student_updates])
         if self.precision == "fp16":
             finite = values.isfinite()
@@ -227,12 +230,12 @@ class Step:
             values = torch.where(finite, values, 0.0)
         self.statistics += values
 
-    def _draw(self) -> tuple[Tensor, Tensor]:
-        """Images [n, C, H, W] for a student update, and the teacher's logits for them: this
-        process's rows."""
+    def _draw(self, crop: int) -> tuple[Tensor, Tensor]:
+        """Images [n, C, H, W] for the student, shifted by up to `crop` pixels if they are from a
+        bank, and the teacher's logits for them: this process's rows."""
         config = self.config
         if self.sources:
-            return draw_from(self.sources, self.random, config.bank_crop, config.bank_flip)
+            return draw_from(self.sources, self.random, crop, config.bank_flip)
         if config.student_source == "fresh":
             with torch.no_grad(), self._autocast():
                 images = self.generator(self.noise(self._count)[self._student_rows])
