@@ -113,9 +113,19 @@ def test_shares_are_parts_of_the_same_draw():
             assert torch.equal(mine, all_of_it[share])
 
 
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_shifts_may_be_larger_than_the_image(side):
+    bank = ReplayBank(4, (1, side, side), 2, "fp32")
+    images, logits = batch(4)
+    images = images[:, :, :side, :side].contiguous()
+    bank.add(images, logits)
+    drawn, _ = bank.draw(200, torch.Generator().manual_seed(0), crop=5)
+    assert drawn.shape == (200, 1, side, side) and torch.isin(drawn, images).all()
+
+
 def moved(image: torch.Tensor, dy: int, dx: int, flip: bool) -> torch.Tensor:
-    """What a crop with the border repeated shows of `image` [C, H, W], step by step."""
-    padded = torch.nn.functional.pad(image[None], (2, 2, 2, 2), mode="replicate")[0]
+    """What a crop with the border reflected shows of `image` [C, H, W], step by step."""
+    padded = torch.nn.functional.pad(image[None], (2, 2, 2, 2), mode="reflect")[0]
     height, width = image.shape[1:]
     cut = padded[:, 2 + dy : 2 + dy + height, 2 + dx : 2 + dx + width]
     return cut.flip(2) if flip else cut

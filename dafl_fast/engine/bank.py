@@ -103,7 +103,8 @@ class ReplayBank:
         Args:
             generator: source of randomness, on the ring's device.
             rows: return only these of the drawn entries; other processes use the others.
-            crop: shift each image by up to this many pixels; pixels at its edge are repeated.
+            crop: shift each image by up to this many pixels; what is missing at its edge is
+                reflected, as smears would be unlike any image, which BatchNorm notices.
             flip: mirror every other image, left to right.
         """
         device, part = self._pixels.device, rows or slice(count)
@@ -162,7 +163,7 @@ class ReplayBank:
         if flip:
             columns = torch.where(mirror % 2 == 0, columns, width - 1 - columns)
         columns = columns + dx % (2 * crop + 1) - crop
-        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+        rows, columns = _reflected(rows, height), _reflected(columns, width)
         pixel = (which.view(-1, 1, 1) * height + rows.unsqueeze(2)) * width + columns.unsqueeze(1)
         flat = self._pixels.view(-1, channels).index_select(0, pixel.view(-1))
         return flat.view(len(which), height, width, channels)
@@ -191,3 +192,9 @@ class ReplayBank:
 
     def _slots(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, device=self._pixels.device) % self.capacity
+
+
+def _reflected(places: Tensor, size: int) -> Tensor:
+    """Places along a side of `size` pixels, those outside reflected at the first and last pixel."""
+    places = places.abs()
+    return torch.minimum(places, 2 * (size - 1) - places).clamp(min=0)
