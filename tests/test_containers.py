@@ -151,6 +151,8 @@ def test_a_student_of_transformers(folders, tmp_path):
          "needs code of its own (auto_map in config.json), which is not run"),
         (lambda folder: change(folder / "config.json", model_type="of the future"),
          "cannot be read: ValueError: The checkpoint you are trying to load"),
+        (lambda folder: change(folder / "config.json", hidden_sizes=[8, 4096]),
+         "config.json describes a network of 151,"),
         (lambda folder: change(folder / "config.json", model_type="bert"),
          "cannot be read: ValueError: Unrecognized configuration class"),
         (lambda folder: change(folder / "config.json", problem_type="multi_label_classification"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import nn
 
 from ..convention import Convention
@@ -21,6 +22,7 @@ from ..files import read_json, reading
 log = logging.getLogger(__name__)
 
 PREFIX = "transformers:"
+SPARE = 2**20  # weights that a student may have beyond those in its files
 MOST = 2**24  # a number of config.json; with one much larger a network would never be built
 
 
@@ -56,6 +58,7 @@ def read_transformers(name: str, role: str, fresh: bool = False) -> nn.Module:
             if fresh or not _weights(folder):
                 network = AutoModelForImageClassification.from_config(config)
             else:
+                _check_size(AutoModelForImageClassification, config, folder)
                 network, info = AutoModelForImageClassification.from_pretrained(
                     folder, config=config, use_safetensors=True, output_loading_info=True, **safe
                 )
@@ -130,6 +133,22 @@ def _checked(name: str, folder: Path, role: str, fresh: bool) -> dict[str, Any]:
             "with network.save_pretrained(FOLDER, safe_serialization=True)"
         )
     return {**_json(folder / "preprocessor_config.json"), **content}
+
+
+def _check_size(kind: Any, config: Any, folder: Path) -> None:
+    """Raises ValueError if the network of a configuration cannot have come from the folder's
+    weights: it is drawn up without memory first."""
+    try:
+        with torch.device("meta"):
+            count = sum(weight.numel() for weight in kind.from_config(config).parameters())
+    except Exception:  # not every network can be drawn up so, and what is wrong shows again
+        return
+    stored = sum(file.stat().st_size for file in _weights(folder))
+    if count > 2 * stored + SPARE:  # a weight takes a byte at least
+        raise ValueError(
+            f"config.json describes a network of {count:,} weights, and the files of weights have "
+            f"{stored:,} bytes"
+        )
 
 
 def _weights(folder: Path) -> list[Path]:
