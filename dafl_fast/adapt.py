@@ -94,7 +94,12 @@ def adapted(
         )
     flips = dataclasses.replace(config, **choices).bank_flip
     if flips and not _knows_mirrored(as_classifier(teacher, reading), config):
-        choose("chosen for a teacher that takes mirrored images for others", bank_flip=False)
+        choose(
+            "chosen for a teacher that takes mirrored images for others",
+            bank_flip=False, dead_leaves=0,
+        )  # fmt: skip
+    if config.shape[0] not in (1, 3):
+        choose(f"chosen for images of {config.shape[0]} channels", dead_leaves=0)
     if reading.classes <= FEW_CLASSES:
         choose(f"chosen for {reading.classes} classes", diversity=DIVERSITY)
     # A run of so many steps must not depend on how busy the machine is.

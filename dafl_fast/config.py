@@ -35,6 +35,7 @@ CHANNELS = Bound("1 to 64 channels, height and width", lambda shape: 1 <= shape[
 SIDES = Bound("channels, and height and width of at least 4", lambda shape: min(shape[1:]) >= 4)
 EVEN = Bound("an even number of channels", lambda width: width >= 2 and width % 2 == 0)
 SHARE = Bound("greater than 0 and less than 1", lambda share: 0 < share < 1)
+PICTURES = Bound("0 to 64", lambda count: 0 <= count <= 64)
 HELD_OUT = Bound("0 or at least 2", lambda every: every == 0 or every >= 2)
 ABOVE_ONE = Bound("greater than 1", lambda base: base > 1)
 # Mean and deviation of pixels in 0..1 where nothing is known of the data: grey, and spread so that
@@ -212,9 +213,13 @@ class Config:
     images is cut into crops of all sizes, turned, mirrored and recoloured, new ones at every step.
     Smaller images are resized and kept whole. Grey ones are repeated over the channels, and what is
     transparent becomes white."""
+    dead_leaves: Annotated[int, PICTURES] = 0
+    """Pictures of shapes that hide one another, drawn at random at the start of the run, and cut as
+    photographs are. For teachers that know photographs. With --images none are drawn, unless you
+    ask for them."""
     images_share: Annotated[float, SHARE] = 0.5
-    """The share of the student's batch that comes from --images; the rest is generated. With
-    --generator none it is all of it."""
+    """The share of the student's batch that comes from --images or --dead-leaves; the rest is
+    generated. With --generator none it is all of it."""
     images_candidates: Annotated[int, at_least(4, "a quarter is kept")] = 256
     """Crops that are shown to the teacher at every step. A quarter is kept: those of rare classes,
     and of which it is sure."""
@@ -274,7 +279,8 @@ class Config:
             )
         if not given and self.generator == "none":
             raise UserError(
-                "--generator none leaves the student without images; give it some with --images"
+                "--generator none leaves the student without images; give it some with --images "
+                "or --dead-leaves"
             )
 
     def check_chosen(self, chosen: Collection[str], given: bool) -> None:
@@ -288,9 +294,11 @@ class Config:
         if self.generator == "none":
             where = dict.fromkeys(("images_share", "student_after"), "with --generator none")
         if self.student_source != "bank":
-            where["student_after"] = f"with --student-source {self.student_source}"
+            beside = f"with --student-source {self.student_source}"
+            where |= dict.fromkeys(("student_after", "dead_leaves"), beside)
         if not given:
-            where |= dict.fromkeys(("images_share", "images_candidates"), "without --images")
+            beside = "without --images or --dead-leaves"
+            where |= dict.fromkeys(("images_share", "images_candidates"), beside)
         for name, beside in where.items():
             value = getattr(self, name)
             if name in chosen and value != 0:
@@ -360,7 +368,17 @@ class Config:
                 "--mean and --std are needed to evaluate on real images or to learn from them: "
                 "those with which the teacher's data were normalised"
             )
-        return Format(size_of(*self.shape[1:]), self.shape[0], *self.units, grey=self.grey)
+        return self._form(self.units)
+
+    @property
+    def drawn_format(self) -> Format:
+        """How pictures that are drawn are brought to it, also if the normalisation of real images
+        is not known."""
+        mean, std = ((value,) * self.shape[0] for value in TYPICAL)
+        return self._form(self.units or (mean, std))
+
+    def _form(self, units: tuple[Values, Values]) -> Format:
+        return Format(size_of(*self.shape[1:]), self.shape[0], *units, grey=self.grey)
 
     def _of_data(self, name: str) -> Values | None:
         """`mean` or `std` of each channel."""

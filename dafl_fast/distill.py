@@ -42,7 +42,7 @@ from .progress import Mode, Progress, outcome
 from .recipes import WITHOUT_BATCH_NORM, make_config
 from .records import Run
 from .settings import Mark, plain
-from .unlabelled import Given, given_tensor, read_images
+from .unlabelled import Given, given_tensor, read_images, with_dead_leaves
 
 log = logging.getLogger(__name__)
 
@@ -224,9 +224,14 @@ def _run(
     if config.tensorboard:
         require("tensorboard", "--tensorboard")
     has_images = images is not None or bool(config.images)
+    own = {*chosen, *_unusual(config)} if config.resume is None else set()
+    if config.resume is None and "dead_leaves" not in own:
+        # The recipe's are for a student that has nothing better, and a bank for it.
+        if has_images or config.student_source != "bank":
+            config = dataclasses.replace(config, dead_leaves=0)
+    has_images = has_images or config.dead_leaves > 0
     config.check_images(has_images)
-    if config.resume is None:
-        config.check_chosen({*chosen, *_unusual(config)}, has_images)
+    config.check_chosen(own, has_images)
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
@@ -240,6 +245,9 @@ def _run(
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     config = adapted(config, teacher, device, world, chosen)
+    config.check_images(given is not None or config.dead_leaves > 0)
+    if config.dead_leaves:
+        given = with_dead_leaves(given, config.dead_leaves, config.drawn_format)
     config = _with_bank_that_fits(config, device, world, given)
     if config.student_start == "teacher":
         _begin_as_teacher(student, teacher, config, "student_start" in chosen, world)

@@ -72,7 +72,7 @@ def curves(runs: Sequence[Run]) -> list[Markup]:
     if one and (counts := runs[0].last("class_counts")):
         made.append(bars("Class balance of the newest images", counts))
     if one and (counts := runs[0].last("images_class_counts")):
-        made.append(bars("Class balance of the real images", counts))
+        made.append(bars("Class balance of the images not generated", counts))
     return made
 
 
@@ -141,7 +141,7 @@ SUMMARY = {
     "eval_count": "Number of held-out images", "steps": "Generator steps",
     "generator_images": "Images the generator learned from",
     "student_images": "Images the student learned from",
-    "images": "Real images without labels", "images_share": "Share of them in its batches",
+    "images": "Images without labels", "images_share": "Share of them in its batches",
     "train_seconds": "Seconds of training",
     "evaluation_seconds": "Seconds of evaluation", "saving_seconds": "Seconds of saving",
     "wall_seconds": "Seconds in all", "images_per_second": "Images per second",

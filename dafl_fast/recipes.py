@@ -39,7 +39,7 @@ WITHOUT_BATCH_NORM: Values = {
     "student_source": "bank", "student_updates": 12, "student_batch_size": 256,
     "student_lr": 4e-3, "student_schedule": "cosine", "temperature": 4.0, "ema_decay": 0.999,
     "bank_images": 400_000, "bank_dtype": "bf16", "bank_crop": 0, "bank_flip": False,
-    "bank_held_out": 32,
+    "bank_held_out": 32, "dead_leaves": 0,
 }  # fmt: skip
 
 # Ten classes and a teacher trained with noise need no help.
@@ -68,7 +68,7 @@ _FAST_CIFAR: Values = {
     "student_updates": 12, "student_batch_size": 128,
     "student_lr": 3e-3, "student_schedule": "cosine", "temperature": 8.0, "ema_decay": 0.998,
     "bank_images": 60_000, "bank_dtype": "uint8", "bank_crop": 4, "bank_flip": True,
-    "bank_held_out": 32,
+    "bank_held_out": 32, "dead_leaves": 6,
 }  # fmt: skip
 
 

@@ -167,7 +167,8 @@ class Reproduction:
             folder.with_suffix(".checkpoint").unlink(missing_ok=True)
             if not folder.is_symlink():  # another run's
                 (folder / "checkpoint.pt").unlink(missing_ok=True)
-                shutil.rmtree(folder / "bank", ignore_errors=True)  # nothing if it is a link
+                for bank in ("bank", "images"):
+                    shutil.rmtree(folder / bank, ignore_errors=True)  # nothing if it is a link
 
     def _result(self, name: str, seed: int) -> Path:
         return self.out / "results" / f"{name}-{seed}.json"

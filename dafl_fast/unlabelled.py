@@ -13,13 +13,14 @@ import math
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .data import Format, ImageSize, check_channels, covering, images_of_npz, resized, sides
+from .dead_leaves import SIDE, dead_leaves
 from .errors import UserError, first_line
 from .pictures import image_files, is_transparent, on_white, open_image
 
@@ -44,22 +45,29 @@ class Given:
         whole: [N, C, H, W], of the teacher's size; uint8, or floats that are already as the
             networks take them.
         form: how uint8 images are brought to what the networks take; None if there are none.
+        drawn: how many of the photographs, the last ones, are none, but were drawn.
     """
 
     photographs: list[Tensor]
     whole: Tensor
     form: Format | None
+    drawn: int = 0
 
     @property
     def words(self) -> str:
         """How many there are of which kind."""
-        kinds = {"photograph": len(self.photographs), "image": len(self.whole)}
+        kinds = {
+            "photograph": len(self.photographs) - self.drawn,
+            "image": len(self.whole),
+            "drawn picture": self.drawn,
+        }
         return " and ".join(f"{n:,} {kind}{'s' * (n > 1)}" for kind, n in kinds.items() if n)
 
     def fingerprint(self) -> str:
-        """SHA-256 of all pixels, in their order. A resumed run must have the same images."""
+        """SHA-256 of all pixels that the user gave, in their order. A resumed run must have the
+        same ones. What is drawn may differ a little on another processor, which does no harm."""
         digest = hashlib.sha256()
-        for images in (*self.photographs, self.whole):
+        for images in (*self.photographs[: len(self.photographs) - self.drawn], self.whole):
             digest.update(repr((images.shape, images.dtype)).encode())
             digest.update(images.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -80,6 +88,24 @@ def given_tensor(images: Tensor, shape: tuple[int, int, int]) -> Given:
     if not images.isfinite().all():
         raise UserError(f"{wanted} without NaN and infinity")
     return Given([], images.detach().cpu(), None)
+
+
+def with_dead_leaves(given: Given | None, count: int, form: Format) -> Given:
+    """The images that were given, if any, and `count` pictures that are drawn.
+
+    Raises:
+        UserError: the images were given as a tensor, in the units of the teacher.
+    """
+    height, width = sides(form.image_size)
+    drawn = dead_leaves(count, form.stored_channels, max(SIDE, LARGE * max(height, width)))
+    if given is None:
+        whole = torch.empty((0, form.stored_channels, height, width), dtype=torch.uint8)
+        return Given(list(drawn), whole, form, count)
+    if given.form is None:
+        raise UserError(
+            f"--dead-leaves {count} does not go with images that are a tensor; give their paths"
+        )
+    return replace(given, photographs=[*given.photographs, *drawn], drawn=count)
 
 
 def read_images(paths: Sequence[Path], form: Format) -> Given:

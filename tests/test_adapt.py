@@ -87,9 +87,10 @@ class LeftOrRight(nn.Module):
 def test_images_are_mirrored_if_the_teacher_knows_them_mirrored(caplog):
     assert "bank_flip" not in changed(config(), normed())
     torch.manual_seed(0)
-    assert changed(config(), LeftOrRight()) == {"bank_flip": False}
+    assert changed(config(), LeftOrRight()) == {"bank_flip": False, "dead_leaves": 0}
     assert caplog.messages == [
-        "chosen for a teacher that takes mirrored images for others: --no-bank-flip"
+        "chosen for a teacher that takes mirrored images for others: --no-bank-flip, "
+        "--dead-leaves 0"
     ]
 
 
@@ -107,6 +108,17 @@ def test_the_batch_norm_loss_gets_its_usual_size(monkeypatch, factor, weight):
     found = changed(config(), teacher)
     assert found == ({} if weight is None else {"bn_statistics": weight})
     assert not teacher[1]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_pictures_are_drawn_for_grey_and_coloured_images_only(channels, caplog):
+    teacher = nn.Sequential(
+        nn.Conv2d(channels, 3, 1), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(3, 5),
+    )  # fmt: skip
+    found = changed(config(image_shape=(channels, 32, 32), bn_statistics=2.0, bank_flip=False),
+                    teacher)  # fmt: skip
+    assert found == ({} if channels in (1, 3) else {"dead_leaves": 0})
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])

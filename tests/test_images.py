@@ -365,7 +365,7 @@ def test_the_student_learns_from_both():
     step = step_with(photograph_and_digits(), images_share=0.25, bank_dtype="fp32")
     for _ in range(3):
         step()
-    images, logits = step._draw()
+    images, logits = step._draw(0)
     assert images.shape == (8, 1, 32, 32) and logits.shape == (8, 10)
     found, generated = (
         bank.images[: len(bank)].flatten(1).tolist() for bank in (step.found.bank, step.bank)
@@ -444,7 +444,7 @@ def test_the_host_does_not_wait(monkeypatch):
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     step.found.renew()
-    step._draw()
+    step._draw(0)
 
 
 @pytest.mark.gpu
@@ -489,7 +489,7 @@ def test_the_command(tmp_path, photograph, monkeypatch, capsys):
     assert (out / "samples" / "images.png").exists()
     page = (out / "report.html").read_text()
     assert "real images" in page and "1 photograph and 5 images" in page
-    assert "Class balance of the real images" in page
+    assert "Class balance of the images not generated" in page
     config = Run.read(out).config
     assert config.images == (photograph, tmp_path / "digits.npz")
 
