@@ -230,8 +230,8 @@ def _run(
         if has_images or config.student_source != "bank":
             config = dataclasses.replace(config, dead_leaves=0)
     has_images = has_images or config.dead_leaves > 0
-    config.check_images(has_images)
     config.check_chosen(own, has_images)
+    config.check_images(has_images)
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)

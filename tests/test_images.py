@@ -18,8 +18,9 @@ from dafl_fast import train as command
 from dafl_fast.data import FORMATS, Format, normalise
 from dafl_fast.distill import train
 from dafl_fast.engine import graph
+from dafl_fast.engine.bank import ReplayBank
 from dafl_fast.engine.distributed import World
-from dafl_fast.engine.images import BalancedBank, Cutter, Found, sources_of
+from dafl_fast.engine.images import BalancedBank, Cutter, Found, held_out_of, sources_of
 from dafl_fast.engine.prepare import prepare
 from dafl_fast.engine.step import STATISTICS, Step
 from dafl_fast.errors import UserError
@@ -341,6 +342,18 @@ def test_the_share_of_rows():
     assert count(sources_of(found, None, 10, slice(0, 10))) == [(True, 10, slice(0, 10))]
     found.share = 0.999
     assert [n for _, n, _ in sources_of(found, other, 10, slice(0, 10))] == [9, 1]
+
+
+def test_held_out_images_come_from_all_banks_in_the_shares_of_a_batch():
+    banks = [ReplayBank(48, (1, 8, 8), 4, "fp32", held_out=2) for _ in range(2)]
+    for value, bank in enumerate(banks):
+        bank.add(torch.full((48, 1, 8, 8), float(value)), torch.full((48, 4), 10.0 + value))
+    sources = [(banks[0], 3, slice(3)), (banks[1], 9, slice(9))]
+    images, logits = held_out_of(sources, 32)
+    assert images[:, 0, 0, 0].tolist() == [0.0] * 8 + [1.0] * 24
+    assert logits[:, 0].tolist() == [10.0] * 8 + [11.0] * 24
+    assert len(held_out_of(sources[:1], 99)[0]) == 24
+    assert len(held_out_of(sources, 1)[0]) == 2
 
 
 # -- the step --------------------------------------------------------------------------------------

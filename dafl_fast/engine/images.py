@@ -355,3 +355,12 @@ def draw_from(
         return drawn[0]
     images, logits = zip(*drawn, strict=True)
     return torch.cat(images), torch.cat(logits)
+
+
+def held_out_of(sources: list[tuple[ReplayBank, int, slice]], most: int) -> tuple[Tensor, Tensor]:
+    """Up to `most` images that are never drawn, and their logits: from each bank the share that it
+    has in a batch. Waits for the device."""
+    batch = sum(count for _, count, _ in sources)
+    parts = [bank.held_out(max(1, most * count // batch)) for bank, count, _ in sources]
+    images, logits = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(logits)

@@ -36,7 +36,7 @@ from .distributed import World
 from .ema import Average
 from .estimate import FEW_CLASSES, Estimate, estimate
 from .evaluation import accuracy, answers_to_images, training_mode
-from .images import Found, draw_from, sources_of
+from .images import Found, draw_from, held_out_of, sources_of
 from .live import Live, clear_state, make_state, restore, state_of
 from .teacher import FrozenTeacher
 
@@ -301,12 +301,11 @@ class Step:
         return accuracy(self.averaged_student, images.to(self.dtype), logits.argmax(1))
 
     def estimate(self) -> Estimate | None:
-        """How well the student does, judged by images of the bank that it never learns from, which
-        are generated ones unless there is no generator; None if there are none. Waits for the
-        device."""
+        """How well the student does, judged by images that it never learns from: of all banks, as
+        many from each as there are in its batches; None if there are none. Waits for the device."""
         if not self.sources:
             return None
-        images, logits = self.sources[-1][0].held_out(HELD_OUT)
+        images, logits = held_out_of(self.sources, HELD_OUT)
         teacher = self.teacher.network
         told = estimate(self.averaged_student, teacher, images.to(self.dtype), logits)
         made = self.config.generator != "none" and self.config.diversity
