@@ -246,7 +246,7 @@ def _run(
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     config = adapted(config, teacher, device, world, chosen)
     config.check_images(given is not None or config.dead_leaves > 0)
-    if config.dead_leaves:
+    if config.dead_leaves and (config.resume is None or images is None):
         given = with_dead_leaves(given, config.dead_leaves, config.drawn_format)
     config = _with_bank_that_fits(config, device, world, given)
     if config.student_start == "teacher":

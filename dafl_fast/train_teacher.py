@@ -204,7 +204,7 @@ class Training:
         self.network = network.to(self.device).train()
         example = data.Normaliser(form)(images[:4]).to(self.device)
         use_channels_last(self.network, example, "network", trained=True)
-        self.average = Average(self.network, config.ema_decay)
+        self.average = Average(self.network, config.ema_decay, example)
         settings: dict[str, Any] = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True)
         weights = self.network.parameters()
         self.optimizer: torch.optim.Optimizer = (

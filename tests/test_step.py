@@ -305,8 +305,8 @@ def test_the_average_measures_its_own_statistics():
     torch.manual_seed(0)
     kept = nn.BatchNorm1d(2).double()
     network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2), kept).double()
-    average = Average(network, 0.9)
     x = torch.randn(50, 3, dtype=torch.float64)
+    average = Average(network, 0.9, x)
     for k in range(200):
         with torch.no_grad():
             for weight in network.parameters():
@@ -333,8 +333,8 @@ def test_the_average_measures_its_own_statistics():
 def test_the_first_batch_that_is_measured_counts_in_full():
     network = nn.Sequential(nn.BatchNorm1d(2, momentum=0.3), nn.BatchNorm1d(2).eval())
     network[1].running_mean.fill_(5)
-    average = Average(network, 0.9)
     x, y = torch.randn(8, 2), torch.randn(8, 2)
+    average = Average(network, 0.9, x)
     average.ramp(0, 0)
     average.measure(x)
     torch.testing.assert_close(average.module[0].running_var, x.var(0))
@@ -344,6 +344,46 @@ def test_the_first_batch_that_is_measured_counts_in_full():
     # What is not trained stays as it is.
     assert average.module[1].running_mean.tolist() == [5.0, 5.0]
     assert network[0].momentum == 0.3 and network[0].num_batches_tracked == 0
+    assert average.module[0].num_batches_tracked == 0
+
+
+class Own(nn.BatchNorm1d):
+    """Keeps its statistics in a way of its own."""
+
+    def forward(self, x):
+        if self.training:
+            self.running_mean.lerp_(x.mean(0), 0.3)
+        return x - self.running_mean
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.usual, self.twice, self.unused, self.still = (
+            nn.BatchNorm1d(2, momentum=m) for m in (0.1, 0.1, 0.1, 0.0)
+        )
+        self.own = Own(2)
+
+    def forward(self, x):
+        x = self.own(self.twice(self.twice(self.usual(x)) + 3))
+        return self.still(x) if not self.training else self.still(self.unused(x))
+
+
+def test_statistics_that_cannot_be_measured_are_copied():
+    torch.manual_seed(0)
+    network, x = Odd(), torch.randn(9, 2) + 2
+    average = Average(network, 0.9, x)
+    assert average.layers == [average.module.usual]
+    network(x)
+    average.ramp(0, 0)
+    average.update(network)
+    average.measure(x)
+    for name, buffer in network.named_buffers():
+        mine = average.module.get_buffer(name)
+        assert torch.equal(mine, buffer) == (
+            name not in ("usual.running_mean", "usual.running_var")
+        )
+    assert not any(layer._forward_pre_hooks for layer in average.module.modules())
 
 
 def test_the_average_copies_other_buffers():

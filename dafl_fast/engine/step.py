@@ -93,7 +93,6 @@ class Step:
         training_mode(student)
         self.teacher = teacher
         self.generator, self.student = map(world.share_statistics, (generator, student))
-        self.average = Average(student, config.ema_decay) if config.ema_decay else None
         # All processes draw the same noise and entries for the whole batch; each uses its rows.
         self._count = config.student_batch_size or config.batch_size
         self._rows = world.rows_of_batch("batch-size", config.batch_size)
@@ -144,6 +143,8 @@ class Step:
         ]
         self.random = torch.Generator(device).manual_seed(config.seed)
         self.dtype = next(generator.parameters()).dtype
+        decay, example = config.ema_decay, torch.zeros(2, *config.shape, device=device)
+        self.average = Average(student, decay, example.to(self.dtype)) if decay else None
         # The names of the values in `statistics`: without a generator, those of the student.
         self.names = STATISTICS if config.generator != "none" else STATISTICS[-STUDENTS:]
         self.statistics = torch.zeros(len(self.names), device=device)
