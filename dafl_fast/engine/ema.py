@@ -6,6 +6,7 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..models.twin import duplicate
 
@@ -42,7 +43,7 @@ class Average:
             layer.momentum = 1.0
 
     @torch.no_grad()
-    def _measurable(self, network: nn.Module, example: Tensor | None) -> list[nn.BatchNorm2d]:
+    def _measurable(self, network: nn.Module, example: Tensor | None) -> list[_BatchNorm]:
         """The layers of the average that follow their batches in the network, and are used once in
         a forward pass: one that is used twice leaves the second batch's statistics only."""
         if example is None:
@@ -50,8 +51,8 @@ class Average:
         pairs = zip(self.module.modules(), network.modules(), strict=True)
         norms = [
             mine for mine, own in pairs
-            if type(mine) in NORMS and own.training and mine.track_running_stats
-            and mine.running_mean is not None and mine.momentum != 0
+            if isinstance(mine, _BatchNorm) and type(mine) in NORMS and own.training
+            and mine.track_running_stats and mine.running_mean is not None and mine.momentum != 0
         ]  # fmt: skip
         used: Counter[nn.Module] = Counter()
         count = lambda layer, inputs: used.update([layer])  # noqa: E731
