@@ -220,9 +220,9 @@ class Config:
     images_share: Annotated[float, SHARE] = 0.5
     """The share of the student's batch that comes from --images or --dead-leaves; the rest is
     generated. With --generator none it is all of it."""
-    images_candidates: Annotated[int, at_least(4, "a quarter is kept")] = 256
-    """Crops that are shown to the teacher at every step. A quarter is kept: those of rare classes,
-    and of which it is sure."""
+    images_candidates: Annotated[int | None, at_least(4, "a quarter is kept")] = None
+    """Crops that are shown to the teacher at every step; when not given 256, or twice the batch
+    size if that is less. A quarter is kept: those of rare classes, and of which it is sure."""
 
     # --- watching -----------------------------------------------------------------------------
     eval: Annotated[str, Mark.RESUMABLE] = "none"
@@ -304,6 +304,11 @@ class Config:
             if name in chosen and value != 0:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {value} means nothing {beside}; leave it out")
+
+    @property
+    def candidates(self) -> int:
+        """The crops that are shown to the teacher at every step."""
+        return self.images_candidates or min(256, 2 * self.batch_size)
 
     @property
     def shape(self) -> tuple[int, int, int]:

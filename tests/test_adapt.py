@@ -153,7 +153,7 @@ def test_what_the_user_gives_stays_also_if_the_recipe_has_it(tmp_path, monkeypat
 def test_a_slow_teacher_gets_smaller_batches(monkeypatch, caplog):
     monkeypatch.setattr("dafl_fast.adapt._seconds_of_one", lambda *_: 0.02)
     bounded = config(steps=None, max_seconds=500.0)
-    # 3 passes of 0.02 s for each image, 300 times in 500 s: 27 images.
+    # 3 passes of 0.02 s for each image and 1 for each of two crops, 300 times in 500 s: 16 images.
     assert changed(bounded, normed()) == {"batch_size": 16, "student_batch_size": 16}
     assert caplog.messages == [
         "chosen for a teacher that takes 20 ms for an image: --batch-size 16, "

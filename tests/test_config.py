@@ -34,7 +34,7 @@ BOUNDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     },
     "auto, or 1 to 4096": {"threads": (["auto", 1, 64], [0, -1, 4097])},
     "greater than 0 and less than 1": {"images_share": ([1e-9, 0.5], [0.0, 1.0, -0.1])},
-    "at least 4 (a quarter is kept)": {"images_candidates": ([4, 256], [3, 0])},
+    "at least 4 (a quarter is kept)": {"images_candidates": ([None, 4, 256], [3, 0])},
     "0 to 64": {"dead_leaves": ([0, 6, 64], [-1, 65, 10**9])},
     "at least 2": {"num_classes": ([None, 2, 1000], [1, 0])},
     "positive": {

@@ -95,6 +95,14 @@ def test_recipes_that_know_photographs_have_some():
     assert all(make_config(p, r).dead_leaves == 0 for p in PRESETS for r in ("paper", "published"))
 
 
+def test_small_batches_have_fewer_candidates():
+    """The teacher answers them all, which may take as long as all the rest."""
+    assert make_config("custom", batch_size=128).candidates == 256
+    assert make_config("custom", batch_size=512).candidates == 256
+    assert make_config("custom", batch_size=16).candidates == 32
+    assert make_config("custom", batch_size=16, images_candidates=200).candidates == 200
+
+
 def test_a_run_with_them(tmp_path, caplog):
     torch.manual_seed(0)
     teacher, student = Network(), Network()

@@ -239,7 +239,7 @@ def taught(outputs: int, end, out: Path):
         Steep(outputs, end), student, out_dir=out, image_shape=SHAPE, steps=60, progress="off",
         **{**TINY, "batch_size": 64, "student_batch_size": 128, "student_updates": 8,
            "bank_images": 2048, "generator_lr": 0.02, "student_lr": 0.01, "adapt": False,
-           "student_after": 0, "dead_leaves": 0, "seed": 1},  # with which the last bits do not decide
+           "student_after": 0, "dead_leaves": 0, "seed": 1},  # a seed that does not hang by a bit
     )  # fmt: skip
 
 

@@ -263,9 +263,9 @@ class Found:
     ) -> None:
         self._random, self._world, self._answer = random, world, answer
         self.words, self.fingerprint = given.words, given.fingerprint()
-        self._candidates, device = config.images_candidates, random.device
+        self._candidates, device = config.candidates, random.device
         self._rows = world.rows_of_batch("images-candidates", self._candidates)
-        self.kept = max(1, config.images_candidates // KEPT)
+        self.kept = max(1, self._candidates // KEPT)
         self.cutter = Cutter(given, config.shape, device) if given.photographs else None
         self.share = config.images_share if config.generator != "none" else 1.0
         capacity = len(given.whole)
