@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,13 +12,12 @@ from dafl_fast import train as command
 from dafl_fast.data import Format
 from dafl_fast.dead_leaves import dead_leaves
 from dafl_fast.distill import train
-from dafl_fast.engine.step import Step
 from dafl_fast.errors import UserError
 from dafl_fast.recipes import PRESETS, make_config
 from dafl_fast.records import Run
 from dafl_fast.unlabelled import Given, with_dead_leaves
 
-from .test_train import assert_same_student, run, tiny
+from .test_train import assert_same_student, interrupted_after, run, tiny
 
 FORM = Format(8, 3, (0.5,) * 3, (0.25,) * 3)
 
@@ -132,18 +128,10 @@ def test_the_recipe_draws_none_beside_images_of_the_user(tmp_path):
         distill(teacher, student, images=images, dead_leaves=1, **small)
 
 
-def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
     settings = dict(dead_leaves=1, images_candidates=16, steps=6)
     train(tiny(tmp_path / "whole", **settings))
-    original = Step.__call__
-
-    def interrupting(self, *arguments):
-        original(self, *arguments)
-        if self.steps == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", interrupting)
+    with interrupted_after(3):
         assert train(tiny(tmp_path / "broken", **settings))["steps"] == 3
     summary = train(command.parse(["--resume", str(tmp_path / "broken")]))
     assert summary["steps"] == 6

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -32,7 +30,7 @@ from dafl_fast.unlabelled import Given, given_tensor, read_images
 from .conftest import NO_GPU
 from .test_graph import assert_same, everything
 from .test_live import forgotten
-from .test_train import TINY, assert_same_student, run, student_of, tiny
+from .test_train import TINY, assert_same_student, interrupted_after, run, student_of, tiny
 
 CPU = torch.device("cpu")
 GREY, COLOUR = FORMATS["mnist"], FORMATS["cifar10"]
@@ -528,15 +526,7 @@ def test_the_command_without_a_generator(tmp_path, photograph, monkeypatch, caps
 def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, photograph, generator):
     settings = dict(images=(photograph,), generator=generator, images_candidates=16, steps=8)
     train(tiny(tmp_path / "whole", **settings))
-    original = Step.__call__
-
-    def interrupting(self, *arguments):
-        original(self, *arguments)
-        if self.steps == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "__call__", interrupting)
+    with interrupted_after(3):
         assert train(tiny(tmp_path / "broken", **settings))["steps"] == 3
     assert list((tmp_path / "broken" / "images").iterdir())
     moved = photograph.rename(tmp_path / "moved.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,21 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 def student_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "student.safetensors")
+
+
+@contextlib.contextmanager
+def interrupted_after(steps: int) -> Iterator[None]:
+    """As if somebody pressed Ctrl-C in that step of a run."""
+    original = Step.__call__
+
+    def interrupting(self, *arguments):
+        original(self, *arguments)
+        if self.steps == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "__call__", interrupting)
+        yield
 
 
 def assert_same_student(one: Path, two: Path, tolerance: float = 0) -> None:
