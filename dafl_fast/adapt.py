@@ -107,7 +107,7 @@ def adapted(
         now = dataclasses.replace(config, **choices)
         batch = now.batch_size
         of_one = float(world.decide_text(str(_seconds_of_one(teacher, images))))
-        passes = PASSES + now.candidates / now.batch_size * (now.dead_leaves > 0)
+        passes = PASSES + now.candidates / now.batch_size * bool(now.dead_leaves or now.images)
         while batch > SMALLEST and passes * of_one * batch * STEPS > config.max_seconds:
             batch //= 2
         if batch < now.batch_size:

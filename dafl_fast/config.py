@@ -211,8 +211,8 @@ class Config:
     """Real images that are not the teacher's data, without labels: a photograph, a folder of images
     or a .npz file; may be given several times. What is at least twice as large as the teacher's
     images is cut into crops of all sizes, turned, mirrored and recoloured, new ones at every step.
-    Smaller images are resized and kept whole. Grey ones are repeated over the channels, and what is
-    transparent becomes white."""
+    Smaller images are resized, kept whole, and varied at every step. Grey ones are repeated over the
+    channels, and what is transparent becomes white."""
     dead_leaves: Annotated[int, PICTURES] = 0
     """Pictures of shapes that hide one another, drawn at random at the start of the run, and cut as
     photographs are. For teachers that know photographs. With --images none are drawn, unless you
@@ -221,8 +221,9 @@ class Config:
     """The share of the student's batch that comes from --images or --dead-leaves; the rest is
     generated. With --generator none it is all of it."""
     images_candidates: Annotated[int | None, at_least(4, "a quarter is kept")] = None
-    """Crops that are shown to the teacher at every step; when not given 256, or twice the batch
-    size if that is less. A quarter is kept: those of rare classes, and of which it is sure."""
+    """Crops and varied images that are shown to the teacher at every step; when not given 256, or
+    twice the batch size if that is less. If there are photographs a quarter is kept: those of rare
+    classes, and of which it is sure. Otherwise all are kept."""
 
     # --- watching -----------------------------------------------------------------------------
     eval: Annotated[str, Mark.RESUMABLE] = "none"

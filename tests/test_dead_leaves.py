@@ -12,6 +12,7 @@ from dafl_fast import train as command
 from dafl_fast.data import Format
 from dafl_fast.dead_leaves import dead_leaves
 from dafl_fast.distill import train
+from dafl_fast.engine.prepare import prepare
 from dafl_fast.errors import UserError
 from dafl_fast.recipes import PRESETS, make_config
 from dafl_fast.records import Run
@@ -108,6 +109,22 @@ def test_a_run_with_them(tmp_path, caplog):
     again = {**SMALL, "steps": 4}
     summary = distill(teacher, student, resume=tmp_path / "run", **again).summary
     assert summary["steps"] == 4 and summary["images"] == "1 drawn picture"
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_batch_norm_is_measured_on_drawn_pictures_only(drawn, monkeypatch):
+    form = Format(8, 3, (0.0,) * 3, (1 / 255,) * 3)
+    picture = [torch.full((3, 40, 50), 9, dtype=torch.uint8)]
+    given = Given(picture, torch.empty((0, 3, 8, 8), dtype=torch.uint8), form, int(drawn))
+    settings = {**SMALL, "bank_flip": True, "bank_crop": 2, "student_after": 0, "bank_dtype": "fp32"}
+    config = make_config("custom", num_classes=2, eval="none", **settings)
+    step = prepare(config, Network(), Network(), torch.device("cpu"), given=given)
+    seen = []
+    monkeypatch.setattr(step.average, "measure", seen.append)
+    for _ in range(2):
+        step()
+    flat = [(images == images[:, :, :1, :1]).flatten(1).all(1).tolist() for images in seen]
+    assert flat == [[True] * 8 if drawn else [True] * 4 + [False] * 4] * 2
 
 
 def test_a_run_with_nothing_else(tmp_path):

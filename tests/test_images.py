@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -224,12 +225,47 @@ def test_large_crops_see_all_pixels(monkeypatch):
     assert crops[near].std() > 40
 
 
-def test_whole_images_stay_as_they_are():
-    whole = noise(3, 8, 8)
-    cutter = Cutter(given(np.full((20, 20), 7, np.uint8), whole=whole), (1, 8, 8), CPU)
-    crops = cutter.cut(400, seeded())
-    same = [(crops == torch.from_numpy(image)).flatten(1).all(1).sum().item() for image in whole]
-    assert sum(same) == pytest.approx(200, abs=40) and min(same) > 40
+def test_photographs_and_whole_images_are_cut_equally_often():
+    cutter = Cutter(given(noise(20, 20), whole=noise(3, 8, 8)), (1, 8, 8), CPU)
+    which = cutter._item(torch.rand(4000, generator=seeded()))
+    assert which.bincount().tolist() == pytest.approx([2000, 667, 667, 667], abs=100)
+    ends = torch.tensor([0.0, 0.4999, 0.5, 1 - 2**-24])
+    assert cutter._item(ends).tolist() == [0, 0, 1, 3]
+    whole = Cutter(given(whole=noise(3, 8, 8)), (1, 8, 8), CPU)
+    assert whole._item(ends).tolist() == [0, 1, 1, 2]
+
+
+def test_whole_images_are_varied_by_a_share():
+    ramp = np.tile(np.linspace(20, 230, 16).astype(np.uint8), (16, 1))
+    cutter = Cutter(given(whole=[ramp], form=Format(16, 1, (0.0,), (1 / 255,))), (1, 16, 16), CPU)
+    random = torch.rand((2000, 12), generator=seeded())
+    share, which = random[:, 1], torch.zeros(2000, dtype=torch.int64)
+    matrix, centre = cutter._frame(which, random)
+    assert (matrix.det() > 0).all()  # none is mirrored
+    assert (centre - 8).abs().amax().item() == pytest.approx(4, abs=0.2)
+    bound = share.unsqueeze(1) * 4
+    assert ((centre - 8).abs() <= bound + 1e-4).all()
+    assert (matrix.det().sqrt().log().abs() <= share * math.log(1.5) + 1e-4).all()
+    crops = cutter.cut(2000, seeded())
+    assert torch.equal(torch.rand((2000, 12), generator=seeded()), random)
+    differ = (crops - torch.from_numpy(ramp)).abs().flatten(1).mean(1)
+    assert differ[share < 0.02].max() < 3 and differ[share > 0.5].mean() > 15
+    ordered = torch.stack([share, differ]).corrcoef()[0, 1]
+    assert ordered > 0.5
+    nothing = random.clone()
+    nothing[:, 1] = 0.0
+    matrix, centre = cutter._frame(which, nothing)
+    same = cutter._sampled(which, matrix, centre).squeeze(3)
+    torch.testing.assert_close(same[0], torch.from_numpy(ramp).float(), rtol=0, atol=1e-3)
+
+
+def test_what_is_outside_of_a_whole_image_is_as_its_edge(monkeypatch):
+    monkeypatch.setattr("dafl_fast.engine.images._recoloured", lambda crops, random: crops)
+    framed = np.full((8, 8), 90, np.uint8)
+    framed[2:6, 2:6] = 200
+    crops = Cutter(given(whole=[framed]), (1, 8, 8), CPU).cut(500, seeded())
+    assert crops.min() == pytest.approx(90, abs=1e-3) and crops.max() <= 200.001
+    assert (crops[:, :, 0, 0] > 91).any()  # some are moved or scaled as far as that
 
 
 def test_crops_are_in_the_teachers_units():
@@ -384,10 +420,22 @@ def test_the_student_learns_from_both():
     rows = images.flatten(1).tolist()
     assert [row in found for row in rows] == [True] * 2 + [False] * 6
     assert all(row in generated for row in rows[2:])
-    assert len(step.found.bank) == 10 and step.found.bank.added == 12  # a quarter of 40 x 0.25
+    assert len(step.found.bank) == 10  # a quarter of 40
+    assert step.found.bank.added == 3 + 12  # the digits as they are, then what was cut
     # The teacher's answers belong to the images.
     bank = step.found.bank
     torch.testing.assert_close(bank.logits, step.teacher.network(bank.images.contiguous()))
+
+
+def test_what_was_cut_is_not_shifted():
+    step = step_with(photograph_and_digits(), bank_dtype="fp32", student_batch_size=64)
+    step(), step()
+    banks = [bank.images[: len(bank)].flatten(1).tolist() for bank in (step.found.bank, step.bank)]
+    rows = step._draw(crop=4)[0].flatten(1).tolist()
+    assert [row in banks[0] for row in rows[:32]] == [True] * 32
+    assert sum(row in banks[1] for row in rows[32:]) < 8  # 1 of 81 is shifted by nothing
+    tensor = step_with(given_tensor(torch.randn(3, 1, 32, 32), (1, 32, 32)))
+    assert not tensor.found.bank.varied
 
 
 def test_without_a_generator_only_the_student_learns():
@@ -399,12 +447,27 @@ def test_without_a_generator_only_the_student_learns():
         step()
     assert not torch.equal(before["fc2.weight"], step.student.state_dict()["fc2.weight"])
     assert step.newest[0].shape == (4, 1, 32, 32)
-    assert step.found.bank.capacity == 40 and len(step.found.bank) == 12
+    assert step.found.bank.capacity == 40 and len(step.found.bank) == 3 + 12
     assert step.take_means(3, 3).isfinite().all()
     assert 0 <= step.fresh_agreement(2) <= 1
 
 
-def test_images_of_the_teachers_size_are_answered_once():
+def test_the_bank_begins_with_whole_images_as_they_are():
+    images = given(whole=noise(30, 32, 32), form=GREY)
+    step = step_with(images, bank_dtype="fp32", generator="none", images_candidates=8)
+    bank, expected = step.found.bank, normalise(images.whole, GREY)
+    assert bank.added == 30 and bank.capacity == 40
+    torch.testing.assert_close(bank.images[:30], expected, rtol=0, atol=0)
+    torch.testing.assert_close(bank.logits[:30], step.teacher.network(expected))
+    step()
+    assert bank.added == 38 and (bank.labels[:38] == bank.logits[:38].argmax(1)).all()
+    distance = torch.cdist(bank.images[30:38].flatten(1), expected.flatten(1))
+    assert (distance > 1e-3).all()  # none is as it was
+    many = step_with(given(whole=noise(50, 32, 32), form=GREY), generator="none")
+    assert many.found.bank.capacity == 50  # none is lost at once
+
+
+def test_a_tensor_is_answered_once_and_kept_as_it_is():
     images = torch.randn(30, 1, 32, 32)
     step = step_with(given_tensor(images, (1, 32, 32)), bank_dtype="fp32", generator="none")
     assert len(step.found.bank) == step.found.bank.capacity == 30 and step.banks == {}
@@ -494,7 +557,7 @@ def test_the_command(tmp_path, photograph, monkeypatch, capsys):
     assert "on generated images" in printed
     summary = json.loads((out / "summary.json").read_text())
     assert summary["images"] == "1 photograph and 5 images" and summary["images_share"] == 0.25
-    assert sum(summary["images_class_counts"]) == 16
+    assert sum(summary["images_class_counts"]) == 5 + 16
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["images_class_counts"] == summary["images_class_counts"]
     assert (out / "samples" / "images.png").exists()

@@ -31,7 +31,13 @@ class ReplayBank:
     Images may be in any units. They are stored as `dtype`: "bf16", with 8 binary digits, "fp32", or
     "uint8", which has 256 levels between the smallest and the largest value of each image. Logits
     are stored in fp32.
+
+    Attributes:
+        varied: whether its images were moved at random before they came in, so that `draw` need not
+            shift them.
     """
+
+    varied = False
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """Images that the user gave, on the device: where the student's real images come from.
 
 Photographs are cut at every step: many crops, of which the teacher's answers choose the few that go
-into a ring. Images of the teacher's size are put into a bank once, all of them. In both, the
-classes that are rare are drawn more often.
+into a ring. Images of the teacher's size are in it from the beginning, and are varied at every step.
+Images of classes that are rare are drawn more often.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ..unlabelled import Given
 from .bank import ReplayBank
 from .distributed import World
 
-# Of the crops that the teacher sees, one in so many is kept.
+# Of the crops that the teacher sees, one in so many is kept if there are photographs. Of whole images
+# all are: any of them looks like something, and a student soon knows few ones by heart.
 KEPT = 4
 # No image is drawn more often than so many times the average, however rare its class.
 MOST_OFTEN = 8
@@ -30,10 +31,15 @@ MOST_OFTEN = 8
 # and the brightness that is added, of 255.
 FINEST, ASPECT, TURN, SHEAR = 0.5, 4 / 3, math.radians(30), math.tan(math.radians(20))
 CONTRAST, TINT, BRIGHTNESS = 1.5, 1.2, 40.0
+# How images of the teacher's size differ more: their scale, and by how much of their height and
+# width they are moved. They differ by a share of all this, from nothing to everything.
+ZOOM, MOVE = 1.5, 0.25
 # The random numbers that one crop takes, and one more for each channel.
 _NUMBERS = 11
 # Images that the teacher answers at once when the bank is filled.
 _BATCH = 256
+# What a batch is drawn from, see `sources_of`.
+Sources = list[tuple[ReplayBank, int, slice]]
 
 
 class BalancedBank(ReplayBank):
@@ -100,7 +106,8 @@ class Cutter:
     is drawn from half of the teacher's image up to the whole photograph, each doubling being
     equally likely. It is read from a copy of the photograph of about the scale of the crop, so that
     nothing is lost between its pixels. Images that were given whole, if there are some, are half of
-    what is cut and stay as they are.
+    what is cut. They are turned, sheared, scaled, moved and recoloured by a share of that, which is
+    drawn for each between 0 and 1, and not mirrored. What is outside of them is as their edge.
 
     All pixels are in one buffer, uint8, so photographs of different sizes can be cut at once and
     shapes are static. They take 4/3 of the memory of the photographs.
@@ -112,7 +119,7 @@ class Cutter:
         assert given.form is not None
         self._size = image_shape[1:]
         self._own = torch.tensor(self._size[::-1], device=device, dtype=torch.float32)
-        self._whole = len(given.whole)
+        self._photographs, self._whole = len(given.photographs), len(given.whole)
         items = [_pyramid(image, min(self._size)) for image in given.photographs]
         items += [[image] for image in given.whole]
         depth = max(map(len, items))
@@ -146,47 +153,46 @@ class Cutter:
         which = self._item(random[:, 0])
         matrix, centre = self._frame(which, random)
         crops = self._sampled(which, matrix, centre)
-        recoloured = _recoloured(crops, random[:, 8:])
-        if self._whole:
-            photograph = which < len(self._levels) - self._whole
-            recoloured = torch.where(photograph.view(-1, 1, 1, 1), recoloured, crops)
-        images: Tensor = self._normaliser(recoloured.permute(0, 3, 1, 2))
+        crops = _recoloured(crops, self._share(which, random) * (2 * random[:, 8:] - 1))
+        images: Tensor = self._normaliser(crops.permute(0, 3, 1, 2))
         return images.contiguous(memory_format=torch.channels_last)
 
     def _item(self, random: Tensor) -> Tensor:
         """Which image each number in [0, 1) chooses."""
-        photographs = len(self._levels) - self._whole
-        share = 0.5 if self._whole else 1.0
-        one = (random / share * photographs).long().clamp(max=photographs - 1)
-        if not self._whole:
-            return one
-        other = ((random - share) / (1 - share) * self._whole).long().clamp(max=self._whole - 1)
-        return torch.where(random < share, one, photographs + other)
+        most = 0.5 if self._photographs and self._whole else float(not self._whole)
+        place = torch.where(
+            random < most,
+            random / max(most, 0.5) * self._photographs,
+            self._photographs + (random - most) / max(1 - most, 0.5) * self._whole,
+        )
+        return place.long().clamp(max=len(self._levels) - 1)
+
+    def _share(self, which: Tensor, random: Tensor) -> Tensor:
+        """Of all by which crops may differ, what each one does [n, 1]."""
+        return torch.where(which < self._photographs, 1.0, random[:, 1]).unsqueeze(1)
 
     def _frame(self, which: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
         """Of each crop the matrix [n, 2, 2] that takes steps (x, y) in it to steps in its image,
-        and its centre [n, 2] in the image's pixels, so that all of it is inside."""
+        and its centre [n, 2] in the image's pixels. Of photographs all of it is inside."""
         size = self._levels[which, 0, 1:].flip(1).to(random.dtype)  # width and height
         coarsest = (size / self._own).amin(1)
-        centred = 2 * random[:, 1:5] - 1
+        photograph = which < self._photographs
+        centred = self._share(which, random) * (2 * random[:, 2:8] - 1)
         scale = FINEST * (coarsest / FINEST) ** random[:, 1]
-        aspect = ASPECT ** (centred[:, 1] / 2)
-        angle, shear = TURN * centred[:, 2], SHEAR * centred[:, 3]
-        mirror = torch.where(random[:, 5] < 0.5, -1.0, 1.0)
-        if self._whole:
-            photograph = which < len(self._levels) - self._whole
-            scale, aspect, mirror = (
-                torch.where(photograph, x, 1.0) for x in (scale, aspect, mirror)
-            )
-            angle, shear = (torch.where(photograph, x, 0.0) for x in (angle, shear))
+        scale = torch.where(photograph, scale, ZOOM ** centred[:, 3])
+        aspect = ASPECT ** (centred[:, 0] / 2)
+        angle, shear = TURN * centred[:, 1], SHEAR * centred[:, 2]
+        mirror = torch.where(photograph & (random[:, 5] < 0.5), -1.0, 1.0)
         cos, sin = angle.cos(), angle.sin()
         x = torch.stack([cos, sin], 1) * (scale * aspect * mirror).unsqueeze(1)
         y = torch.stack([shear * cos - sin, shear * sin + cos], 1) * (scale / aspect).unsqueeze(1)
         matrix = torch.stack([x, y], 2)
         reach = (matrix.abs() * self._own).sum(2) / 2  # half of the crop's bounding box
-        fits = (size / (2 * reach)).amin(1).clamp(max=1.0)
+        fits = torch.where(photograph, (size / (2 * reach)).amin(1).clamp(max=1.0), 1.0)
         matrix, reach = matrix * fits.view(-1, 1, 1), reach * fits.unsqueeze(1)
-        return matrix, reach + random[:, 6:8] * (size - 2 * reach)
+        # As far as a photograph reaches, and no further than other images may be moved.
+        free = torch.where(photograph.unsqueeze(1), size / 2 - reach, MOVE * size)
+        return matrix, size / 2 + centred[:, 4:] * free
 
     def _sampled(self, which: Tensor, matrix: Tensor, centre: Tensor) -> Tensor:
         """The crops [n, H, W, C] in grey levels of 0..255, interpolated between four pixels."""
@@ -228,9 +234,10 @@ def _pyramid(image: Tensor, side: int) -> list[Tensor]:
     return levels
 
 
-def _recoloured(crops: Tensor, random: Tensor) -> Tensor:
-    """Crops [n, H, W, C] of 0..255 with other contrast, brightness, saturation and tint."""
-    centred = 2 * random.view(len(crops), -1, 1, 1) - 1
+def _recoloured(crops: Tensor, centred: Tensor) -> Tensor:
+    """Crops [n, H, W, C] of 0..255 with other contrast, brightness, saturation and tint, by numbers
+    [n, 3 + C] between -1 and 1."""
+    centred = centred.view(len(crops), -1, 1, 1)
     contrast, brightness, saturation = centred[:, :3].unsqueeze(2).unbind(1)
     tint = centred[:, 3:].view(len(crops), 1, 1, -1)
     mean = crops.mean((1, 2, 3), keepdim=True)
@@ -263,20 +270,23 @@ class Found:
     ) -> None:
         self._random, self._world, self._answer = random, world, answer
         self.words, self.fingerprint = given.words, given.fingerprint()
+        self.drawn = given.drawn > 0
         self._candidates, device = config.candidates, random.device
         self._rows = world.rows_of_batch("images-candidates", self._candidates)
-        self.kept = max(1, self._candidates // KEPT)
-        self.cutter = Cutter(given, config.shape, device) if given.photographs else None
+        self.kept = max(1, self._candidates // (KEPT if given.photographs else 1))
         self.share = config.images_share if config.generator != "none" else 1.0
         capacity = len(given.whole)
-        if self.cutter is not None:
-            capacity = max(self.kept, round(self.share * config.bank_images))
+        self.cutter: Cutter | None = None
+        prepared: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
+        if given.form is not None:
+            self.cutter = Cutter(given, config.shape, device)
+            capacity = max(capacity, self.kept, round(self.share * config.bank_images))
+            prepared = Normaliser(given.form).to(device)
         self.bank = BalancedBank(
             capacity, config.shape, num_classes, config.bank_dtype, device, config.bank_held_out
         )
-        if self.cutter is None:
-            form = given.form
-            prepared = (lambda x: x) if form is None else Normaliser(form).to(device)
+        self.bank.varied = self.cutter is not None
+        if len(given.whole):
             for part in given.whole.split(_BATCH):
                 self.bank.add(*answer(prepared(part.to(device))))
             self.bank.weigh()
@@ -292,8 +302,8 @@ class Found:
         return images, logits
 
     def fresh(self) -> tuple[Tensor, Tensor]:
-        """Candidates, chosen by nobody, and the teacher's logits for them; of images that are not
-        cut, as many as the bank draws."""
+        """Candidates, chosen by nobody, and the teacher's logits for them; of images that were given
+        as a tensor, as many as the bank draws."""
         if self.cutter is None:
             return self.bank.draw(self._candidates, self._random)
         return self._cut()
@@ -329,16 +339,18 @@ class Found:
 
 def sources_of(
     found: Found | None, generated: ReplayBank | None, count: int, rows: slice
-) -> list[tuple[ReplayBank, int, slice]]:
+) -> Sources:
     """What a batch of `count` images is drawn from: the banks, how many images from each, and which
-    of those are among the batch's `rows`. The images that were found come first."""
+    of those are among the batch's `rows`. The images that were found come first, and are all if
+    nothing is generated."""
     parts: list[tuple[ReplayBank, int]] = []
     if found is not None:
-        most = count if generated is None else count - 1
-        parts.append((found.bank, min(max(1, round(found.share * count)), most)))
+        taken = min(max(1, round(found.share * count)), count - 1)
+        parts.append((found.bank, count if generated is None else taken))
     if generated is not None:
         parts.append((generated, count - sum(taken for _, taken in parts)))
-    sources, start = [], 0
+    sources: Sources = []
+    start = 0
     for bank, taken in parts:
         first, last = (min(max(row - start, 0), taken) for row in (rows.start, rows.stop))
         sources.append((bank, taken, slice(first, last)))
@@ -347,17 +359,21 @@ def sources_of(
 
 
 def draw_from(
-    sources: list[tuple[ReplayBank, int, slice]], random: torch.Generator, crop: int, flip: bool
+    sources: Sources, random: torch.Generator, crop: int, flip: bool
 ) -> tuple[Tensor, Tensor]:
-    """A batch from several banks, see `sources_of` and `ReplayBank.draw`: images and logits."""
-    drawn = [bank.draw(count, random, rows, crop, flip) for bank, count, rows in sources]
+    """A batch from several banks, see `sources_of` and `ReplayBank.draw`: images and logits. What is
+    varied already is not shifted: its edge would be reflected for nothing."""
+    drawn = [
+        bank.draw(count, random, rows, 0 if bank.varied else crop, flip)
+        for bank, count, rows in sources
+    ]
     if len(drawn) == 1:
         return drawn[0]
     images, logits = zip(*drawn, strict=True)
     return torch.cat(images), torch.cat(logits)
 
 
-def held_out_of(sources: list[tuple[ReplayBank, int, slice]], most: int) -> tuple[Tensor, Tensor]:
+def held_out_of(sources: Sources, most: int) -> tuple[Tensor, Tensor]:
     """Up to `most` images that are never drawn, and their logits: from each bank the share that it
     has in a batch. Waits for the device."""
     batch = sum(count for _, count, _ in sources)

@@ -36,7 +36,7 @@ from .distributed import World
 from .ema import Average
 from .estimate import FEW_CLASSES, Estimate, estimate
 from .evaluation import accuracy, answers_to_images, training_mode
-from .images import Found, draw_from, held_out_of, sources_of
+from .images import Found, Sources, draw_from, held_out_of, sources_of
 from .live import Live, clear_state, make_state, restore, state_of
 from .teacher import FrozenTeacher
 
@@ -148,8 +148,7 @@ class Step:
         # The names of the values in `statistics`: without a generator, those of the student.
         self.names = STATISTICS if config.generator != "none" else STATISTICS[-STUDENTS:]
         self.statistics = torch.zeros(len(self.names), device=device)
-        # In fp16, how many steps each value is missing from, because it overflowed. The scalers do
-        # not take these steps either.
+        # In fp16, how many steps each value is missing from: it overflowed, and scalers skip them.
         self.overflows = torch.zeros(len(self.names), device=device)
         # Everything that `body` changes, except the bank's entries. What is missing here is not
         # saved, not resumed and not restored after a warm-up; test_live.py checks the list.
@@ -173,8 +172,7 @@ class Step:
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             self.live["cuda_random"] = torch.cuda.default_generators[index]
-        # The last generated batch and the teacher's logits for it. Without a generator, the images
-        # that were found last.
+        # The last generated batch, or without a generator what was found last, with its logits.
         self.newest = (torch.empty(0), torch.empty(0))
         self.found: Found | None = None
         if given is not None:
@@ -183,9 +181,11 @@ class Step:
                 self.live["found_added"] = self.found.bank.count
             else:
                 self.newest = self.found.bank.newest(config.batch_size)
-        # The banks that a student's batch is drawn from: how many images from each, and which of
-        # those are this process's.
+        # What a student's batch is drawn from, and one on which BatchNorm's statistics are measured:
+        # drawn pictures are nearer to real images than generated ones are.
         self.sources = sources_of(self.found, self.bank, self._count, self._student_rows)
+        others = None if self.found is not None and self.found.drawn else self.bank
+        self._measured = sources_of(self.found, others, self._count, self._student_rows)
         self.steps = self.learned = 0  # steps so far, and those in which the student learned
         # The function that runs a step: `body`, or the replay of its CUDA graph.
         self.run: Callable[[], None] = self.body
@@ -222,7 +222,7 @@ class Step:
             learned += torch.stack(self._update_student(*self._draw(config.bank_crop)))
         if learn and self.average is not None and self.average.layers:
             with self._autocast():  # shifted images have other statistics, and cost a point
-                images = self._draw(crop=0)[0].to(self.dtype)
+                images = self._draw(0, self._measured)[0].to(self.dtype)
                 self.average.measure(self.world.gather(images))
         values = torch.cat([*(part.view(1) for part in parts), learned / config.student_updates])
         if self.precision == "fp16":
@@ -231,12 +231,12 @@ class Step:
             values = torch.where(finite, values, 0.0)
         self.statistics += values
 
-    def _draw(self, crop: int) -> tuple[Tensor, Tensor]:
-        """Images [n, C, H, W] for the student, shifted by up to `crop` pixels if they are from a
-        bank, and the teacher's logits for them: this process's rows."""
+    def _draw(self, crop: int, sources: Sources | None = None) -> tuple[Tensor, Tensor]:
+        """Images [n, C, H, W] for the student, and the teacher's logits for them: this process's
+        rows. Generated ones that are from a bank are shifted by up to `crop` pixels."""
         config = self.config
         if self.sources:
-            return draw_from(self.sources, self.random, crop, config.bank_flip)
+            return draw_from(sources or self.sources, self.random, crop, config.bank_flip)
         if config.student_source == "fresh":
             with torch.no_grad(), self._autocast():
                 images = self.generator(self.noise(self._count)[self._student_rows])
