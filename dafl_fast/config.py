@@ -199,10 +199,12 @@ class Config:
     bank_dtype: Literal["uint8", "bf16", "fp32"] = "bf16"
     """How the bank stores images: uint8 (1 byte a pixel), bf16 (2) or fp32 (4)."""
     bank_held_out: Annotated[int, HELD_OUT] = 0
-    """The student never learns from every how many-th image of the bank (0: it learns from all).
-    They tell how good it is where there is no real image."""
+    """The student never learns from every how many-th image of the bank, and of 80 and more whole
+    images that are given (0: it learns from all). They tell how good it is where there is no label
+    and no other image."""
     bank_crop: Annotated[int, NOT_NEGATIVE] = 0
-    """Shift images from the bank by up to this many pixels. Only useful if that keeps the class."""
+    """Shift generated images from the bank by up to this many pixels, and those that were given as a
+    tensor. Only useful if that keeps the class."""
     bank_flip: bool = False
     """Mirror every other image from the bank. Only useful if that keeps the class."""
 

@@ -341,8 +341,8 @@ def _with_bank_that_fits(
     if config.student_source != "bank" or config.resume is not None or free is None:
         return config
     entry = bytes_of_entry(config.shape, config.num_classes or 0, config.bank_dtype)
-    if given is not None and given.photographs and config.generator != "none":
-        entry = round(entry * (1 + config.images_share))  # their crops have a bank of their own
+    if given is not None and given.form is not None and config.generator != "none":
+        entry = round(entry * (1 + config.images_share))  # what is cut has a bank of its own
     # Processes on CPUs share the memory of the host, and each has the whole bank.
     free //= world.size if device.type == "cpu" else 1
     wanted = most = config.bank_images

@@ -118,7 +118,7 @@ def test_batch_norm_is_measured_on_drawn_pictures_only(drawn, monkeypatch):
     given = Given(picture, torch.empty((0, 3, 8, 8), dtype=torch.uint8), form, int(drawn))
     settings = {**SMALL, "bank_flip": True, "bank_crop": 2, "student_after": 0, "bank_dtype": "fp32"}
     config = make_config("custom", num_classes=2, eval="none", **settings)
-    step = prepare(config, Network(), Network(), torch.device("cpu"), given=given)
+    step = prepare(config, Network(), Network(), torch.device("cpu"), "fp32", given=given)
     seen = []
     monkeypatch.setattr(step.average, "measure", seen.append)
     for _ in range(2):

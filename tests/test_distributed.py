@@ -215,7 +215,7 @@ def three_steps_with_images(world: World, generator: str):
 @pytest.mark.parametrize("generator", ["auto", "none"])
 def test_two_processes_find_the_same_images_as_one(in_two_processes, generator):
     student, (images, logits), agreement = three_steps_with_images(World(), generator)
-    assert len(images) == (24 if generator == "none" else 16)  # of a ring of 40, and of 16
+    assert len(images) == (5 + 24 if generator == "none" else 16)  # of a ring of 40, and of 16
     for theirs in in_two_processes(three_steps_with_images, generator):
         assert torch.equal(theirs[1][0], images)
         torch.testing.assert_close(theirs[1][1], logits)

@@ -467,6 +467,49 @@ def test_the_bank_begins_with_whole_images_as_they_are():
     assert many.found.bank.capacity == 50  # none is lost at once
 
 
+def test_some_whole_images_are_held_out():
+    """Variants of the others are too much like what the student has learned from."""
+    images = given(whole=noise(100, 32, 32), form=GREY)
+    step = step_with(images, bank_dtype="fp32", generator="none")
+    bank, expected = step.found.bank, normalise(images.whole, GREY).flatten(1)
+    assert bank.added == 92 and step.found.words == "100 images"
+    kept = bank.images[:92].flatten(1).tolist()
+    assert [n for n, row in enumerate(expected.tolist()) if row not in kept] == [*range(11, 96, 12)]
+    held, logits = bank.held_out(2048)
+    assert held.shape == (512, 1, 32, 32) and torch.equal(bank.held_out(2048)[0], held)
+    torch.testing.assert_close(logits, step.teacher.network(held))
+    nearest = torch.cdist(held.flatten(1), expected).argmin(1)
+    mine = torch.tensor([*range(11, 96, 12)])
+    assert torch.isin(nearest, mine).float().mean() > 0.25  # by chance 0.08
+    assert step.estimate().images == 512
+    assert step.found.fingerprint == images.fingerprint()
+    assert [len(part) for part in held_out_of([(bank, 8, slice(8))], 1)] == [1, 1]
+
+
+def test_of_few_whole_images_none_are_held_out():
+    step = step_with(given(whole=noise(79, 32, 32), form=GREY), generator="none")
+    assert step.found.bank.added == 79
+    step()
+    images, logits = step.found.bank.held_out(2048)
+    assert images.shape == (0, 1, 32, 32) and logits.shape == (0, 10) and step.estimate() is None
+    with pytest.raises(UserError, match="--until-flat needs .* 80 whole .* photograph, got 3 im"):
+        step_with(given(whole=noise(3, 32, 32), form=GREY), generator="none", until_flat=True,
+                  eval_every=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [10, 100])
+def test_crops_of_photographs_are_held_out_beside_whole_images(whole):
+    flat = np.full((80, 100), 128, np.uint8)
+    step = step_with(given(flat, whole=noise(whole, 32, 32), form=GREY), generator="none",
+                     bank_dtype="fp32")  # fmt: skip
+    step()
+    held = step.found.bank.held_out(2048)[0].float()
+    crops = (held.flatten(1).std(1) < 1e-2).sum().item()
+    assert len(held) == 512 and crops == pytest.approx(512 if whole == 10 else 256, abs=50)
+    drawn = step.found.bank.draw(500, seeded())[0].float().flatten(1)
+    assert not torch.isin(held.flatten(1).sum(1), drawn.sum(1)).any()
+
+
 def test_a_tensor_is_answered_once_and_kept_as_it_is():
     images = torch.randn(30, 1, 32, 32)
     step = step_with(given_tensor(images, (1, 32, 32)), bank_dtype="fp32", generator="none")
@@ -477,17 +520,26 @@ def test_a_tensor_is_answered_once_and_kept_as_it_is():
     assert step.found.bank.added == 30
 
 
+def hundred_digits() -> Given:
+    return given(whole=noise(100, 32, 32), form=GREY)
+
+
+BOTH_KINDS = pytest.mark.parametrize("images", [photograph_and_digits, hundred_digits])
+
+
+@BOTH_KINDS
 @pytest.mark.parametrize("generator", ["auto", "none"])
 @pytest.mark.parametrize("dtype", ["uint8", "bf16"])
-def test_the_inventory_is_complete(generator, dtype):
-    step = step_with(photograph_and_digits(), generator=generator, bank_dtype=dtype)
+def test_the_inventory_is_complete(generator, dtype, images):
+    step = step_with(images(), generator=generator, bank_dtype=dtype)
     assert forgotten(step) == set()
 
 
+@BOTH_KINDS
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("generator", ["auto", "none"])
-def test_warming_up_for_a_graph_leaves_no_trace(generator, precision):
-    step = step_with(photograph_and_digits(), precision, generator=generator)
+def test_warming_up_for_a_graph_leaves_no_trace(generator, precision, images):
+    step = step_with(images(), precision, generator=generator)
     for bank, _ in step.banks.values():  # what was never written may hold NaN
         zeros = {k: torch.zeros_like(v) for k, v in bank.span(0, bank.capacity).items()}
         bank.restore(0, zeros)
@@ -507,9 +559,10 @@ def test_warming_up_for_a_graph_leaves_no_trace(generator, precision):
     assert_same(state(), before)
 
 
-def test_the_host_does_not_wait(monkeypatch):
+@BOTH_KINDS
+def test_the_host_does_not_wait(images, monkeypatch):
     """No step asks a tensor for its value, which a CUDA graph could not hold."""
-    step = step_with(photograph_and_digits(), generator="none")
+    step = step_with(images(), generator="none")
     step()
 
     def refuse(*args):
@@ -518,17 +571,18 @@ def test_the_host_does_not_wait(monkeypatch):
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     step.found.renew()
-    step._draw(0)
+    step._draw(0), step._draw(0, step._measured)
 
 
 @pytest.mark.gpu
 @NO_GPU
+@BOTH_KINDS
 @pytest.mark.parametrize("generator", ["auto", "none"])
-def test_replays_of_a_graph_equal_steps(generator):
+def test_replays_of_a_graph_equal_steps(generator, images):
     torch.backends.cudnn.deterministic = True
     device = torch.device("cuda")
     one, two = (
-        step_with(photograph_and_digits(), device=device, generator=generator, cuda_graph="on",
+        step_with(images(), device=device, generator=generator, cuda_graph="on",
                   generator_lr=1e-3)
         for _ in range(2)
     )  # fmt: skip
@@ -585,15 +639,19 @@ def test_the_command_without_a_generator(tmp_path, photograph, monkeypatch, caps
     assert "Generator loss" not in page and "of images given to it" in page
 
 
+@pytest.mark.parametrize("kind", ["photograph", "images"])
 @pytest.mark.parametrize("generator", ["auto", "none"])
-def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, photograph, generator):
+def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, photograph, generator, kind):
+    if kind == "images":  # more than the bank holds, so they are replaced
+        photograph = tmp_path / "photograph.npz"
+        np.savez(photograph, images=noise(100, 28, 28))
     settings = dict(images=(photograph,), generator=generator, images_candidates=16, steps=8)
     train(tiny(tmp_path / "whole", **settings))
     with interrupted_after(3):
         assert train(tiny(tmp_path / "broken", **settings))["steps"] == 3
     assert list((tmp_path / "broken" / "images").iterdir())
-    moved = photograph.rename(tmp_path / "moved.png")
-    with pytest.raises(UserError, match=r"--images .*photograph\.png does not exist"):
+    moved = photograph.rename(tmp_path / f"moved{photograph.suffix}")
+    with pytest.raises(UserError, match=r"photograph\.(png|npz) does not exist"):
         train(command.parse(["--resume", str(tmp_path / "broken")]))
     resumed = command.parse(["--resume", str(tmp_path / "broken"), "--images", str(moved)])
     assert resumed.images == (moved,)

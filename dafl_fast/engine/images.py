@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..data import Normaliser
+from ..errors import UserError
 from ..unlabelled import Given
 from .bank import ReplayBank
 from .distributed import World
@@ -38,6 +40,11 @@ ZOOM, MOVE = 1.5, 0.25
 _NUMBERS = 11
 # Images that the teacher answers at once when the bank is filled.
 _BATCH = 256
+# Of whole images so many at least are held out, if that is no more than one in ten, so none of fewer
+# than 80; and the number of their variants that tell how good the student is.
+UNSEEN, RARELY, SHOWN = 8, 10, 2 * _BATCH
+FEWEST = UNSEEN * RARELY
+OTHER_SEED = 2**62 + 1  # of these; with that of the run, its first crops would be the same
 # What a batch is drawn from, see `sources_of`.
 Sources = list[tuple[ReplayBank, int, slice]]
 
@@ -63,6 +70,8 @@ class BalancedBank(ReplayBank):
         # These follow from the logits.
         self.labels = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        # Images that tell how good the student is, if they are not among the ring's.
+        self.unseen: ReplayBank | None = None
         self._cumulative = torch.zeros(capacity, dtype=torch.float64, device=device)
 
     @torch.no_grad()
@@ -78,6 +87,11 @@ class BalancedBank(ReplayBank):
         logits = entries["logits"].to(self.labels.device)
         self.labels[self._slots(start, start + len(logits))] = logits.argmax(1)
         self.weigh()
+
+    def held_out(self, most: int) -> tuple[Tensor, Tensor]:
+        """Up to `most` images that `draw` never returns, and nothing like them; and their logits.
+        Waits for the device."""
+        return super().held_out(most) if self.unseen is None else self.unseen.newest(most)
 
     @torch.no_grad()
     def weigh(self) -> None:
@@ -250,6 +264,9 @@ def _recoloured(crops: Tensor, centred: Tensor) -> Tensor:
 class Found:
     """The user's images with the teacher's answers, as a bank to draw from.
 
+    Of whole images some are held out, of which the student learns nothing. Their variants, and other
+    crops of the photographs, tell how good it is. They are cut once.
+
     Args:
         config: sizes and shares.
         given: the images.
@@ -257,6 +274,9 @@ class Found:
         random: the source of randomness, on the device where the images are kept.
         world: the processes that share the candidates. All have the same bank.
         answer: the teacher: images [n, C, H, W] -> images as they are kept, and logits.
+
+    Raises:
+        UserError: the run ends when the student no longer gets better, and no image tells that.
     """
 
     def __init__(
@@ -275,21 +295,34 @@ class Found:
         self._rows = world.rows_of_batch("images-candidates", self._candidates)
         self.kept = max(1, self._candidates // (KEPT if given.photographs else 1))
         self.share = config.images_share if config.generator != "none" else 1.0
-        capacity = len(given.whole)
+        given, unseen = _parted(given, config.bank_held_out)
+        shape, dtype, capacity = config.shape, config.bank_dtype, len(given.whole)
         self.cutter: Cutter | None = None
         prepared: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
         if given.form is not None:
-            self.cutter = Cutter(given, config.shape, device)
+            self.cutter = Cutter(given, shape, device)
             capacity = max(capacity, self.kept, round(self.share * config.bank_images))
             prepared = Normaliser(given.form).to(device)
-        self.bank = BalancedBank(
-            capacity, config.shape, num_classes, config.bank_dtype, device, config.bank_held_out
-        )
+        held_out = config.bank_held_out if unseen is None else 0
+        self.bank = BalancedBank(capacity, shape, num_classes, dtype, device, held_out)
         self.bank.varied = self.cutter is not None
         if len(given.whole):
             for part in given.whole.split(_BATCH):
                 self.bank.add(*answer(prepared(part.to(device))))
             self.bank.weigh()
+        if unseen is None:
+            return
+        self.bank.unseen = ReplayBank(SHOWN, shape, num_classes, dtype, device)
+        if unseen.photographs or len(unseen.whole):
+            cutter, same = Cutter(unseen, shape, device), torch.Generator(device)
+            same.manual_seed(OTHER_SEED)
+            for _ in range(SHOWN // _BATCH):
+                self.bank.unseen.add(*answer(cutter.cut(_BATCH, same)))
+        elif config.until_flat and config.generator == "none":
+            raise UserError(
+                f"--until-flat needs images to tell how good the student is: at least {FEWEST} "
+                f"whole ones or a photograph, got {self.words}"
+            )
 
     def renew(self) -> tuple[Tensor, Tensor]:
         """Cuts candidates, and puts those of them into the bank that help. Returns these: images
@@ -337,6 +370,21 @@ class Found:
         }
 
 
+def _parted(given: Given, held_out: int) -> tuple[Given, Given | None]:
+    """The images to learn from, and if some of them are varied, those of which the variants tell how
+    good the student is: every `held_out`-th whole one, or one in ten at most; of few ones none. A
+    variant of any other would be like one that the student has learned from."""
+    count = len(given.whole)
+    if not held_out or given.form is None or not count:
+        return given, None
+    unseen = torch.zeros(count, dtype=torch.bool)
+    if count >= FEWEST:
+        every = min(max(held_out, RARELY), count // UNSEEN)
+        unseen[every - 1 :: every] = True
+    learned, others = (replace(given, whole=given.whole[part]) for part in (~unseen, unseen))
+    return learned, others
+
+
 def sources_of(
     found: Found | None, generated: ReplayBank | None, count: int, rows: slice
 ) -> Sources:
@@ -375,7 +423,7 @@ def draw_from(
 
 def held_out_of(sources: Sources, most: int) -> tuple[Tensor, Tensor]:
     """Up to `most` images that are never drawn, and their logits: from each bank the share that it
-    has in a batch. Waits for the device."""
+    has in a batch, if it has as many. Waits for the device."""
     batch = sum(count for _, count, _ in sources)
     parts = [bank.held_out(max(1, most * count // batch)) for bank, count, _ in sources]
     images, logits = zip(*parts, strict=True)

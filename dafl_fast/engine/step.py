@@ -233,7 +233,7 @@ class Step:
 
     def _draw(self, crop: int, sources: Sources | None = None) -> tuple[Tensor, Tensor]:
         """Images [n, C, H, W] for the student, and the teacher's logits for them: this process's
-        rows. Generated ones that are from a bank are shifted by up to `crop` pixels."""
+        rows. Those from a bank that were not cut are shifted by up to `crop` pixels."""
         config = self.config
         if self.sources:
             return draw_from(sources or self.sources, self.random, crop, config.bank_flip)
