@@ -203,8 +203,8 @@ class Config:
     images that are given (0: it learns from all). They tell how good it is where there is no label
     and no other image."""
     bank_crop: Annotated[int, NOT_NEGATIVE] = 0
-    """Shift generated images from the bank by up to this many pixels, and those that were given as a
-    tensor. Only useful if that keeps the class."""
+    """Shift generated images from the bank by up to this many pixels, and those that were given as
+    a tensor. Only useful if that keeps the class."""
     bank_flip: bool = False
     """Mirror every other image from the bank. Only useful if that keeps the class."""
 
@@ -213,12 +213,12 @@ class Config:
     """Real images that are not the teacher's data, without labels: a photograph, a folder of images
     or a .npz file; may be given several times. What is at least twice as large as the teacher's
     images is cut into crops of all sizes, turned, mirrored and recoloured, new ones at every step.
-    Smaller images are resized, kept whole, and varied at every step. Grey ones are repeated over the
-    channels, and what is transparent becomes white."""
+    Smaller images are resized, kept whole, and varied at every step. Grey ones are repeated over
+    the channels, and what is transparent becomes white."""
     dead_leaves: Annotated[int, PICTURES] = 0
     """Pictures of shapes that hide one another, drawn at random at the start of the run, and cut as
-    photographs are. For teachers that know photographs. With --images none are drawn, unless you
-    ask for them."""
+    photographs are. For teachers that know photographs. With --images that are no photographs, or
+    with --images and --generator none, none are drawn, unless you ask for them."""
     images_share: Annotated[float, SHARE] = 0.5
     """The share of the student's batch that comes from --images or --dead-leaves; the rest is
     generated. With --generator none it is all of it."""

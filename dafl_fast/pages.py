@@ -137,7 +137,7 @@ SUMMARY = {
     "teacher_accuracy": "Accuracy of the teacher", "student_accuracy": "Accuracy of the student",
     "estimated_agreement": "Estimated agreement on real images",
     "agreement_held_out": "Agreement on images it never learned from",
-    "agreement_fresh": "Agreement on generated images", "eval_set": "Held-out images",
+    "agreement_fresh": "Agreement on fresh images", "eval_set": "Held-out images",
     "eval_count": "Number of held-out images", "steps": "Generator steps",
     "generator_images": "Images the generator learned from",
     "student_images": "Images the student learned from",

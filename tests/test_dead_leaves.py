@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from dafl_fast import distill
@@ -116,8 +117,8 @@ def test_batch_norm_is_measured_on_drawn_pictures_only(drawn, monkeypatch):
     form = Format(8, 3, (0.0,) * 3, (1 / 255,) * 3)
     picture = [torch.full((3, 40, 50), 9, dtype=torch.uint8)]
     given = Given(picture, torch.empty((0, 3, 8, 8), dtype=torch.uint8), form, int(drawn))
-    settings = {**SMALL, "bank_flip": True, "bank_crop": 2, "student_after": 0, "bank_dtype": "fp32"}
-    config = make_config("custom", num_classes=2, eval="none", **settings)
+    settings = {**SMALL, "bank_flip": True, "bank_crop": 2, "bank_dtype": "fp32"}
+    config = make_config("custom", num_classes=2, eval="none", student_after=0, **settings)
     step = prepare(config, Network(), Network(), torch.device("cpu"), "fp32", given=given)
     seen = []
     monkeypatch.setattr(step.average, "measure", seen.append)
@@ -143,6 +144,26 @@ def test_the_recipe_draws_none_beside_images_of_the_user(tmp_path):
     assert Run.read(tmp_path / "run").config.dead_leaves == 0
     with pytest.raises(UserError, match="--dead-leaves 1 does not go with images that are a ten"):
         distill(teacher, student, images=images, dead_leaves=1, **small)
+
+
+@pytest.mark.parametrize(
+    ("sides", "generator", "words"),
+    [
+        ((40, 50), "auto", "1 photograph and 6 drawn pictures"),
+        ((40, 50), "none", "1 photograph"),
+        ((9, 9), "auto", "1 image"),
+    ],
+)
+def test_the_recipe_draws_some_beside_photographs(tmp_path, sides, generator, words):
+    picture = torch.randint(256, (*sides, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(picture).save(tmp_path / "one.png")
+    given = {**SMALL, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    given["generator"] = "none" if generator == "none" else None
+    teacher, images, run = Network(), tmp_path / "one.png", tmp_path / "run"
+    result = distill(teacher, Network(), images=images, out_dir=run, **given)
+    assert result.summary["images"] == words
+    result = distill(teacher, Network(), resume=run, **{**given, "steps": 3})
+    assert result.summary["images"] == words and result.summary["steps"] == 3
 
 
 def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):

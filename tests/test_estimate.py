@@ -93,6 +93,9 @@ def test_it_says_nothing_if_most_classes_have_no_image():
     assert estimate(Says(), Says(), images, Says()(images)) == (1.0, 300, None, None)
     two = images_of([2] * 300 + [1]).clone()
     assert estimate(Says(), Says(), two, Says()(two)).real is not None
+    # Of two classes one is all that a student needs to say.
+    binary = Says()(images)[:, 1:]
+    assert estimate(Says(), Says(), images, binary) == (0.0, 300, None, None)
 
 
 def test_a_run_tells_it(tmp_path):

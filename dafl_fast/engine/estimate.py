@@ -73,7 +73,7 @@ def estimate(
     sure = logits.softmax(1).amax(1) >= SURE
     held_out = float(right.float().mean())
     present = int((logits.argmax(1).bincount(minlength=logits.shape[1]) > 0).sum())
-    if int(sure.sum()) < FEWEST or 2 * present < logits.shape[1]:
+    if int(sure.sum()) < FEWEST or present < max(2, logits.shape[1] / 2):
         return Estimate(held_out, len(images))
     draw = torch.Generator().manual_seed(0)
     noise = torch.randn(images.shape, generator=draw, dtype=torch.float32).to(images)

@@ -1,8 +1,8 @@
 """Images that the user gave, on the device: where the student's real images come from.
 
 Photographs are cut at every step: many crops, of which the teacher's answers choose the few that go
-into a ring. Images of the teacher's size are in it from the beginning, and are varied at every step.
-Images of classes that are rare are drawn more often.
+into a ring. Images of the teacher's size are in it from the beginning, and are varied at every
+step. Images of classes that are rare are drawn more often.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from ..errors import UserError
 from ..unlabelled import Given
 from .bank import ReplayBank
 from .distributed import World
+from .estimate import FEWEST as ENOUGH
 
-# Of the crops that the teacher sees, one in so many is kept if there are photographs. Of whole images
-# all are: any of them looks like something, and a student soon knows few ones by heart.
+# Of the crops that the teacher sees, one in so many is kept if there are photographs. Of whole
+# images all are: any of them looks like something, and a student soon knows few ones by heart.
 KEPT = 4
 # No image is drawn more often than so many times the average, however rare its class.
 MOST_OFTEN = 8
@@ -40,8 +41,8 @@ ZOOM, MOVE = 1.5, 0.25
 _NUMBERS = 11
 # Images that the teacher answers at once when the bank is filled.
 _BATCH = 256
-# Of whole images so many at least are held out, if that is no more than one in ten, so none of fewer
-# than 80; and the number of their variants that tell how good the student is.
+# Of whole images so many at least are held out, if that is no more than one in ten, so none of
+# fewer than 80; and the number of their variants that tell how good the student is.
 UNSEEN, RARELY, SHOWN = 8, 10, 2 * _BATCH
 FEWEST = UNSEEN * RARELY
 OTHER_SEED = 2**62 + 1  # of these; with that of the run, its first crops would be the same
@@ -121,7 +122,7 @@ class Cutter:
     equally likely. It is read from a copy of the photograph of about the scale of the crop, so that
     nothing is lost between its pixels. Images that were given whole, if there are some, are half of
     what is cut. They are turned, sheared, scaled, moved and recoloured by a share of that, which is
-    drawn for each between 0 and 1, and not mirrored. What is outside of them is as their edge.
+    drawn for each between 0 and 1, and not mirrored here. What is outside of them is as their edge.
 
     All pixels are in one buffer, uint8, so photographs of different sizes can be cut at once and
     shapes are static. They take 4/3 of the memory of the photographs.
@@ -264,8 +265,8 @@ def _recoloured(crops: Tensor, centred: Tensor) -> Tensor:
 class Found:
     """The user's images with the teacher's answers, as a bank to draw from.
 
-    Of whole images some are held out, of which the student learns nothing. Their variants, and other
-    crops of the photographs, tell how good it is. They are cut once.
+    Of whole images some are held out, of which the student learns nothing. Their variants, and
+    other crops of the photographs, tell how good it is. They are cut once.
 
     Args:
         config: sizes and shares.
@@ -310,18 +311,19 @@ class Found:
             for part in given.whole.split(_BATCH):
                 self.bank.add(*answer(prepared(part.to(device))))
             self.bank.weigh()
-        if unseen is None:
-            return
-        self.bank.unseen = ReplayBank(SHOWN, shape, num_classes, dtype, device)
-        if unseen.photographs or len(unseen.whole):
-            cutter, same = Cutter(unseen, shape, device), torch.Generator(device)
-            same.manual_seed(OTHER_SEED)
-            for _ in range(SHOWN // _BATCH):
+        judged = SHOWN if given.photographs else len(given.whole) // max(1, held_out)
+        if unseen is not None:
+            self.bank.unseen = ReplayBank(SHOWN, shape, num_classes, dtype, device)
+            judged = SHOWN if unseen.photographs or len(unseen.whole) else 0
+            same = torch.Generator(device).manual_seed(OTHER_SEED)
+            cutter = Cutter(unseen, shape, device) if judged else None
+            while cutter is not None and len(self.bank.unseen) < SHOWN:
                 self.bank.unseen.add(*answer(cutter.cut(_BATCH, same)))
-        elif config.until_flat and config.generator == "none":
+        if judged < ENOUGH and config.until_flat and config.generator == "none":
             raise UserError(
-                f"--until-flat needs images to tell how good the student is: at least {FEWEST} "
-                f"whole ones or a photograph, got {self.words}"
+                "--until-flat needs images that tell how good the student is: a photograph, "
+                f"{FEWEST} whole ones as files, or {ENOUGH * config.bank_held_out:,} in a tensor, "
+                f"got {self.words}"
             )
 
     def renew(self) -> tuple[Tensor, Tensor]:
@@ -335,8 +337,8 @@ class Found:
         return images, logits
 
     def fresh(self) -> tuple[Tensor, Tensor]:
-        """Candidates, chosen by nobody, and the teacher's logits for them; of images that were given
-        as a tensor, as many as the bank draws."""
+        """Candidates, chosen by nobody, and the teacher's logits for them; of images that were
+        given as a tensor, as many as the bank draws."""
         if self.cutter is None:
             return self.bank.draw(self._candidates, self._random)
         return self._cut()
@@ -371,16 +373,17 @@ class Found:
 
 
 def _parted(given: Given, held_out: int) -> tuple[Given, Given | None]:
-    """The images to learn from, and if some of them are varied, those of which the variants tell how
-    good the student is: every `held_out`-th whole one, or one in ten at most; of few ones none. A
-    variant of any other would be like one that the student has learned from."""
+    """The images to learn from, and if some of them are varied, those of which the variants tell
+    how good the student is: one in `held_out` of the whole ones, at most one in ten, of few ones
+    none. A variant of any other would be like one that the student has learned from."""
     count = len(given.whole)
     if not held_out or given.form is None or not count:
         return given, None
     unseen = torch.zeros(count, dtype=torch.bool)
     if count >= FEWEST:
         every = min(max(held_out, RARELY), count // UNSEEN)
-        unseen[every - 1 :: every] = True
+        random = torch.Generator().manual_seed(OTHER_SEED)  # classes may come in turn
+        unseen[torch.randperm(count, generator=random)[: count // every]] = True
     learned, others = (replace(given, whole=given.whole[part]) for part in (~unseen, unseen))
     return learned, others
 
@@ -409,8 +412,8 @@ def sources_of(
 def draw_from(
     sources: Sources, random: torch.Generator, crop: int, flip: bool
 ) -> tuple[Tensor, Tensor]:
-    """A batch from several banks, see `sources_of` and `ReplayBank.draw`: images and logits. What is
-    varied already is not shifted: its edge would be reflected for nothing."""
+    """A batch from several banks, see `sources_of` and `ReplayBank.draw`: images and logits. What
+    is varied already is not shifted: its edge would be reflected for nothing."""
     drawn = [
         bank.draw(count, random, rows, 0 if bank.varied else crop, flip)
         for bank, count, rows in sources

@@ -181,7 +181,7 @@ class Step:
                 self.live["found_added"] = self.found.bank.count
             else:
                 self.newest = self.found.bank.newest(config.batch_size)
-        # What a student's batch is drawn from, and one on which BatchNorm's statistics are measured:
+        # What a student's batch is drawn from, and one that BatchNorm's statistics are measured on:
         # drawn pictures are nearer to real images than generated ones are.
         self.sources = sources_of(self.found, self.bank, self._count, self._student_rows)
         others = None if self.found is not None and self.found.drawn else self.bank
