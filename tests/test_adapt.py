@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +161,11 @@ def test_a_slow_teacher_gets_smaller_batches(monkeypatch, caplog):
         "chosen for a teacher that takes 20 ms for an image: --batch-size 16, "
         "--student-batch-size 16"
     ]
+    # Crops of the user's images take the teacher's time, too, and no crops take none.
+    alone = config(steps=None, max_seconds=600.0, dead_leaves=0)
+    assert changed(alone, normed())["batch_size"] == 32
+    with_images = dataclasses.replace(alone, images=(Path("photograph.jpg"),))
+    assert changed(with_images, normed())["batch_size"] == 16
     assert changed(config(steps=10), normed()) == {}  # the same on any machine
     assert changed(config(steps=10, max_seconds=1.0), normed()) == {}
 

@@ -331,6 +331,15 @@ def test_a_bank_of_the_users_own_number_is_not_made_smaller(tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
     result = small_bank(tmp_path, monkeypatch, 100 * entry, bank_images=100)
     assert result.summary["bank_bytes"] == 100 * entry
+    # What images of the user's are varied into takes half as much again; a tensor is not varied.
+    np.savez(tmp_path / "few.npz", images=np.zeros((3, 8, 8, 3), np.uint8))
+    varied = dict(images=tmp_path / "few.npz", bank_images=100, out_dir=tmp_path / "2",
+                  mean=(0.5,) * 3, std=(0.25,) * 3)  # fmt: skip
+    with pytest.raises(UserError, match="choose at most 66"):
+        small_bank(tmp_path, monkeypatch, 100 * entry, **varied)
+    small_bank(tmp_path, monkeypatch, 150 * entry, **varied)
+    tensor = dict(images=torch.randn(3, 3, 8, 8), bank_images=100, out_dir=tmp_path / "3")
+    small_bank(tmp_path, monkeypatch, 100 * entry, **tensor)
 
 
 @pytest.mark.parametrize(
