@@ -225,8 +225,8 @@ def _run(
         require("tensorboard", "--tensorboard")
     has_images = images is not None or bool(config.images)
     own = {*chosen, *_unusual(config)} if config.resume is None else set()
-    recipes = config.resume is None and "dead_leaves" not in own
-    if recipes and config.student_source != "bank":
+    by_recipe = config.resume is None and "dead_leaves" not in own
+    if by_recipe and config.student_source != "bank":
         config = dataclasses.replace(config, dead_leaves=0)
     has_images = has_images or config.dead_leaves > 0
     config.check_chosen(own, has_images)
@@ -239,8 +239,8 @@ def _run(
     given = None if images is None else given_tensor(images, config.shape)
     if config.images:
         given = read_images(config.images, config.image_format)
-    if recipes and given is not None and (not given.photographs or config.generator == "none"):
-        # The recipe's help a generator and photographs. Images of the teacher's size do more.
+    if by_recipe and given is not None and (not given.photographs or config.generator == "none"):
+        # Drawn pictures help a generator and photographs. Images of the teacher's size do more.
         config = dataclasses.replace(config, dead_leaves=0)
     if teacher is student:
         raise UserError("teacher and student must be two networks, got the same twice")

@@ -205,7 +205,7 @@ class Cutter:
         reach = (matrix.abs() * self._own).sum(2) / 2  # half of the crop's bounding box
         fits = torch.where(photograph, (size / (2 * reach)).amin(1).clamp(max=1.0), 1.0)
         matrix, reach = matrix * fits.view(-1, 1, 1), reach * fits.unsqueeze(1)
-        # As far as a photograph reaches, and no further than other images may be moved.
+        # A crop may lie anywhere in its photograph. Other images are moved by a part of their size.
         free = torch.where(photograph.unsqueeze(1), size / 2 - reach, MOVE * size)
         return matrix, size / 2 + centred[:, 4:] * free
 
