@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <optional>
 #include <string>
 
 #include "matrix.h"
@@ -15,9 +16,22 @@ namespace dafl {
 using at::ScalarType;
 using at::Tensor;
 
+// Sizes in words. Torch's own library must not write numbers to a stream of ours: if the compiler
+// links its C++ library statically, as some toolchains do, the process crashes.
+inline std::string text(const c10::SymInt& size) {
+  const std::optional<int64_t> known = size.maybe_as_int();
+  return known ? std::to_string(*known) : size.toSymNode()->str();
+}
+
+inline std::string text(c10::SymIntArrayRef sizes) {
+  std::string list;
+  for (const c10::SymInt& size : sizes) list += (list.empty() ? "" : ", ") + text(size);
+  return "[" + list + "]";
+}
+
 inline std::string got(const Tensor& tensor) {
   if (!tensor.defined()) return ", got none";
-  return c10::str(", got ", tensor.sym_sizes(), " on ", tensor.device());
+  return c10::str(", got ", text(tensor.sym_sizes()), " on ", tensor.device());
 }
 
 // A tensor keeps its shape when its storage is freed or cut, as FSDP does with those it does not
@@ -54,7 +68,7 @@ inline void check_dtype(const char* name, const Tensor& tensor) {
 inline void check_shape(const char* name, const Tensor& tensor, c10::SymIntArrayRef size,
                         const Tensor& like) {
   TORCH_CHECK_VALUE(tensor.sym_sizes() == size && tensor.device() == like.device(), name,
-                    " must be ", size, " on ", like.device(), got(tensor));
+                    " must be ", text(size), " on ", like.device(), got(tensor));
 }
 
 inline void check_argument(const char* name, const Tensor& tensor, c10::SymIntArrayRef size,

@@ -18,6 +18,8 @@ from dafl_fast.models import functional
 from dafl_fast.models.functional import batch_norm, conv_pool, upsample_stage
 from dafl_fast.models.norm import FastBatchNorm2d, with_fast_norms
 
+from .conftest import NO_GPU
+
 DOUBLE = torch.float64
 # Largest error relative to the largest value, and the dtype that activations are computed in.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -266,7 +268,9 @@ def test_variance_survives_a_large_mean():
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * unbiased, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("kernels", ["ours", "torch's"])
+@pytest.mark.parametrize(
+    "kernels", ["ours", "torch's", pytest.param("a GPU's", marks=[pytest.mark.gpu, NO_GPU])]
+)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", [(5, 3, 7, 4), (33, 16, 8, 8), (1, 1, 1, 2), (9, 5)], ids=str)
 def test_moments_and_what_goes_on_share_a_gradient(shape, dtype, kernels, monkeypatch):
@@ -283,11 +287,11 @@ def test_moments_and_what_goes_on_share_a_gradient(shape, dtype, kernels, monkey
     weights = torch.randn(2, shape[1], dtype=DOUBLE) * 30
 
     def run(x, moments):
-        x = x.detach().requires_grad_()
-        y, mean, variance = moments(x)
+        x = x.detach().to("cuda" if kernels == "a GPU's" else "cpu").requires_grad_()
+        y, mean, variance = (part.cpu() for part in moments(x))
         loss = (y * upstream.to(y.dtype)).sum() + (torch.stack([mean, variance]) * weights).sum()
         loss.backward()
-        return mean, variance, x.grad
+        return mean, variance, x.grad.cpu()
 
     def plain(x):
         over = [0, *range(2, x.dim())]

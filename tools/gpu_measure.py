@@ -233,14 +233,17 @@ def measure(N: int, C: int, F: int, dtype: Any, peak: float, compiled: bool) -> 
 
 def step(case_name: str, compiled: int) -> None:
     """The contenders of bench_step.py in one process, in turns."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     from bench import bench_step
-    from bench.measure import TF32, timed, wait
+    from bench.measure import TF32, MatrixProduct, timed, wait
 
     case = bench_step.CASES[case_name]
     names = ["ours+", "compiled"] if compiled else ["ours", "tuned", "published"]
     calls = 1 if not ON_GPU else 10 if case_name == "cifar" else 50
     known: dict[str, dict[str, Any]] = {}
     turns: dict[str, Callable[[], float]] = {}
+    counter: FlopCounterMode | None = None
     for name in names:
         held, start = 0, time.perf_counter()
         if ON_GPU:
@@ -260,16 +263,26 @@ def step(case_name: str, compiled: int) -> None:
         known[name] = dict(setup_s=round(time.perf_counter() - start, 1))
         if ON_GPU:
             known[name]["peak_GB"] = round((torch.cuda.max_memory_reserved() - held) / 1e9, 2)
+        if name == "tuned":
+            with FlopCounterMode(display=False) as counter:
+                once()
         turns[name] = timed(once, calls)
+    product = MatrixProduct()
+    turns["matrix product"] = product
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(5 if ON_GPU else 1):
         for name, turn in turns.items():
             seconds[name].append(turn())
+    peak = product.flop / statistics.median(seconds.pop("matrix product"))
     for name, values in seconds.items():
         ms = round(1e3 * statistics.median(values), 3)
         worst = round(1e3 * max(values), 3)
+        if counter is not None:  # multiplications of `tuned`, however a contender avoids them
+            share = counter.get_total_flops() / statistics.median(values) / peak
+            known[name]["percent_of_product"] = round(100 * share, 1)
         emit(case=case_name, name=name, batch=case.batch, ms=ms, worst_ms=worst, **known[name],
-             precision=bench_step.PRECISION, tf32=TF32)  # fmt: skip
+             matrix_product_TFLOP_per_s=round(peak / 1e12, 1), precision=bench_step.PRECISION,
+             tf32=TF32)  # fmt: skip
 
 
 def accuracy(recipe: str, seconds: float, seed: int) -> None:
@@ -299,8 +312,8 @@ def accuracy(recipe: str, seconds: float, seed: int) -> None:
     reached = next((time for time, value in curve if value >= 0.985), None)
     keys = ("steps", "student_accuracy", "teacher_accuracy", "eval_set", "eval_count", "precision",
             "cuda_graph")  # fmt: skip
-    emit(recipe=recipe, seconds=seconds, seed=seed, **{key: summary[key] for key in keys},
-         seconds_to_98_5=reached, curve=curve)  # fmt: skip
+    emit(preset="mnist", recipe=recipe, seconds=seconds, seed=seed,
+         **{key: summary[key] for key in keys}, seconds_to_98_5=reached, curve=curve)  # fmt: skip
 
 
 def exercise() -> None:

@@ -36,7 +36,7 @@ inline void check_weight(const Tensor& x, const Tensor& weight, int64_t taps) {
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.sym_size(1) == x.sym_size(1) &&
                         weight.sym_size(2) == taps && weight.sym_size(3) == taps &&
                         weight.device() == x.device(),
-                    "weight must be [Co, ", x.sym_size(1), ", ", taps, ", ", taps,
+                    "weight must be [Co, ", text(x.sym_size(1)), ", ", taps, ", ", taps,
                     "] on the device of x, ", x.device(), got(weight));
   check_dtype("weight", weight);
 }
@@ -45,7 +45,7 @@ inline void check_channels(const char* name, const Tensor& x, const Tensor& valu
                            const c10::SymInt& channels) {
   TORCH_CHECK_VALUE(
       values.dim() == 1 && values.sym_size(0) == channels && values.device() == x.device(), name,
-      " must be [", channels, "] on the device of x, ", x.device(), got(values));
+      " must be [", text(channels), "] on the device of x, ", x.device(), got(values));
   check_dtype(name, values);
 }
 

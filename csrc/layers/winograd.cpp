@@ -44,7 +44,8 @@ void check_factors(const char* name, const Tensor& factors, const Tensor& x,
   TORCH_CHECK_VALUE(factors.dim() == 1 && factors.sym_size(0) == size &&
                         factors.scalar_type() == x.scalar_type() && factors.device() == x.device(),
                     name, " must be those of conv3x3_factors for ", x.scalar_type(), ", ",
-                    x.sym_size(1), " and ", channels, " channels, [", size, "]", got(factors),
+                    text(x.sym_size(1)), " and ", text(channels), " channels, [", text(size), "]",
+                    got(factors),
                     " of ", factors.scalar_type());
   check_memory(name, factors);
 }

@@ -29,7 +29,7 @@ inline void check_generator(const Tensor& teacher_logits, const std::optional<Te
     TORCH_CHECK_VALUE(features->dim() == 2 && features->sym_size(0) == teacher_logits.sym_size(0) &&
                           features->device() == teacher_logits.device(),
                       "features must be [N, F] with the N and the device of teacher_logits (",
-                      teacher_logits.sym_sizes(), " on ", teacher_logits.device(), ")",
+                      text(teacher_logits.sym_sizes()), " on ", teacher_logits.device(), ")",
                       got(*features));
     check_dtype("features", *features);
   }
@@ -50,7 +50,7 @@ inline void check_distill(const Tensor& student_logits, const Tensor& teacher_lo
                     got(student_logits));
   TORCH_CHECK_VALUE(student_logits.sym_sizes() == teacher_logits.sym_sizes(),
                     "student_logits must be [N, C] like teacher_logits, which is ",
-                    teacher_logits.sym_sizes(), got(student_logits));
+                    text(teacher_logits.sym_sizes()), got(student_logits));
   check_dtype("student_logits", student_logits);
   TORCH_CHECK_VALUE(std::isfinite(temperature) && temperature > 0,
                     "temperature must be a finite number greater than 0, got ", temperature);
