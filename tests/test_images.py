@@ -26,7 +26,7 @@ from dafl_fast.errors import UserError
 from dafl_fast.models import LeNet5, LeNet5Half
 from dafl_fast.recipes import make_config
 from dafl_fast.records import Run
-from dafl_fast.unlabelled import Given, given_tensor, read_images
+from dafl_fast.unlabelled import Given, given_tensor, read_images, with_dead_leaves
 
 from .conftest import NO_GPU
 from .test_graph import assert_same, everything
@@ -197,7 +197,7 @@ def test_crops_are_reproducible_and_lie_inside():
     assert not torch.equal(one, cutter.cut(64, seeded(1)))
     parts = [cutter.cut(64, seeded(), rows) for rows in (slice(0, 32), slice(32, 64))]
     assert torch.equal(torch.cat(parts), one)
-    random = torch.rand((4000, 12), generator=seeded())
+    random = torch.rand((4000, 13), generator=seeded())
     which = cutter._item(random[:, 0])
     assert which.bincount().tolist() == pytest.approx([2000, 2000], abs=150)
     matrix, centre = cutter._frame(which, random)
@@ -215,7 +215,7 @@ def test_large_crops_see_all_pixels(monkeypatch):
     board = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
     monkeypatch.setattr("dafl_fast.engine.images._recoloured", lambda crops, random: crops)
     cutter = Cutter(given(board), (1, 8, 8), CPU)
-    random = torch.rand((256, 12), generator=seeded())
+    random = torch.rand((256, 13), generator=seeded())
     matrix, _ = cutter._frame(cutter._item(random[:, 0]), random)
     crops = cutter.cut(256, seeded())
     far = matrix.det().abs().sqrt() > 3
@@ -238,7 +238,7 @@ def test_photographs_and_whole_images_are_cut_equally_often():
 def test_whole_images_are_varied_by_a_share():
     ramp = np.tile(np.linspace(20, 230, 16).astype(np.uint8), (16, 1))
     cutter = Cutter(given(whole=[ramp], form=Format(16, 1, (0.0,), (1 / 255,))), (1, 16, 16), CPU)
-    random = torch.rand((2000, 12), generator=seeded())
+    random = torch.rand((2000, 13), generator=seeded())
     share, which = random[:, 1], torch.zeros(2000, dtype=torch.int64)
     matrix, centre = cutter._frame(which, random)
     assert (matrix.det() > 0).all()  # none is mirrored
@@ -247,7 +247,7 @@ def test_whole_images_are_varied_by_a_share():
     assert ((centre - 8).abs() <= bound + 1e-4).all()
     assert (matrix.det().sqrt().log().abs() <= share * math.log(1.5) + 1e-4).all()
     crops = cutter.cut(2000, seeded())
-    assert torch.equal(torch.rand((2000, 12), generator=seeded()), random)
+    assert torch.equal(torch.rand((2000, 13), generator=seeded()), random)
     differ = (crops - torch.from_numpy(ramp)).abs().flatten(1).mean(1)
     assert differ[share < 0.02].max() < 3 and differ[share > 0.5].mean() > 15
     ordered = torch.stack([share, differ]).corrcoef()[0, 1]
@@ -257,6 +257,45 @@ def test_whole_images_are_varied_by_a_share():
     matrix, centre = cutter._frame(which, nothing)
     same = cutter._sampled(which, matrix, centre).squeeze(3)
     torch.testing.assert_close(same[0], torch.from_numpy(ramp).float(), rtol=0, atol=1e-3)
+
+
+def test_long_images_are_turned_less():
+    """Else their ends would leave the image."""
+    random = torch.rand((500, 13), generator=seeded())
+    random[:, 1], random[:, 4] = 1.0, 0.5  # all of the variation but shear
+    turned = []
+    for size in ((16, 16), (16, 64)):
+        whole = torch.zeros((1, 1, *size), dtype=torch.uint8)
+        form = Format(size, 1, (0.0,), (1.0,))
+        cutter = Cutter(Given([], whole, form), (1, *size), CPU)
+        matrix, _ = cutter._frame(torch.zeros(500, dtype=torch.int64), random)
+        turned.append(torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]).abs().max().item())
+    assert turned == pytest.approx([math.radians(30), math.radians(7.5)], rel=0.02)
+
+
+@pytest.mark.parametrize("doubt", [1.2, 2.0])
+def test_images_are_turned_by_half_if_the_teacher_knows_them_so(doubt):
+    """A teacher that answers by the upper half, and whose doubt in turned images is greater."""
+
+    def answer(images):
+        upper = images[:, :, :4].mean((1, 2, 3)) > images[:, :, 4:].mean((1, 2, 3))
+        right = 1 - 0.1 * torch.where(upper, 1.0, doubt)  # the probability of the class
+        logits = torch.stack([right.log(), *[((1 - right) / 3).log()] * 3], 1)
+        return images, logits
+
+    image = np.zeros((8, 8), np.uint8)
+    image[:3] = 200
+    config = make_config("custom", **{**SMALL, "generator": "none"})
+    found = found_of(config, given(whole=[image] * 5), answer)
+    assert found.cutter.half_turns == (doubt < 1.5)
+    crops = found.cutter.cut(400, seeded())
+    down = (crops[:, :, 5:].mean((1, 2, 3)) > crops[:, :, :3].mean((1, 2, 3))).float().mean().item()
+    assert down == pytest.approx(0.5 if doubt < 1.5 else 0.0, abs=0.08)
+    # A held-out variant is one like those to learn from.
+    found = found_of(config, given(whole=[image] * 90), answer)
+    images, _ = found.bank.held_out(500)
+    down = (images[:, :, 5:].mean((1, 2, 3)) > images[:, :, :3].mean((1, 2, 3))).float().mean()
+    assert down.item() == pytest.approx(0.5 if doubt < 1.5 else 0.0, abs=0.08)
 
 
 def test_what_is_outside_of_a_whole_image_is_as_its_edge(monkeypatch):
@@ -393,14 +432,16 @@ def test_held_out_images_come_from_all_banks_in_the_shares_of_a_batch():
 # -- the step --------------------------------------------------------------------------------------
 
 
-def step_with(images: Given, precision: str = "fp32", device=CPU, **overrides) -> Step:
+def step_with(
+    images: Given, precision: str = "fp32", device=CPU, student=LeNet5Half, **overrides
+) -> Step:
     settings = {
         "batch_size": 8, "generator_width": 8, "student_updates": 2, "student_batch_size": 8,
         "bank_images": 40, "images_candidates": 16, "eval": "none", **overrides,
     }  # fmt: skip
     config = make_config("mnist", "fast", **settings)
     torch.manual_seed(1)
-    return prepare(config, LeNet5(), LeNet5Half(), device, precision, given=images)
+    return prepare(config, LeNet5(), student(), device, precision, given=images)
 
 
 def photograph_and_digits() -> Given:
@@ -479,7 +520,8 @@ def test_some_whole_images_are_held_out():
     held, logits = bank.held_out(2048)
     assert held.shape == (512, 1, 32, 32) and torch.equal(bank.held_out(2048)[0], held)
     torch.testing.assert_close(logits, step.teacher.network(held))
-    nearest = torch.cdist(held.flatten(1), expected).argmin(1)
+    both = torch.cat([expected, expected.flip(1)])  # as they are, and turned by 180°
+    nearest = torch.cdist(held.flatten(1), both).argmin(1) % 100
     assert torch.isin(nearest, torch.tensor(mine)).float().mean() > 0.25  # by chance 0.08
     assert step.estimate().images == 512
     assert step.found.fingerprint == images.fingerprint()
@@ -578,16 +620,31 @@ def test_the_host_does_not_wait(images, monkeypatch):
     step._draw(0), step._draw(0, step._measured)
 
 
+class WithBatchNorm(nn.Sequential):
+    """A student whose average has statistics to measure."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+            nn.Linear(8 * 15 * 15, 10),
+        )  # fmt: skip
+
+
+def pictures_and_digits() -> Given:
+    return with_dead_leaves(photograph_and_digits(), 2, GREY)
+
+
 @pytest.mark.gpu
 @NO_GPU
-@BOTH_KINDS
+@pytest.mark.parametrize("images", [photograph_and_digits, hundred_digits, pictures_and_digits])
 @pytest.mark.parametrize("generator", ["auto", "none"])
-def test_replays_of_a_graph_equal_steps(generator, images):
+@pytest.mark.parametrize("student", [LeNet5Half, WithBatchNorm])
+def test_replays_of_a_graph_equal_steps(generator, images, student):
     torch.backends.cudnn.deterministic = True
     device = torch.device("cuda")
     one, two = (
-        step_with(images(), device=device, generator=generator, cuda_graph="on",
-                  generator_lr=1e-3)
+        step_with(images(), device=device, student=student, generator=generator, cuda_graph="on",
+                  generator_lr=1e-3, bank_crop=2, bank_flip=True)
         for _ in range(2)
     )  # fmt: skip
     assert graph.compile_and_capture(two) is None
@@ -595,8 +652,26 @@ def test_replays_of_a_graph_equal_steps(generator, images):
         one(), two()
     assert torch.equal(one.found.bank.labels, two.found.bank.labels)
     assert torch.equal(one.random.get_state(), two.random.get_state())
-    for mine, theirs in zip(one.student.parameters(), two.student.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    for part in ("student", "averaged_student"):
+        mine, theirs = (getattr(step, part).state_dict() for step in (one, two))
+        for name, value in mine.items():
+            torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-3, msg=name)
+    told = [step.estimate() for step in (one, two)]
+    torch.testing.assert_close(told[0].held_out, told[1].held_out, rtol=0, atol=0.05)
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("images", [photograph_and_digits, hundred_digits])
+def test_a_gpu_cuts_what_a_cpu_cuts(images, monkeypatch):
+    """From the same random numbers the same crops, a grey level or two apart."""
+    numbers = torch.rand(64, 32)
+    monkeypatch.setattr(
+        torch, "rand", lambda shape, device=CPU, **_: numbers[: shape[0], : shape[1]].to(device)
+    )
+    crops = [Cutter(images(), (1, 32, 32), torch.device(name)).cut(64) for name in ("cpu", "cuda")]
+    assert crops[1].is_cuda and crops[0].std() > 0.1
+    torch.testing.assert_close(crops[1].cpu(), crops[0], rtol=1e-3, atol=2 / 255 / GREY.std[0])
 
 
 # -- runs ------------------------------------------------------------------------------------------

@@ -37,8 +37,10 @@ CONTRAST, TINT, BRIGHTNESS = 1.5, 1.2, 40.0
 # How images of the teacher's size differ more: their scale, and by how much of their height and
 # width they are moved. They differ by a share of all this, from nothing to everything.
 ZOOM, MOVE = 1.5, 0.25
+# They are also turned by 180° if that does not make the teacher so many times as doubtful.
+DOUBTFUL = 1.5
 # The random numbers that one crop takes, and one more for each channel.
-_NUMBERS = 11
+_NUMBERS = 12
 # Images that the teacher answers at once when the bank is filled.
 _BATCH = 256
 # Of whole images so many at least are held out, if that is no more than one in ten, so none of
@@ -123,6 +125,7 @@ class Cutter:
     nothing is lost between its pixels. Images that were given whole, if there are some, are half of
     what is cut. They are turned, sheared, scaled, moved and recoloured by a share of that, which is
     drawn for each between 0 and 1, and not mirrored here. What is outside of them is as their edge.
+    With `half_turns`, every other one is turned by 180° besides.
 
     All pixels are in one buffer, uint8, so photographs of different sizes can be cut at once and
     shapes are static. They take 4/3 of the memory of the photographs.
@@ -132,6 +135,7 @@ class Cutter:
         self, given: Given, image_shape: tuple[int, int, int], device: torch.device
     ) -> None:
         assert given.form is not None
+        self.half_turns = False
         self._size = image_shape[1:]
         self._own = torch.tensor(self._size[::-1], device=device, dtype=torch.float32)
         self._photographs, self._whole = len(given.photographs), len(given.whole)
@@ -168,7 +172,7 @@ class Cutter:
         which = self._item(random[:, 0])
         matrix, centre = self._frame(which, random)
         crops = self._sampled(which, matrix, centre)
-        crops = _recoloured(crops, self._share(which, random) * (2 * random[:, 8:] - 1))
+        crops = _recoloured(crops, self._share(which, random) * (2 * random[:, 9:] - 1))
         images: Tensor = self._normaliser(crops.permute(0, 3, 1, 2))
         return images.contiguous(memory_format=torch.channels_last)
 
@@ -196,7 +200,11 @@ class Cutter:
         scale = FINEST * (coarsest / FINEST) ** random[:, 1]
         scale = torch.where(photograph, scale, ZOOM ** centred[:, 3])
         aspect = ASPECT ** (centred[:, 0] / 2)
-        angle, shear = TURN * centred[:, 1], SHEAR * centred[:, 2]
+        # The ends of a long image that is turned a little are far from where they were.
+        length = torch.where(photograph, 1.0, self._own.amin() / self._own.amax())
+        angle, shear = TURN * length * centred[:, 1], SHEAR * centred[:, 2]
+        if self.half_turns:
+            angle = torch.where(photograph | (random[:, 8] < 0.5), angle, angle + math.pi)
         mirror = torch.where(photograph & (random[:, 5] < 0.5), -1.0, 1.0)
         cos, sin = angle.cos(), angle.sin()
         x = torch.stack([cos, sin], 1) * (scale * aspect * mirror).unsqueeze(1)
@@ -308,9 +316,16 @@ class Found:
         self.bank = BalancedBank(capacity, shape, num_classes, dtype, device, held_out)
         self.bank.varied = self.cutter is not None
         if len(given.whole):
+            doubts = torch.zeros(2, device=device)
             for part in given.whole.split(_BATCH):
-                self.bank.add(*answer(prepared(part.to(device))))
+                images = prepared(part.to(device))
+                answers = [answer(each) for each in (images, images.flip(2, 3))]
+                self.bank.add(*answers[0])
+                sure = [logits.float().softmax(1).amax(1) for _, logits in answers]
+                doubts += (1 - torch.stack(sure)).sum(1)
             self.bank.weigh()
+            if self.cutter is not None:
+                self.cutter.half_turns = bool(doubts[1] <= DOUBTFUL * doubts[0])
         judged = SHOWN if given.photographs else len(given.whole) // max(1, held_out)
         if unseen is not None:
             self.bank.unseen = ReplayBank(SHOWN, shape, num_classes, dtype, device)
@@ -318,6 +333,7 @@ class Found:
             same = torch.Generator(device).manual_seed(OTHER_SEED)
             cutter = Cutter(unseen, shape, device) if judged else None
             while cutter is not None and len(self.bank.unseen) < SHOWN:
+                cutter.half_turns = self.cutter is not None and self.cutter.half_turns
                 self.bank.unseen.add(*answer(cutter.cut(_BATCH, same)))
         if judged < ENOUGH and config.until_flat and config.generator == "none":
             raise UserError(
