@@ -45,8 +45,7 @@ void check_factors(const char* name, const Tensor& factors, const Tensor& x,
                         factors.scalar_type() == x.scalar_type() && factors.device() == x.device(),
                     name, " must be those of conv3x3_factors for ", x.scalar_type(), ", ",
                     text(x.sym_size(1)), " and ", text(channels), " channels, [", text(size), "]",
-                    got(factors),
-                    " of ", factors.scalar_type());
+                    got(factors), " of ", factors.scalar_type());
   check_memory(name, factors);
 }
 
