@@ -90,7 +90,7 @@ Tensor outputs_meta(const Tensor& x, const Tensor& factors, const std::optional<
   check_activations(x);
   TORCH_CHECK_VALUE(channels >= 0 && channels <= std::numeric_limits<int32_t>::max(),
                     "channels must be 0 to ", std::numeric_limits<int32_t>::max(), ", got ",
-                    channels);
+                    text(channels));
   check_factors("factors", factors, x, channels);
   if (bias) check_channels("bias", x, *bias, channels);
   return empty_activations(x, {x.sym_size(0), channels, x.sym_size(2), x.sym_size(3)},

@@ -125,7 +125,7 @@ class Cutter:
     nothing is lost between its pixels. Images that were given whole, if there are some, are half of
     what is cut. They are turned, sheared, scaled, moved and recoloured by a share of that, which is
     drawn for each between 0 and 1, and not mirrored here. What is outside of them is as their edge.
-    With `half_turns`, every other one is turned by 180° besides.
+    With `half_turns`, half of them, drawn at random, are turned by 180° besides.
 
     All pixels are in one buffer, uint8, so photographs of different sizes can be cut at once and
     shapes are static. They take 4/3 of the memory of the photographs.
@@ -319,10 +319,11 @@ class Found:
             doubts = torch.zeros(2, device=device)
             for part in given.whole.split(_BATCH):
                 images = prepared(part.to(device))
-                answers = [answer(each) for each in (images, images.flip(2, 3))]
+                turned = [images.flip(2, 3)] if self.cutter is not None else []
+                answers = [answer(each) for each in (images, *turned)]
                 self.bank.add(*answers[0])
                 sure = [logits.float().softmax(1).amax(1) for _, logits in answers]
-                doubts += (1 - torch.stack(sure)).sum(1)
+                doubts[: len(sure)] += (1 - torch.stack(sure)).sum(1)
             self.bank.weigh()
             if self.cutter is not None:
                 self.cutter.half_turns = bool(doubts[1] <= DOUBTFUL * doubts[0])
@@ -332,8 +333,8 @@ class Found:
             judged = SHOWN if unseen.photographs or len(unseen.whole) else 0
             same = torch.Generator(device).manual_seed(OTHER_SEED)
             cutter = Cutter(unseen, shape, device) if judged else None
-            while cutter is not None and len(self.bank.unseen) < SHOWN:
-                cutter.half_turns = self.cutter is not None and self.cutter.half_turns
+            while cutter and self.cutter and len(self.bank.unseen) < SHOWN:
+                cutter.half_turns = self.cutter.half_turns
                 self.bank.unseen.add(*answer(cutter.cut(_BATCH, same)))
         if judged < ENOUGH and config.until_flat and config.generator == "none":
             raise UserError(
