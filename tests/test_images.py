@@ -259,27 +259,36 @@ def test_whole_images_are_varied_by_a_share():
     torch.testing.assert_close(same[0], torch.from_numpy(ramp).float(), rtol=0, atol=1e-3)
 
 
-def test_long_images_are_turned_less():
+def test_long_images_are_turned_and_sheared_less():
     """Else their ends would leave the image."""
-    random = torch.rand((500, 13), generator=seeded())
-    random[:, 1], random[:, 4] = 1.0, 0.5  # all of the variation but shear
-    turned = []
-    for size in ((16, 16), (16, 64)):
+    drawn = torch.rand((500, 13), generator=seeded())
+    drawn[:, 1] = 1.0  # all of the variation
+    straight, upright = drawn.clone(), drawn.clone()
+    straight[:, 4] = upright[:, 3] = 0.5  # but shear, and but angle
+    turned, sheared = [], []
+    for size in ((16, 16), (16, 64), (64, 16)):
         whole = torch.zeros((1, 1, *size), dtype=torch.uint8)
         form = Format(size, 1, (0.0,), (1.0,))
         cutter = Cutter(Given([], whole, form), (1, *size), CPU)
-        matrix, _ = cutter._frame(torch.zeros(500, dtype=torch.int64), random)
+        which = torch.zeros(500, dtype=torch.int64)
+        matrix, _ = cutter._frame(which, straight)
         turned.append(torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]).abs().max().item())
-    assert turned == pytest.approx([math.radians(30), math.radians(7.5)], rel=0.02)
+        matrix, _ = cutter._frame(which, upright)
+        sheared.append((matrix[:, 0, 1] / matrix[:, 1, 1]).abs().max().item())
+    assert turned == pytest.approx([math.radians(degrees) for degrees in (30, 7.5, 7.5)], rel=0.02)
+    most = math.tan(math.radians(20))
+    assert sheared == pytest.approx([most, most, most / 4], rel=0.02)
 
 
-@pytest.mark.parametrize("doubt", [1.2, 2.0])
-def test_images_are_turned_by_half_if_the_teacher_knows_them_so(doubt):
+@pytest.mark.parametrize(
+    ("upright", "times", "turns"), [(0.1, 1.2, True), (0.1, 2.0, False), (0.45, 1.2, False)]
+)
+def test_images_are_turned_by_half_if_the_teacher_knows_them_so(upright, times, turns):
     """A teacher that answers by the upper half, and whose doubt in turned images is greater."""
 
     def answer(images):
         upper = images[:, :, :4].mean((1, 2, 3)) > images[:, :, 4:].mean((1, 2, 3))
-        right = 1 - 0.1 * torch.where(upper, 1.0, doubt)  # the probability of the class
+        right = 1 - upright * torch.where(upper, 1.0, times)  # the probability of the class
         logits = torch.stack([right.log(), *[((1 - right) / 3).log()] * 3], 1)
         return images, logits
 
@@ -287,15 +296,15 @@ def test_images_are_turned_by_half_if_the_teacher_knows_them_so(doubt):
     image[:3] = 200
     config = make_config("custom", **{**SMALL, "generator": "none"})
     found = found_of(config, given(whole=[image] * 5), answer)
-    assert found.cutter.half_turns == (doubt < 1.5)
+    assert found.cutter.half_turns == turns
     crops = found.cutter.cut(400, seeded())
     down = (crops[:, :, 5:].mean((1, 2, 3)) > crops[:, :, :3].mean((1, 2, 3))).float().mean().item()
-    assert down == pytest.approx(0.5 if doubt < 1.5 else 0.0, abs=0.08)
+    assert down == pytest.approx(turns / 2, abs=0.08)
     # A held-out variant is one like those to learn from.
     found = found_of(config, given(whole=[image] * 90), answer)
     images, _ = found.bank.held_out(500)
     down = (images[:, :, 5:].mean((1, 2, 3)) > images[:, :, :3].mean((1, 2, 3))).float().mean()
-    assert down.item() == pytest.approx(0.5 if doubt < 1.5 else 0.0, abs=0.08)
+    assert down.item() == pytest.approx(turns / 2, abs=0.08)
 
 
 def test_what_is_outside_of_a_whole_image_is_as_its_edge(monkeypatch):

@@ -20,7 +20,7 @@ def text(isa: str, cpu: str, threads: int, gpu: str | None) -> str:
     found = f"{cpu}, {threads} thread{'s' * (threads > 1)}, instructions {isa}"
     long = f"The demo trains for {minutes:g} minutes; make demo ARGS='--max-seconds 30' for 30 s."
     if gpu is not None:
-        return f"{gpu}; {found}\n{long}\nExpect 98.5 % after some seconds; an H100 takes 2 s."
+        return f"{gpu}; {found}\n{long}\nExpect 98.5 % after some seconds; an H100 takes 1 s."
     if isa not in SLOWER:
         return f"{found}, no GPU\n{long}\nHow fast it is with these has not been measured."
     times = " and ".join(

@@ -117,7 +117,8 @@ def _thawed(layer: Any) -> nn.Module | None:
     if not all(isinstance(value, Tensor) and value.dim() == 1 for value in values.values()):
         return None
     mean = values["running_mean"]
-    norm = nn.BatchNorm2d(len(mean), getattr(layer, "eps", 1e-5), device=mean.device).eval()
+    eps = getattr(layer, "eps", 1e-5) or 1e-30  # PyTorch 2.11 refuses 0 on a GPU
+    norm = nn.BatchNorm2d(len(mean), eps, device=mean.device).eval()
     for name, value in values.items():
         new = nn.Parameter(value, False) if name in ("weight", "bias") else value
         setattr(norm, name, new)

@@ -37,7 +37,7 @@ CONTRAST, TINT, BRIGHTNESS = 1.5, 1.2, 40.0
 # How images of the teacher's size differ more: their scale, and by how much of their height and
 # width they are moved. They differ by a share of all this, from nothing to everything.
 ZOOM, MOVE = 1.5, 0.25
-# They are also turned by 180° if that does not make the teacher so many times as doubtful.
+# They are turned by 180° too if the teacher knows them, and doubts them at most so much more then.
 DOUBTFUL = 1.5
 # The random numbers that one crop takes, and one more for each channel.
 _NUMBERS = 12
@@ -200,9 +200,9 @@ class Cutter:
         scale = FINEST * (coarsest / FINEST) ** random[:, 1]
         scale = torch.where(photograph, scale, ZOOM ** centred[:, 3])
         aspect = ASPECT ** (centred[:, 0] / 2)
-        # The ends of a long image that is turned a little are far from where they were.
-        length = torch.where(photograph, 1.0, self._own.amin() / self._own.amax())
-        angle, shear = TURN * length * centred[:, 1], SHEAR * centred[:, 2]
+        # The ends of a long image that is turned, or a tall one that is sheared, move far.
+        sides = torch.where(photograph.unsqueeze(1), 1.0, self._own / self._own.amax())
+        angle, shear = TURN * sides.amin(1) * centred[:, 1], SHEAR * sides[:, 0] * centred[:, 2]
         if self.half_turns:
             angle = torch.where(photograph | (random[:, 8] < 0.5), angle, angle + math.pi)
         mirror = torch.where(photograph & (random[:, 5] < 0.5), -1.0, 1.0)
@@ -319,13 +319,13 @@ class Found:
             doubts = torch.zeros(2, device=device)
             for part in given.whole.split(_BATCH):
                 images = prepared(part.to(device))
-                turned = [images.flip(2, 3)] if self.cutter is not None else []
+                turned = [images.flip(2, 3)] if self.cutter else []
                 answers = [answer(each) for each in (images, *turned)]
                 self.bank.add(*answers[0])
                 sure = [logits.float().softmax(1).amax(1) for _, logits in answers]
                 doubts[: len(sure)] += (1 - torch.stack(sure)).sum(1)
             self.bank.weigh()
-            if self.cutter is not None:
+            if self.cutter and 2 * doubts[0] < len(given.whole) * (1 - 1 / num_classes):
                 self.cutter.half_turns = bool(doubts[1] <= DOUBTFUL * doubts[0])
         judged = SHOWN if given.photographs else len(given.whole) // max(1, held_out)
         if unseen is not None:

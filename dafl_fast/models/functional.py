@@ -163,6 +163,7 @@ class _Moments(torch.autograd.Function):
         # be those of x when it is differentiated again.
         if _moments_run(x) and not torch.is_grad_enabled():
             return grad + _OPS.norm_activation(x, zero, one, scale, shift, 0.0, 1.0)
+        # PyTorch 2.11 refuses an epsilon of 0 on a GPU. One and this are one.
         return grad + F.batch_norm(x, zero, one, scale, shift, eps=1e-30)
 
 
