@@ -113,7 +113,7 @@ def adapted(
         if batch < now.batch_size:
             student = now.student_batch_size or now.batch_size
             choose(
-                f"chosen for a teacher that takes {1000 * of_one:.0f} ms for an image",
+                f"chosen for a teacher that takes {1000 * of_one:.2g} ms for an image",
                 batch_size=batch,
                 student_batch_size=max(SMALLEST, student * batch // now.batch_size),
             )

@@ -18,6 +18,7 @@ from .config import Config
 from .engine.loop import parameters_of
 from .engine.step import Step
 from .errors import UserError, printable
+from .networks.names import is_code
 from .templates import render
 
 if TYPE_CHECKING:
@@ -152,7 +153,8 @@ def outcome(summary: dict[str, Any]) -> str:
 def describe(summary: dict[str, Any]) -> str:
     """The summary in a few lines for people."""
     page = Path(summary["run"], "report.html")
-    return render("summary.txt.j2", {**summary, "page": page}).rstrip()
+    own_code = any(is_code(summary.get(role) or "") for role in ("teacher", "student"))
+    return render("summary.txt.j2", {**summary, "page": page, "own_code": own_code}).rstrip()
 
 
 class _Display(Protocol):

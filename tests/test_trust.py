@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import sys
 import warnings
 import zipfile
@@ -27,6 +28,7 @@ from dafl_fast.errors import UserError
 from dafl_fast.networks import load_network, load_networks, open_run
 from dafl_fast.networks.exported_check import check_formula
 from dafl_fast.networks.trust import NeedsCode, Trust
+from dafl_fast.progress import describe
 from dafl_fast.recipes import make_config
 
 RAN = "__import__('pathlib').Path({!r}).touch()"
@@ -533,6 +535,31 @@ def test_a_folder_that_names_code(strange, tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match="just because a folder names it"):
             call()
     assert not ran.exists()
+
+
+def test_all_code_of_a_run_is_to_be_named(strange, tmp_path, monkeypatch, capsys):
+    """Naming one of two networks would be answered by the same sentence again."""
+    folder, name, ran = strange
+    both = tmp_path / "run"
+    shutil.copytree(folder, both)
+    settings = (both / "config.yaml").read_text()
+    other = name.replace(":make", ":other")
+    (both / "config.yaml").write_text(
+        "\n".join(f"teacher: {other}" if line.startswith("teacher:") else line
+                  for line in settings.splitlines())
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train", "--resume", str(both), "--teacher", other])
+    assert command.main() == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"add --teacher {other} --student {name} or --trust-run\n")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(("student", "more"), [("nets:make", " --trust-run"), ("LeNet5Half", "")])
+def test_the_hint_after_an_interruption_can_be_used(own_run, student, more):
+    summary = json.loads((own_run[0] / "summary.json").read_text())
+    said = describe({**summary, "student": student, "interrupted": True, "run": "runs/mine"})
+    assert said.endswith(f"go on with: python -m dafl_fast.train --resume runs/mine{more}")
 
 
 def test_a_folder_that_is_trusted(strange, tmp_path, monkeypatch):

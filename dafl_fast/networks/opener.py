@@ -297,9 +297,11 @@ def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
         )
     trust = Trust(config.trust_run, config.trust_teacher)
     if config.resume is not None and not trust.run:
-        for role, network in (("teacher", name), ("student", student_name)):
-            if is_code(network):
-                raise _only_named(config.resume, role, network, f"--{role} {network} or ")
+        both = {"teacher": name, "student": student_name}
+        codes = {role: network for role, network in both.items() if is_code(network)}
+        if codes:
+            named = " ".join(f"--{role} {network}" for role, network in codes.items())
+            raise _only_named(config.resume, *next(iter(codes.items())), f"{named} or ")
     usual = PRESETS[config.preset].networks.get("teacher")
     if weights is None and name == usual:
         weights = bundled_weights(config.preset)
