@@ -32,7 +32,7 @@ _PUBLISHED_MNIST: Values = {"steps": 24_000}
 # For networks without BatchNorm, found by measurement on MNIST and two CPU cores with the bundled
 # teacher; see docs/recipes.md.
 WITHOUT_BATCH_NORM: Values = {
-    "generator_width": 32, "batch_size": 256, "generator_lr": 2e-2, "generator_beta1": 0.5,
+    "generator_width": 32, "batch_size": 128, "generator_lr": 2e-2, "generator_beta1": 0.5,
     "generator_restart_every": 60,
     "one_hot": 1.0, "entropy": 5.0, "activation": 0.1, "log_base": 10.0, "bn_statistics": 0.0,
     "diversity": 1.0,
@@ -44,7 +44,8 @@ WITHOUT_BATCH_NORM: Values = {
 
 # Ten classes and a teacher trained with noise need no help.
 _FAST_MNIST = {
-    "max_seconds": 120.0, **WITHOUT_BATCH_NORM, "diversity": 0.0, "student_start": "auto",
+    "max_seconds": 120.0, **WITHOUT_BATCH_NORM, "batch_size": 256, "diversity": 0.0,
+    "student_start": "auto",
 }  # fmt: skip
 
 # 2000 epochs of 120 steps (DAFL-train.py and its README); CIFAR-100 has other loss weights.
