@@ -45,6 +45,10 @@ TIMES = 3  # that its speed is measured; the first pass is often slow
 MIRRORED, GRAINS, LOOKED_AT = 0.2, (2, 4, 8), 64
 # The BatchNorm loss of noise for the ResNet-20 for which the recipe's weight was found.
 BATCH_NORM = 72.0
+OF_GENERATOR = {
+    "generator_width", "generator_lr", "generator_beta1", "generator_restart_every", "one_hot",
+    "entropy", "activation", "log_base", "bn_statistics", "diversity",
+}  # fmt: skip
 # All that may be chosen; of the bank's size also for want of memory.
 ADAPTED = {*WITHOUT_BATCH_NORM, "student_after"}
 
@@ -73,11 +77,12 @@ def adapted(
         return config
     usual = make_config(config.preset, config.recipe)
     choices: dict[str, Any] = {}
+    kept = {*chosen, *(OF_GENERATOR if config.generator == "none" else ())}
 
     def choose(why: str, **values: Any) -> None:
         left = {name: value for name, value in values.items()
                 if getattr(config, name) == getattr(usual, name) != value
-                and name not in chosen}  # fmt: skip
+                and name not in kept}  # fmt: skip
         choices.update(left)
         if left:
             log.warning("%s: %s", why, ", ".join(_flag(*one) for one in left.items()))

@@ -396,6 +396,7 @@ class Config:
         channels = self.shape[0]
         values = given * channels if self.grey and len(given) == 1 else given
         if len(values) != channels or (name == "std" and min(values) <= 0):
-            wanted = f"{channels} numbers, one a channel" + ", or one for all" * self.grey
-            raise mistake(name, wanted + " and positive" * (name == "std"), given)
+            kind = "positive " * (name == "std") + ("number" if channels == 1 else "numbers")
+            each = ", one a channel" * (channels > 1) + ", or one for all" * self.grey
+            raise mistake(name, f"{channels} {kind}{each}", given)
         return values

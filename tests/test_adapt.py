@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dafl_fast import FrozenTeacher, distill
-from dafl_fast.adapt import ADAPTED, _seconds_of_one, adapted
+from dafl_fast.adapt import ADAPTED, OF_GENERATOR, _seconds_of_one, adapted
 from dafl_fast.engine.distributed import World
 from dafl_fast.engine.folder import read_config
 from dafl_fast.engine.prepare import random_images
@@ -72,6 +72,10 @@ def test_one_without_batch_norm_gets_the_settings_found_for_such(caplog):
     (line,) = [one.getMessage() for one in caplog.records]
     assert line.startswith("chosen for a teacher without BatchNorm: --generator-width 32, ")
     assert found.keys() <= ADAPTED
+    # Nothing is chosen for a generator that there is not.
+    alone = changed(config(generator="none", images=("photos",)), Plain())
+    assert alone == {name: value for name, value in found.items() if name not in OF_GENERATOR}
+    assert alone["student_batch_size"] == 256 and OF_GENERATOR & found.keys()
 
 
 class LeftOrRight(nn.Module):

@@ -172,10 +172,10 @@ def test_the_normalisation_is_one_of_the_images_channels():
         _ = Config(mean=(0.5,)).image_format
     with pytest.raises(UserError) as raised:
         _ = Config(mean=(0.5, 0.5), std=(1.0,)).image_format
-    assert str(raised.value) == "--mean must be 1 numbers, one a channel, got (0.5, 0.5)"
+    assert str(raised.value) == "--mean must be 1 number, got (0.5, 0.5)"
     with pytest.raises(UserError) as raised:
         _ = Config(mean=(0.5,), std=(0.0,)).image_format
-    assert str(raised.value) == "--std must be 1 numbers, one a channel and positive, got (0.0,)"
+    assert str(raised.value) == "--std must be 1 positive number, got (0.0,)"
 
 
 @pytest.mark.parametrize("kind", [Config, TeacherConfig])

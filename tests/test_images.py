@@ -297,6 +297,7 @@ def test_images_are_turned_by_half_if_the_teacher_knows_them_so(upright, times, 
     config = make_config("custom", **{**SMALL, "generator": "none"})
     found = found_of(config, given(whole=[image] * 5), answer)
     assert found.cutter.half_turns == turns
+    assert found.words.endswith(", also turned by 180°") == turns
     crops = found.cutter.cut(400, seeded())
     down = (crops[:, :, 5:].mean((1, 2, 3)) > crops[:, :, :3].mean((1, 2, 3))).float().mean().item()
     assert down == pytest.approx(turns / 2, abs=0.08)

@@ -164,9 +164,9 @@ def test_held_out_images_come_in_the_teachers_units(tmp_path):
         (dict(pixels="0..1", image_shape=(3, 8, 8), mean=(0.5,)),
          r"--mean must be 3 numbers, one a channel, got \(0.5,\)"),
         (dict(pixels="0..1", std=(0.0,)),
-         r"--std must be 1 numbers, one a channel and positive, got \(0.0,\)"),
+         r"--std must be 1 positive number, got \(0.0,\)"),
         (dict(grey=True, image_shape=(3, 8, 8), std=(0.1, 0.2)),
-         r"--std must be 3 numbers, one a channel, or one for all and positive, got"),
+         r"--std must be 3 positive numbers, one a channel, or one for all, got"),
     ],
 )  # fmt: skip
 def test_mistakes(settings, sentence):

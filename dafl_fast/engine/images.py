@@ -298,8 +298,7 @@ class Found:
         answer: Callable[[Tensor], tuple[Tensor, Tensor]],
     ) -> None:
         self._random, self._world, self._answer = random, world, answer
-        self.words, self.fingerprint = given.words, given.fingerprint()
-        self.drawn = given.drawn > 0
+        self.words, self.fingerprint, self.drawn = given.words, given.fingerprint(), given.drawn > 0
         self._candidates, device = config.candidates, random.device
         self._rows = world.rows_of_batch("images-candidates", self._candidates)
         self.kept = max(1, self._candidates // (KEPT if given.photographs else 1))
@@ -327,6 +326,7 @@ class Found:
             self.bank.weigh()
             if self.cutter and 2 * doubts[0] < len(given.whole) * (1 - 1 / num_classes):
                 self.cutter.half_turns = bool(doubts[1] <= DOUBTFUL * doubts[0])
+                self.words += ", also turned by 180°" * self.cutter.half_turns
         judged = SHOWN if given.photographs else len(given.whole) // max(1, held_out)
         if unseen is not None:
             self.bank.unseen = ReplayBank(SHOWN, shape, num_classes, dtype, device)

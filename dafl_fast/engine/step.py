@@ -306,13 +306,13 @@ class Step:
         many from each as there are in its batches; None if there are none. Waits for the device."""
         if not self.sources:
             return None
-        images, logits = held_out_of(self.sources, HELD_OUT)
-        teacher = self.teacher.network
-        told = estimate(self.averaged_student, teacher, images.to(self.dtype), logits)
-        made = self.config.generator != "none" and self.config.diversity
-        if told is not None and self.num_classes <= FEW_CLASSES and not made:
-            # Of each class there may be one kind of image, which tells nothing.
-            return told._replace(real=None, between=None)
+        made = self.config.generator != "none"
+        banks = (self.bank.held_out(HELD_OUT),) if made and self.bank is not None else ()
+        pairs = (held_out_of(self.sources, HELD_OUT), *banks)
+        judged = [(images.to(self.dtype), logits) for images, logits in pairs]
+        told = estimate(self.averaged_student, self.teacher.network, *judged)
+        if told and made and self.num_classes <= FEW_CLASSES and not self.config.diversity:
+            return told._replace(real=None, between=None)  # one kind of image of each tells nothing
         return told
 
     @torch.no_grad()
