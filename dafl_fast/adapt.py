@@ -33,6 +33,7 @@ from .recipes import WITHOUT_BATCH_NORM, make_config
 log = logging.getLogger(__name__)
 
 DIVERSITY = 3.0  # of few classes
+TENS = 32  # of more classes a batch of 128 has too few of each; it was found for two and ten
 # What a run bounded by time should at least come to, and the smallest batch made smaller for it.
 STEPS, SMALLEST = 300, 16
 # A generator's update runs the teacher forward, and backward to the images: about three forward
@@ -45,6 +46,7 @@ TIMES = 3  # that its speed is measured; the first pass is often slow
 MIRRORED, GRAINS, LOOKED_AT = 0.2, (2, 4, 8), 64
 # The BatchNorm loss of noise for the ResNet-20 for which the recipe's weight was found.
 BATCH_NORM = 72.0
+# Of no use without a generator, so not chosen then.
 OF_GENERATOR = {
     "generator_width", "generator_lr", "generator_beta1", "generator_restart_every", "one_hot",
     "entropy", "activation", "log_base", "bn_statistics", "diversity",
@@ -91,7 +93,8 @@ def adapted(
     reading = reading_of(teacher, images, config.teacher_output)
     normed = _with_batch_norm(teacher)
     if not layers_with_statistics(normed):
-        choose("chosen for a teacher without BatchNorm", **WITHOUT_BATCH_NORM)
+        more = {"batch_size": 256} if reading.classes > TENS else {}
+        choose("chosen for a teacher without BatchNorm", **{**WITHOUT_BATCH_NORM, **more})
     else:
         choose(
             "chosen for the size of the teacher's BatchNorm loss",
@@ -112,7 +115,8 @@ def adapted(
         now = dataclasses.replace(config, **choices)
         batch = now.batch_size
         of_one = float(world.decide_text(str(_seconds_of_one(teacher, images))))
-        passes = PASSES + now.candidates / now.batch_size * bool(now.dead_leaves or now.images)
+        cut = now.candidates / now.batch_size * bool(now.dead_leaves or now.images)
+        passes = PASSES * (now.generator != "none") + cut
         while batch > SMALLEST and passes * of_one * batch * STEPS > config.max_seconds:
             batch //= 2
         if batch < now.batch_size:

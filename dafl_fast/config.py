@@ -397,6 +397,6 @@ class Config:
         values = given * channels if self.grey and len(given) == 1 else given
         if len(values) != channels or (name == "std" and min(values) <= 0):
             kind = "positive " * (name == "std") + ("number" if channels == 1 else "numbers")
-            each = ", one a channel" * (channels > 1) + ", or one for all" * self.grey
+            each = (", one a channel" + ", or one for all" * self.grey) * (channels > 1)
             raise mistake(name, f"{channels} {kind}{each}", given)
         return values

@@ -30,7 +30,7 @@ class Preset:
 _PUBLISHED_MNIST: Values = {"steps": 24_000}
 
 # For networks without BatchNorm, found by measurement on MNIST and two CPU cores with the bundled
-# teacher; see docs/recipes.md.
+# teacher, batches of 128 with another one; see docs/recipes.md.
 WITHOUT_BATCH_NORM: Values = {
     "generator_width": 32, "batch_size": 128, "generator_lr": 2e-2, "generator_beta1": 0.5,
     "generator_restart_every": 60,
@@ -42,7 +42,8 @@ WITHOUT_BATCH_NORM: Values = {
     "bank_held_out": 32, "dead_leaves": 0,
 }  # fmt: skip
 
-# Ten classes and a teacher trained with noise need no help.
+# Ten classes and a teacher trained with noise need no diversity loss. All else was found with
+# batches of 256.
 _FAST_MNIST = {
     "max_seconds": 120.0, **WITHOUT_BATCH_NORM, "batch_size": 256, "diversity": 0.0,
     "student_start": "auto",

@@ -72,6 +72,8 @@ def test_one_without_batch_norm_gets_the_settings_found_for_such(caplog):
     (line,) = [one.getMessage() for one in caplog.records]
     assert line.startswith("chosen for a teacher without BatchNorm: --generator-width 32, ")
     assert found.keys() <= ADAPTED
+    many = adapted(config(), Plain(33), CPU, World())
+    assert (many.batch_size, config().batch_size, make_config("mnist").batch_size) == (256, 128, 256)
     # Nothing is chosen for a generator that there is not.
     alone = changed(config(generator="none", images=("photos",)), Plain())
     assert alone == {name: value for name, value in found.items() if name not in OF_GENERATOR}
@@ -170,6 +172,8 @@ def test_a_slow_teacher_gets_smaller_batches(monkeypatch, caplog):
     assert changed(alone, normed())["batch_size"] == 32
     with_images = dataclasses.replace(alone, images=(Path("photograph.jpg"),))
     assert changed(with_images, normed())["batch_size"] == 16
+    none = dataclasses.replace(with_images, generator="none")
+    assert changed(none, normed())["batch_size"] == 32
     assert changed(config(steps=10), normed()) == {}  # the same on any machine
     assert changed(config(steps=10, max_seconds=1.0), normed()) == {}
 

@@ -19,6 +19,7 @@ from dafl_fast.distill import train
 from dafl_fast.engine import graph
 from dafl_fast.engine.bank import ReplayBank
 from dafl_fast.engine.distributed import World
+from dafl_fast.engine.estimate import FEW_CLASSES, Estimate
 from dafl_fast.engine.images import BalancedBank, Cutter, Found, held_out_of, sources_of
 from dafl_fast.engine.prepare import prepare
 from dafl_fast.engine.step import STATISTICS, Step
@@ -297,7 +298,7 @@ def test_images_are_turned_by_half_if_the_teacher_knows_them_so(upright, times, 
     config = make_config("custom", **{**SMALL, "generator": "none"})
     found = found_of(config, given(whole=[image] * 5), answer)
     assert found.cutter.half_turns == turns
-    assert found.words.endswith(", also turned by 180°") == turns
+    assert found.words.endswith("whose variants are turned by 180°") == turns
     crops = found.cutter.cut(400, seeded())
     down = (crops[:, :, 5:].mean((1, 2, 3)) > crops[:, :, :3].mean((1, 2, 3))).float().mean().item()
     assert down == pytest.approx(turns / 2, abs=0.08)
@@ -536,6 +537,39 @@ def test_some_whole_images_are_held_out():
     assert step.estimate().images == 512
     assert step.found.fingerprint == images.fingerprint()
     assert [len(part) for part in held_out_of([(bank, 8, slice(8))], 1)] == [1, 1]
+
+
+def test_only_what_the_generator_made_tells_of_real_images(monkeypatch):
+    """If there is more than that; the agreement on held-out images is that on both."""
+    seen = []
+    monkeypatch.setattr("dafl_fast.engine.step.estimate", lambda *given: seen.append(given[2:]))
+    both = step_with(photograph_and_digits(), bank_held_out=2)
+    alone = step_with(photograph_and_digits(), bank_held_out=2, generator="none")
+    made = step_with(None, bank_held_out=2)
+    for step in (both, alone, made):
+        for _ in range(3):
+            step()
+        assert step.estimate() is None
+    (held_out, generated), (found,), (bank,) = seen
+    expected = (held_out_of(both.sources, 2048), both.bank.held_out(2048),
+                alone.found.bank.held_out(2048), made.bank.held_out(2048))  # fmt: skip
+    for pair, wanted in zip((held_out, generated, found, bank), expected, strict=True):
+        assert all(map(torch.equal, pair, wanted))
+    assert len(held_out[0]) > len(generated[0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "tells"),
+    [({}, False), ({"diversity": 1.0}, True), ({"generator": "none"}, True)],
+)
+def test_of_few_classes_generated_images_may_be_of_one_kind_each(settings, tells, monkeypatch):
+    told = Estimate(0.5, 200, 0.75, (0.6, 0.9))
+    monkeypatch.setattr("dafl_fast.engine.step.estimate", lambda *_: told)
+    step = step_with(given(whole=noise(100, 32, 32), form=GREY), **settings)
+    step.num_classes = FEW_CLASSES
+    assert step.estimate() == (told if tells else (0.5, 200, None, None))
+    step.num_classes += 1
+    assert step.estimate() == told
 
 
 def test_of_few_whole_images_none_are_held_out():

@@ -165,6 +165,7 @@ def test_held_out_images_come_in_the_teachers_units(tmp_path):
          r"--mean must be 3 numbers, one a channel, got \(0.5,\)"),
         (dict(pixels="0..1", std=(0.0,)),
          r"--std must be 1 positive number, got \(0.0,\)"),
+        (dict(grey=True, mean=(0.5, 0.5)), r"--mean must be 1 number, got \(0.5, 0.5\)"),
         (dict(grey=True, image_shape=(3, 8, 8), std=(0.1, 0.2)),
          r"--std must be 3 positive numbers, one a channel, or one for all, got"),
     ],

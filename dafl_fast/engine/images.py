@@ -326,7 +326,7 @@ class Found:
             self.bank.weigh()
             if self.cutter and 2 * doubts[0] < len(given.whole) * (1 - 1 / num_classes):
                 self.cutter.half_turns = bool(doubts[1] <= DOUBTFUL * doubts[0])
-                self.words += ", also turned by 180°" * self.cutter.half_turns
+                self.words += ", half of whose variants are turned by 180°" * self.cutter.half_turns
         judged = SHOWN if given.photographs else len(given.whole) // max(1, held_out)
         if unseen is not None:
             self.bank.unseen = ReplayBank(SHOWN, shape, num_classes, dtype, device)

@@ -302,12 +302,12 @@ class Step:
         return accuracy(self.averaged_student, images.to(self.dtype), logits.argmax(1))
 
     def estimate(self) -> Estimate | None:
-        """How well the student does, judged by images that it never learns from: of all banks, as
-        many from each as there are in its batches; None if there are none. Waits for the device."""
+        """How well the student does, judged by images that it never learns from: see `estimate`.
+        None if there are none. Waits for the device."""
         if not self.sources:
             return None
-        made = self.config.generator != "none"
-        banks = (self.bank.held_out(HELD_OUT),) if made and self.bank is not None else ()
+        made, both = self.config.generator != "none", len(self.sources) > 1
+        banks = (self.bank.held_out(HELD_OUT),) if both and self.bank is not None else ()
         pairs = (held_out_of(self.sources, HELD_OUT), *banks)
         judged = [(images.to(self.dtype), logits) for images, logits in pairs]
         told = estimate(self.averaged_student, self.teacher.network, *judged)
