@@ -572,6 +572,14 @@ def test_of_few_classes_generated_images_may_be_of_one_kind_each(settings, tells
     assert step.estimate() == told
 
 
+def test_crops_alone_tell_nothing_of_real_images(monkeypatch):
+    told = Estimate(0.5, 200, 0.75, (0.6, 0.9))
+    monkeypatch.setattr("dafl_fast.engine.step.estimate", lambda *_: told)
+    assert step_with(photograph_and_digits()).estimate() == told
+    alone = step_with(photograph_and_digits(), generator="none")
+    assert alone.estimate() == (0.5, 200, None, None)
+
+
 def test_of_few_whole_images_none_are_held_out():
     step = step_with(given(whole=noise(79, 32, 32), form=GREY), generator="none")
     assert step.found.bank.added == 79
@@ -733,7 +741,7 @@ def test_the_command(tmp_path, photograph, monkeypatch, capsys):
     assert "with 1 photograph and 5 images" in errors
     assert "on generated images" in printed
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["images"] == "1 photograph and 5 images" and summary["images_share"] == 0.25
+    assert summary["images"].startswith("1 photograph and 5 images") and summary["images_share"] == 0.25
     assert sum(summary["images_class_counts"]) == 5 + 16
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["images_class_counts"] == summary["images_class_counts"]

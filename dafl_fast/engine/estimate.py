@@ -36,7 +36,7 @@ class Estimate(NamedTuple):
         held_out: on the images that were held out.
         images: how many of these there are.
         real: on real images, as estimated; None from too few images, if most classes have none, or
-            if a class may have images of one kind only (`Step.estimate`).
+            if images of a class may be all alike: crops alone, or generated without diversity.
         between: two values between which it lies nine times of ten, likewise.
     """
 

@@ -298,7 +298,8 @@ class Found:
         answer: Callable[[Tensor], tuple[Tensor, Tensor]],
     ) -> None:
         self._random, self._world, self._answer = random, world, answer
-        self.words, self.fingerprint, self.drawn = given.words, given.fingerprint(), given.drawn > 0
+        self.words, self.fingerprint = given.words, given.fingerprint()
+        self.crops, self.drawn = bool(given.photographs), given.drawn > 0
         self._candidates, device = config.candidates, random.device
         self._rows = world.rows_of_batch("images-candidates", self._candidates)
         self.kept = max(1, self._candidates // (KEPT if given.photographs else 1))
@@ -374,8 +375,7 @@ class Found:
         """
         confidence, labels = logits.float().softmax(1).max(1)
         surer = confidence.unsqueeze(0) > confidence.unsqueeze(1)
-        equal = confidence.unsqueeze(0) == confidence.unsqueeze(1)
-        surer |= equal.tril(-1)  # the first of those that are equal
+        surer |= (confidence.unsqueeze(0) == confidence.unsqueeze(1)).tril(-1)  # equal: the first
         before = (surer & (labels.unsqueeze(0) == labels.unsqueeze(1))).sum(1)
         score = confidence / (1 + self.bank.counts[labels] + before)
         return score.topk(self.kept).indices

@@ -302,8 +302,7 @@ class Step:
         return accuracy(self.averaged_student, images.to(self.dtype), logits.argmax(1))
 
     def estimate(self) -> Estimate | None:
-        """How well the student does, judged by images that it never learns from: see `estimate`.
-        None if there are none. Waits for the device."""
+        """Told from images that the student never learns from, if any. Waits for the device."""
         if not self.sources:
             return None
         made, both = self.config.generator != "none", len(self.sources) > 1
@@ -311,8 +310,9 @@ class Step:
         pairs = (held_out_of(self.sources, HELD_OUT), *banks)
         judged = [(images.to(self.dtype), logits) for images, logits in pairs]
         told = estimate(self.averaged_student, self.teacher.network, *judged)
-        if told and made and self.num_classes <= FEW_CLASSES and not self.config.diversity:
-            return told._replace(real=None, between=None)  # one kind of image of each tells nothing
+        few = self.num_classes <= FEW_CLASSES and not self.config.diversity
+        if told and (few if made else self.found is not None and self.found.crops):
+            return told._replace(real=None, between=None)  # images of a class may be all alike
         return told
 
     @torch.no_grad()
