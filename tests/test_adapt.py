@@ -73,7 +73,11 @@ def test_one_without_batch_norm_gets_the_settings_found_for_such(caplog):
     assert line.startswith("chosen for a teacher without BatchNorm: --generator-width 32, ")
     assert found.keys() <= ADAPTED
     many = adapted(config(), Plain(33), CPU, World())
-    assert (many.batch_size, config().batch_size, make_config("mnist").batch_size) == (256, 128, 256)
+    assert (many.batch_size, config().batch_size, make_config("mnist").batch_size) == (
+        256,
+        128,
+        256,
+    )
     # Nothing is chosen for a generator that there is not.
     alone = changed(config(generator="none", images=("photos",)), Plain())
     assert alone == {name: value for name, value in found.items() if name not in OF_GENERATOR}

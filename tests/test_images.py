@@ -741,7 +741,10 @@ def test_the_command(tmp_path, photograph, monkeypatch, capsys):
     assert "with 1 photograph and 5 images" in errors
     assert "on generated images" in printed
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["images"].startswith("1 photograph and 5 images") and summary["images_share"] == 0.25
+    assert (
+        summary["images"].startswith("1 photograph and 5 images")
+        and summary["images_share"] == 0.25
+    )
     assert sum(summary["images_class_counts"]) == 5 + 16
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["images_class_counts"] == summary["images_class_counts"]
