@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -36,10 +37,12 @@ def odds(share, classes=3):
     return math.log(above / (1 - above))
 
 
-def told_of(images, wrong=(), generated=None):
+def told_of(images, wrong=(), generated=None, made=False, sure=9.0):
     teacher = Says()
     generated = None if generated is None else (generated, teacher(generated))
-    return estimate(Says(wrong), teacher, (images, teacher(images)), generated)
+    return estimate(
+        Says(wrong), teacher, (images, sure / 9 * teacher(images)), generated, made=made
+    )
 
 
 def test_it_is_fitted_to_two_figures():
@@ -104,7 +107,23 @@ def test_it_says_nothing_if_most_classes_have_no_image():
     assert told_of(images_of([2] * 300 + [1]).clone()).real is not None
     # Of two classes one is all that a student needs to say.
     binary = Says()(images)[:, 1:]
-    assert estimate(Says(), Says(), (images, binary)) == (0.0, 300, None, None)
+    assert estimate(Says(), Says(), (images, binary), made=False) == (0.0, 300, None, None)
+
+
+def test_it_says_nothing_of_a_student_that_differs_from_a_teacher_that_is_sure():
+    """Of 600 generated images it is wrong on 150 of class 1: 0.62 right above chance."""
+    images = images_of([0] * 300 + [1] * 150 + [2] * 150).clone()
+    share = pytest.approx(0.75)
+    assert told_of(images, (1,), made=True) == (share, 600, None, None)
+    assert told_of(images, (1,), made=False).real is not None
+    assert told_of(images, (1,), made=True, sure=1.0).real is not None
+    better = images_of([0] * 350 + [1] * 90 + [2] * 160).clone()  # 0.775 above chance
+    assert told_of(better, (1,), made=True).real is not None
+    few = images_of([0] * 25 + [1] * 24).clone()
+    unsure = images_of([0, 1, 2] * 50).clone()
+    both = torch.cat([few, unsure])
+    logits = Says()(both) * torch.tensor([1.0] * 49 + [1 / 9] * 150).view(-1, 1)
+    assert estimate(Says((1,)), Says(), (both, logits)).real is not None  # sure of 49 only
 
 
 def test_a_run_tells_it(tmp_path):
@@ -118,7 +137,8 @@ def test_a_run_tells_it(tmp_path):
     given = dict(image_shape=(3, 4, 4), batch_size=32, student_batch_size=8, student_updates=1,
                  bank_images=400, bank_held_out=2, precision="fp32", steps=20, log_every=4,
                  eval_every=1e-6)  # fmt: skip
-    result = distill(teacher, network(), out_dir=tmp_path / "run", **given)
+    student = copy.deepcopy(teacher)  # it agrees where the teacher is sure
+    result = distill(teacher, student, out_dir=tmp_path / "run", **given)
     told = [row["estimated_agreement"] for row in result.history if "agreement_newest" in row]
     assert told[0] is None  # of the first 128 images 64 are held out
     assert all(0 <= one <= 1 for one in told[-2:])

@@ -542,7 +542,9 @@ def test_some_whole_images_are_held_out():
 def test_only_what_the_generator_made_tells_of_real_images(monkeypatch):
     """If there is more than that; the agreement on held-out images is that on both."""
     seen = []
-    monkeypatch.setattr("dafl_fast.engine.step.estimate", lambda *given: seen.append(given[2:]))
+    monkeypatch.setattr(
+        "dafl_fast.engine.step.estimate", lambda *given, made: seen.append((made, given[2:]))
+    )
     both = step_with(photograph_and_digits(), bank_held_out=2)
     alone = step_with(photograph_and_digits(), bank_held_out=2, generator="none")
     made = step_with(None, bank_held_out=2)
@@ -550,7 +552,8 @@ def test_only_what_the_generator_made_tells_of_real_images(monkeypatch):
         for _ in range(3):
             step()
         assert step.estimate() is None
-    (held_out, generated), (found,), (bank,) = seen
+    (held_out, generated), (found,), (bank,) = (pairs for _, pairs in seen)
+    assert [made for made, _ in seen] == [True, False, True]
     expected = (held_out_of(both.sources, 2048), both.bank.held_out(2048),
                 alone.found.bank.held_out(2048), made.bank.held_out(2048))  # fmt: skip
     for pair, wanted in zip((held_out, generated, found, bank), expected, strict=True):
@@ -564,7 +567,7 @@ def test_only_what_the_generator_made_tells_of_real_images(monkeypatch):
 )
 def test_of_few_classes_generated_images_may_be_of_one_kind_each(settings, tells, monkeypatch):
     told = Estimate(0.5, 200, 0.75, (0.6, 0.9))
-    monkeypatch.setattr("dafl_fast.engine.step.estimate", lambda *_: told)
+    monkeypatch.setattr("dafl_fast.engine.step.estimate", lambda *_, made: told)
     step = step_with(given(whole=noise(100, 32, 32), form=GREY), **settings)
     step.num_classes = FEW_CLASSES
     assert step.estimate() == (told if tells else (0.5, 200, None, None))
@@ -574,7 +577,7 @@ def test_of_few_classes_generated_images_may_be_of_one_kind_each(settings, tells
 
 def test_crops_alone_tell_nothing_of_real_images(monkeypatch):
     told = Estimate(0.5, 200, 0.75, (0.6, 0.9))
-    monkeypatch.setattr("dafl_fast.engine.step.estimate", lambda *_: told)
+    monkeypatch.setattr("dafl_fast.engine.step.estimate", lambda *_, made: told)
     assert step_with(photograph_and_digits()).estimate() == told
     alone = step_with(photograph_and_digits(), generator="none")
     assert alone.estimate() == (0.5, 200, None, None)

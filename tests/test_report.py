@@ -471,8 +471,10 @@ def test_a_good_estimate_needs_no_advice_and_none_is_not_told(make_run):
     none = {"agreement_held_out": 0.8, "estimated_agreement": None, "estimated_between": None}
     text = words(report.write_report(make_run("none", {**SUMMARY, **none})).read_text())
     assert "On real images" not in text and "cannot tell" not in text
+    assert "Its images do not tell how often it agrees with its teacher on real ones" in text
     two = {**SUMMARY, **none, "num_classes": 2}
     text = words(report.write_report(make_run("two", two, classes=2, diversity=0.0)).read_text())
     assert "its images cannot tell how it does on real ones: use --diversity 3" in text
+    assert "do not tell" not in text
     text = words(report.write_report(make_run("varied", two, classes=2, diversity=3.0)).read_text())
     assert "cannot tell" not in text

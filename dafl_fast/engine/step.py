@@ -309,7 +309,7 @@ class Step:
         banks = (self.bank.held_out(HELD_OUT),) if both and self.bank is not None else ()
         pairs = (held_out_of(self.sources, HELD_OUT), *banks)
         judged = [(images.to(self.dtype), logits) for images, logits in pairs]
-        told = estimate(self.averaged_student, self.teacher.network, *judged)
+        told = estimate(self.averaged_student, self.teacher.network, *judged, made=made)
         few = self.num_classes <= FEW_CLASSES and not self.config.diversity
         if told and (few if made else self.found is not None and self.found.crops):
             return told._replace(real=None, between=None)  # images of a class may be all alike
