@@ -265,8 +265,10 @@ class Config:
                 " with --bank-held-out"
             )
         if self.image_shape is not None:
-            _ = self.from_generated  # mean and std are of as many channels as there are
-            if self.std is not None and min(self.std, default=0) <= 0:  # also where it has no use
+            _ = self.from_generated
+            if self.preset == "custom":  # others bring those of their data
+                _ = self._of_data("mean")
+            if self.preset == "custom" or (self.std is not None and min(self.std, default=0) <= 0):
                 _ = self._of_data("std")
 
     def check_images(self, given: bool) -> None:

@@ -142,7 +142,7 @@ def outcome(summary: dict[str, Any]) -> str:
         low, high = summary["estimated_between"]
         found[1] = (
             f"agreement on real images about {summary['estimated_agreement']:.1%} "
-            f"({low:.0%} to {high:.0%})"
+            f"({low:.1%} to {high:.1%})"
         )
     if summary["student_accuracy"] is not None:
         teacher = summary["teacher_accuracy"]

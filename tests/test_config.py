@@ -178,6 +178,14 @@ def test_the_normalisation_is_one_of_the_images_channels():
     assert str(raised.value) == "--std must be 1 positive number, got (0.0,)"
 
 
+def test_it_is_looked_at_before_a_run_that_does_not_need_it():
+    """Else a student that nobody can evaluate or export is trained to its end."""
+    for given in ({"mean": (0.1, 0.2), "std": (0.3,)}, {"mean": (0.1,), "std": (0.3, 0.3)}):
+        with pytest.raises(UserError, match="must be 1 (positive )?number, got"):
+            make_config("custom", image_shape=(1, 8, 8), **given)
+    assert make_config("custom", image_shape=(1, 8, 8), mean=(0.1,), std=(0.3,)).mean == (0.1,)
+
+
 @pytest.mark.parametrize("kind", [Config, TeacherConfig])
 def test_every_setting_has_a_docstring(kind):
     (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body)

@@ -78,12 +78,12 @@ def test_the_order_of_the_images_does_not_matter():
 
 
 def test_only_generated_images_tell_of_real_ones():
-    cut, made = images_of([1] * 200).clone(), images_of([0, 2] * 100).clone()
+    cut, made = images_of([1] * 200).clone(), images_of([0, 1, 2] * 70).clone()
     told = told_of(cut, wrong=(1,), generated=made)
     assert told.held_out == 0 and told.images == 200
     assert told.real == told_of(made, wrong=(1,)).real != told_of(cut, wrong=(1,)).real
     few = told_of(made, generated=made[:99])
-    assert few == (1.0, 200, None, None)
+    assert few == (1.0, 210, None, None)
 
 
 def test_nobody_is_all_right_or_all_wrong():
@@ -95,19 +95,28 @@ def test_nobody_is_all_right_or_all_wrong():
 
 
 def test_it_says_nothing_from_too_few_images():
-    images = images_of([0, 1] * 50).clone()
+    images = images_of([0, 1, 2] * 50).clone()
     assert told_of(images[: FEWEST - 1]) == (1.0, FEWEST - 1, None, None)
     assert told_of(images[:FEWEST]).real is not None
     assert told_of(images[:0]) is None
 
 
-def test_it_says_nothing_if_most_classes_have_no_image():
+@pytest.mark.parametrize(
+    ("counts", "tells"),
+    [((0, 0, 300), False), ((10, 10, 300), False), ((0, 150, 150), False), ((75, 75, 225), True)],
+)
+def test_it_says_nothing_if_most_images_are_of_a_few_classes(counts, tells):
+    """A student needs to know no others. The entropies are 0, 0.25, 0.63 and 0.87 log 3."""
+    images = images_of([n for n, count in enumerate(counts) for _ in range(count)]).clone()
+    told = told_of(images)
+    assert told[:2] == (1.0, len(images)) and (told.real is not None) == tells
+
+
+def test_of_two_classes_one_is_all_that_a_student_needs_to_say():
     images = images_of([2] * 300).clone()
-    assert told_of(images) == (1.0, 300, None, None)
-    assert told_of(images_of([2] * 300 + [1]).clone()).real is not None
-    # Of two classes one is all that a student needs to say.
     binary = Says()(images)[:, 1:]
     assert estimate(Says(), Says(), (images, binary), made=False) == (0.0, 300, None, None)
+    assert estimate(Says(), Says(), (images, binary[:, :1]), made=False)[1:] == (300, None, None)
 
 
 def test_it_says_nothing_of_a_student_that_differs_from_a_teacher_that_is_sure():

@@ -26,6 +26,7 @@ WEIGHTS, CONSTANT, WITHIN = (1.30, 0.95), 1.08, 0.68
 # A share above chance counts as no less and no more, and nothing is estimated beyond these, as no
 # agreement beyond them was measured.
 LEAST, MOST = 0.01, 0.995
+EVEN = 0.75  # of the entropy of equally many images of each class, at least; or a class tells all
 # Where the teacher is sure of generated images, students that learned what holds for real ones
 # agreed with it in 0.86 of the cases above chance or more (145 measurements), one that was at
 # chance on real images in 0.65 or less (9).
@@ -39,10 +40,10 @@ class Estimate(NamedTuple):
     Attributes:
         held_out: on the images that were held out.
         images: how many of these there are.
-        real: on real images, as estimated; None from too few images, if most classes have none, if
-            images of a class may be all alike (crops alone, or generated without diversity), or if
-            the student differs from a teacher that is sure.
-        between: two values between which it lies nine times of ten, likewise.
+        real: on real images, as estimated; None from too few images, if most are of a few classes,
+            if images of a class may be all alike (crops without a generator, or generated without
+            diversity), or if the student differs from a teacher that is sure.
+        between: two values between which it most likely lies, likewise.
     """
 
     held_out: float
@@ -92,7 +93,8 @@ def estimate(
     classes = logits.argmax(1)
     counts = classes.bincount(minlength=logits.shape[1])
     present = counts > 0
-    if len(images) < FEWEST or int(present.sum()) < max(2, len(counts) / 2):
+    evenness = torch.special.entr(counts.double() / len(images)).sum() / math.log(len(counts))
+    if len(images) < FEWEST or not evenness >= EVEN:  # of one class it is not a number
         return told
     right = (predictions(student, images) == classes).double()
     chance = 1 / len(counts)
