@@ -33,7 +33,7 @@ from .recipes import WITHOUT_BATCH_NORM, make_config
 log = logging.getLogger(__name__)
 
 DIVERSITY = 3.0  # of few classes
-TENS = 32  # of more classes a batch of 128 has too few of each; it was found for two and ten
+MANY_CLASSES = 32  # a batch of 128, found for two and ten classes, has too few of each of more
 # What a run bounded by time should at least come to, and the smallest batch made smaller for it.
 STEPS, SMALLEST = 300, 16
 # A generator's update runs the teacher forward, and backward to the images: about three forward
@@ -93,7 +93,7 @@ def adapted(
     reading = reading_of(teacher, images, config.teacher_output)
     normed = _with_batch_norm(teacher)
     if not layers_with_statistics(normed):
-        more = {"batch_size": 256} if reading.classes > TENS else {}
+        more = {"batch_size": 256} if reading.classes > MANY_CLASSES else {}
         choose("chosen for a teacher without BatchNorm", **{**WITHOUT_BATCH_NORM, **more})
     else:
         choose(

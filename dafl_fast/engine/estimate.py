@@ -28,7 +28,7 @@ WEIGHTS, CONSTANT, WITHIN = (1.30, 0.95), 1.08, 0.68
 LEAST, MOST = 0.01, 0.995
 EVEN = 0.75  # of the entropy of equally many images of each class, at least; or a class tells all
 # Where the teacher is sure of generated images, students that learned what holds for real ones
-# agreed with it in 0.86 of the cases above chance or more (145 measurements), one that was at
+# agreed with it in 0.86 of the cases above chance or more (126 measurements), one that was at
 # chance on real images in 0.65 or less (9).
 SURE, FEWEST_SURE, LOST = 0.9, 50, 0.75
 _BATCH = 500
