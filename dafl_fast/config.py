@@ -219,9 +219,13 @@ class Config:
     """Pictures of shapes that hide one another, drawn at random at the start of the run, and cut as
     photographs are. For teachers that know photographs. With --images that are no photographs, or
     with --images and --generator none, none are drawn, unless you ask for them."""
+    sketches: Literal["none", "light", "dark"] = "none"
+    """Thousands of sketches, a few strokes each, light on dark ground or dark on light. They are
+    drawn at random at the start of the run, and varied at every step, as whole --images are. For
+    teachers that know handwriting or drawings."""
     images_share: Annotated[float, SHARE] = 0.5
-    """The share of the student's batch that comes from --images or --dead-leaves; the rest is
-    generated. With --generator none it is all of it."""
+    """The share of the student's batch that comes from --images, --dead-leaves or --sketches; the
+    rest is generated. With --generator none it is all of it."""
     images_candidates: Annotated[int | None, at_least(4, "a quarter is kept")] = None
     """Crops and varied images that are shown to the teacher at every step; when not given 256, or
     twice the batch size if that is less. If there are photographs a quarter is kept: those of rare
@@ -285,7 +289,7 @@ class Config:
         if not given and self.generator == "none":
             raise UserError(
                 "--generator none leaves the student without images; give it some with --images "
-                "or --dead-leaves"
+                "or draw some with --dead-leaves or --sketches"
             )
 
     def check_chosen(self, chosen: Collection[str], given: bool) -> None:
@@ -300,15 +304,20 @@ class Config:
             where = dict.fromkeys(("images_share", "student_after"), "with --generator none")
         if self.student_source != "bank":
             beside = f"with --student-source {self.student_source}"
-            where |= dict.fromkeys(("student_after", "dead_leaves"), beside)
+            where |= dict.fromkeys(("student_after", "dead_leaves", "sketches"), beside)
         if not given:
-            beside = "without --images or --dead-leaves"
+            beside = "without --images, --dead-leaves or --sketches"
             where |= dict.fromkeys(("images_share", "images_candidates"), beside)
         for name, beside in where.items():
             value = getattr(self, name)
-            if name in chosen and value != 0:
+            if name in chosen and value not in (0, "none"):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {value} means nothing {beside}; leave it out")
+
+    @property
+    def draws(self) -> bool:
+        """Whether there are images that are drawn when the run begins."""
+        return self.dead_leaves > 0 or self.sketches != "none"
 
     @property
     def candidates(self) -> int:

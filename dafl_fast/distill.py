@@ -42,7 +42,7 @@ from .progress import Mode, Progress, outcome
 from .recipes import WITHOUT_BATCH_NORM, make_config
 from .records import Run
 from .settings import Mark, plain
-from .unlabelled import Given, given_tensor, read_images, with_dead_leaves
+from .unlabelled import Given, given_tensor, read_images, with_dead_leaves, with_sketches
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def _run(
     by_recipe = config.resume is None and "dead_leaves" not in own
     if by_recipe and config.student_source != "bank":
         config = dataclasses.replace(config, dead_leaves=0)
-    has_images = has_images or config.dead_leaves > 0
+    has_images = has_images or config.draws
     config.check_chosen(own, has_images)
     config.check_images(has_images)
     device = pick_device(config.device)
@@ -246,10 +246,14 @@ def _run(
         raise UserError("teacher and student must be two networks, got the same twice")
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
-    config = adapted(config, teacher, device, world, chosen)
-    config.check_images(given is not None or config.dead_leaves > 0)
-    if config.dead_leaves and (config.resume is None or images is None):
-        given = with_dead_leaves(given, config.dead_leaves, config.drawn_format)
+    # Nor does it draw sketches beside images of the user's.
+    config = adapted(config, teacher, device, world, {*chosen, *["sketches"] * (given is not None)})
+    config.check_images(given is not None or config.draws)
+    if config.resume is None or images is None:
+        if config.dead_leaves:
+            given = with_dead_leaves(given, config.dead_leaves, config.drawn_format)
+        if config.sketches != "none":
+            given = with_sketches(given, config.sketches, config.drawn_format)
     config = _with_bank_that_fits(config, device, world, given)
     if config.student_start == "teacher":
         _begin_as_teacher(student, teacher, config, "student_start" in chosen, world)

@@ -23,6 +23,7 @@ from .data import Format, ImageSize, check_channels, covering, images_of_npz, re
 from .dead_leaves import SIDE, dead_leaves
 from .errors import UserError, first_line
 from .pictures import image_files, is_transparent, on_white, open_image
+from .sketches import how_many, sketches
 
 log = logging.getLogger(__name__)
 
@@ -46,28 +47,32 @@ class Given:
             networks take them.
         form: how uint8 images are brought to what the networks take; None if there are none.
         drawn: how many of the photographs, the last ones, are none, but were drawn.
+        sketches: how many of the whole images, the last ones, are such.
     """
 
     photographs: list[Tensor]
     whole: Tensor
     form: Format | None
     drawn: int = 0
+    sketches: int = 0
 
     @property
     def words(self) -> str:
         """How many there are of which kind."""
         kinds = {
             "photograph": len(self.photographs) - self.drawn,
-            "image": len(self.whole),
+            "image": len(self.whole) - self.sketches,
             "drawn picture": self.drawn,
         }
-        return " and ".join(f"{n:,} {kind}{'s' * (n > 1)}" for kind, n in kinds.items() if n)
+        words = [f"{n:,} {kind}{'s' * (n > 1)}" for kind, n in kinds.items() if n]
+        return " and ".join([*words, *[f"{self.sketches:,} sketches"] * (self.sketches > 0)])
 
     def fingerprint(self) -> str:
         """SHA-256 of all pixels that the user gave, in their order. A resumed run must have the
         same ones. What is drawn may differ a little on another processor, which does no harm."""
         digest = hashlib.sha256()
-        for images in (*self.photographs[: len(self.photographs) - self.drawn], self.whole):
+        photographs = self.photographs[: len(self.photographs) - self.drawn]
+        for images in (*photographs, self.whole[: len(self.whole) - self.sketches]):
             digest.update(repr((images.shape, images.dtype)).encode())
             digest.update(images.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -96,16 +101,32 @@ def with_dead_leaves(given: Given | None, count: int, form: Format) -> Given:
     Raises:
         UserError: the images were given as a tensor, in the units of the teacher.
     """
-    height, width = sides(form.image_size)
-    drawn = dead_leaves(count, form.stored_channels, max(SIDE, LARGE * max(height, width)))
-    if given is None:
-        whole = torch.empty((0, form.stored_channels, height, width), dtype=torch.uint8)
-        return Given(list(drawn), whole, form, count)
-    if given.form is None:
-        raise UserError(
-            f"--dead-leaves {count} does not go with images that are a tensor; give their paths"
-        )
+    given = _beside(given, form, f"--dead-leaves {count}")
+    side = max(SIDE, LARGE * max(sides(form.image_size)))
+    drawn = dead_leaves(count, form.stored_channels, side)
     return replace(given, photographs=[*given.photographs, *drawn], drawn=count)
+
+
+def with_sketches(given: Given | None, kind: str, form: Format) -> Given:
+    """The images that were given, if any, and sketches of this kind, "light" or "dark".
+
+    Raises:
+        UserError: the images were given as a tensor, in the units of the teacher.
+    """
+    given = _beside(given, form, f"--sketches {kind}")
+    size = form.stored_channels, *sides(form.image_size)
+    drawn = sketches(how_many(*size), *size, light=kind == "light")
+    return replace(given, whole=torch.cat([given.whole, drawn]), sketches=len(drawn))
+
+
+def _beside(given: Given | None, form: Format, flag: str) -> Given:
+    """The images that were given, beside which `flag` has some drawn."""
+    if given is None:
+        shape = (0, form.stored_channels, *sides(form.image_size))
+        return Given([], torch.empty(shape, dtype=torch.uint8), form)
+    if given.form is None:
+        raise UserError(f"{flag} does not go with images that are a tensor; give their paths")
+    return given
 
 
 def read_images(paths: Sequence[Path], form: Format) -> Given:

@@ -181,7 +181,7 @@ def test_where_they_have_no_place(tmp_path, monkeypatch, capsys):
         (("--recipe", "published", "--dead-leaves", "2"),
          "--dead-leaves 2 means nothing with --student-source same; leave it out"),
         (("--dead-leaves", "-1"), "--dead-leaves must be 0 to 64, got -1"),
-        (("--generator", "none"), "give it some with --images or --dead-leaves"),
+        (("--generator", "none"), "give it some with --images or draw some with --dead-leaves"),
     ):  # fmt: skip
         code, _, errors = run(monkeypatch, capsys, "mnist", "--eval", "none", "--steps", "1",
                               "--out-dir", str(tmp_path / "run"), *words)  # fmt: skip
