@@ -229,8 +229,9 @@ def _run(
     if by_recipe and config.student_source != "bank":
         config = dataclasses.replace(config, dead_leaves=0)
     has_images = has_images or config.draws
-    config.check_chosen(own, has_images)
-    config.check_images(has_images)
+    # A look at the teacher may find that something is to be drawn.
+    config.check_chosen(own, has_images or config.adapt)
+    config.check_images(has_images or config.adapt)
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
@@ -239,8 +240,9 @@ def _run(
     given = None if images is None else given_tensor(images, config.shape)
     if config.images:
         given = read_images(config.images, config.image_format)
-    if by_recipe and given is not None and (not given.photographs or config.generator == "none"):
-        # Drawn pictures help a generator and photographs. Images of the teacher's size do more.
+    # Drawn pictures help a generator and photographs. Images of the teacher's size do more.
+    alone = given is not None and (not given.photographs or config.generator == "none")
+    if by_recipe and (alone or config.sketches != "none"):
         config = dataclasses.replace(config, dead_leaves=0)
     if teacher is student:
         raise UserError("teacher and student must be two networks, got the same twice")
@@ -248,6 +250,7 @@ def _run(
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     # Nor does it draw sketches beside images of the user's.
     config = adapted(config, teacher, device, world, {*chosen, *["sketches"] * (given is not None)})
+    config.check_chosen(own, given is not None or config.draws)
     config.check_images(given is not None or config.draws)
     if config.resume is None or images is None:
         if config.dead_leaves:

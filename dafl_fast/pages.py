@@ -223,7 +223,7 @@ def page_of_run(run: Run) -> dict[str, Any]:
     ]
     pictures = [grid(path, step_of(path)) for path in spread(run.grids(), GRIDS)]
     if run.images_grid.exists():
-        pictures.append(grid(run.images_grid, "real images"))
+        pictures.append(grid(run.images_grid, "images that no generator made"))
     return {
         "title": run.name,
         "kind": f"{run.config.preset}, recipe {run.config.recipe}",

@@ -125,7 +125,7 @@ class Run:
 
     @property
     def images_grid(self) -> Path:
-        """The PNG grid of real images that the user gave; there is none without."""
+        """The PNG grid of images that no generator made; there is none without."""
         return self.path / "samples" / "images.png"
 
 

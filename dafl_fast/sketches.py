@@ -14,10 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# How many there are of a run, unless they take more bytes.
-COUNT, BYTES = 4096, 2**28
-# A sketch is drawn so many times as large, and then made smaller, which smooths its strokes.
-FINER = 3
+# How many there are of a run at most: with so many signs in all, and so many bytes.
+COUNT, SIGNS, BYTES = 4096, 8192, 2**27
+# A sketch is drawn so many times as large, and then made smaller, which smooths its strokes; but
+# its shorter side is not longer than that for it.
+FINER, LONG = 3, 512
+MOST_SIGNS = 8  # in a sketch
 STROKES = (1, 2, 2, 3, 3)  # of a sign
 KINDS = ("line", "line", "arc", "arc", "curve")
 POINTS = 16  # of a stroke
@@ -41,7 +43,7 @@ def sketches(
     Args:
         count: how many.
         channels: of each, all equal.
-        height: in pixels; a sketch that is twice as high as wide has two signs, and so on.
+        height: in pixels; a sketch that is twice as high as wide has two signs, and so on to eight.
         width: likewise.
         light: whether strokes are white on black; else they are black on white.
         seed: of what is drawn.
@@ -55,7 +57,13 @@ def sketches(
 
 def how_many(channels: int, height: int, width: int) -> int:
     """Of this size in a run."""
-    return max(1, min(COUNT, BYTES // (channels * height * width)))
+    most = BYTES // (channels * height * width)
+    return max(1, min(COUNT, SIGNS // _signs(height, width), most))
+
+
+def _signs(height: int, width: int) -> int:
+    """As many in a sketch as there are squares along it."""
+    return min(MOST_SIGNS, round(max(height, width) / min(height, width)))
 
 
 def _sketch(numbers: random.Random, height: int, width: int, light: bool) -> Tensor:
@@ -63,12 +71,11 @@ def _sketch(numbers: random.Random, height: int, width: int, light: bool) -> Ten
     from torchvision.transforms.functional import pil_to_tensor
 
     ground, ink = (0, 255) if light else (255, 0)
-    image = Image.new("L", (width * FINER, height * FINER), ground)
+    finer = max(1, min(FINER, LONG // min(height, width)))
+    image = Image.new("L", (width * finer, height * finer), ground)
     draw = ImageDraw.Draw(image)
-    side = FINER * min(height, width)
-    # As many signs as there are squares along the image, each somewhere near the middle of its own.
-    signs = max(1, round(max(height, width) * FINER / side))
-    for place in range(signs):
+    side, signs = finer * min(height, width), _signs(height, width)
+    for place in range(signs):  # each near the middle of its part of the image
         along = (place + 0.5) / signs
         x, y = (along, 0.5) if width >= height else (0.5, along)
         tall = side * numbers.uniform(*HEIGHT)
@@ -80,7 +87,7 @@ def _sketch(numbers: random.Random, height: int, width: int, light: bool) -> Ten
             draw.line(points, fill=ink, width=max(1, round(pen)), joint="curve")
             for u, v in (points[0], points[-1]):  # with round ends
                 draw.ellipse((u - pen / 2, v - pen / 2, u + pen / 2, v + pen / 2), fill=ink)
-    small: Tensor = pil_to_tensor(image.reduce(FINER))
+    small: Tensor = pil_to_tensor(image.reduce(finer))
     return small
 
 

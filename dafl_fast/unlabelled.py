@@ -57,11 +57,21 @@ class Given:
     sketches: int = 0
 
     @property
+    def own(self) -> int:
+        """How many whole images are the user's, the first ones."""
+        return len(self.whole) - self.sketches
+
+    def part(self, which: Tensor) -> Given:
+        """With only these [N] of the whole images."""
+        sketches = int(which[self.own :].sum())
+        return replace(self, whole=self.whole[which], sketches=sketches)
+
+    @property
     def words(self) -> str:
         """How many there are of which kind."""
         kinds = {
             "photograph": len(self.photographs) - self.drawn,
-            "image": len(self.whole) - self.sketches,
+            "image": self.own,
             "drawn picture": self.drawn,
         }
         words = [f"{n:,} {kind}{'s' * (n > 1)}" for kind, n in kinds.items() if n]
@@ -72,7 +82,7 @@ class Given:
         same ones. What is drawn may differ a little on another processor, which does no harm."""
         digest = hashlib.sha256()
         photographs = self.photographs[: len(self.photographs) - self.drawn]
-        for images in (*photographs, self.whole[: len(self.whole) - self.sketches]):
+        for images in (*photographs, self.whole[: self.own]):
             digest.update(repr((images.shape, images.dtype)).encode())
             digest.update(images.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -116,7 +126,8 @@ def with_sketches(given: Given | None, kind: str, form: Format) -> Given:
     given = _beside(given, form, f"--sketches {kind}")
     size = form.stored_channels, *sides(form.image_size)
     drawn = sketches(how_many(*size), *size, light=kind == "light")
-    return replace(given, whole=torch.cat([given.whole, drawn]), sketches=len(drawn))
+    whole = torch.cat([given.whole, drawn]) if len(given.whole) else drawn
+    return replace(given, whole=whole, sketches=len(drawn))
 
 
 def _beside(given: Given | None, form: Format, flag: str) -> Given:
@@ -125,7 +136,9 @@ def _beside(given: Given | None, form: Format, flag: str) -> Given:
         shape = (0, form.stored_channels, *sides(form.image_size))
         return Given([], torch.empty(shape, dtype=torch.uint8), form)
     if given.form is None:
-        raise UserError(f"{flag} does not go with images that are a tensor; give their paths")
+        raise UserError(
+            f"{flag} does not go with images that are a tensor; leave it out, or give their paths"
+        )
     return given
 
 

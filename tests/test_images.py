@@ -753,7 +753,7 @@ def test_the_command(tmp_path, photograph, monkeypatch, capsys):
     assert rows[-1]["images_class_counts"] == summary["images_class_counts"]
     assert (out / "samples" / "images.png").exists()
     page = (out / "report.html").read_text()
-    assert "real images" in page and "1 photograph and 5 images" in page
+    assert "images that no generator made" in page and "1 photograph and 5 images" in page
     assert "Class balance of the images not generated" in page
     config = Run.read(out).config
     assert config.images == (photograph, tmp_path / "digits.npz")

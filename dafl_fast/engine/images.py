@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -299,7 +298,7 @@ class Found:
     ) -> None:
         self._random, self._world, self._answer = random, world, answer
         self.words, self.fingerprint = given.words, given.fingerprint()
-        self.crops, self.drawn = bool(given.photographs), given.drawn > 0
+        self.drawn, self.whole = given.drawn > 0, not (given.photographs or given.sketches)
         self._candidates, device = config.candidates, random.device
         self._rows = world.rows_of_batch("images-candidates", self._candidates)
         self.kept = max(1, self._candidates // (KEPT if given.photographs else 1))
@@ -317,7 +316,8 @@ class Found:
         self.bank.varied = self.cutter is not None
         if len(given.whole):
             doubts = torch.zeros(2, device=device)
-            for part in given.whole.split(_BATCH):
+            # Variants of sketches follow soon; a slow teacher need not answer them all before.
+            for part in given.whole[: given.own + _BATCH].split(_BATCH):
                 images = prepared(part.to(device))
                 turned = [images.flip(2, 3)] if self.cutter else []
                 answers = [answer(each) for each in (images, *turned)]
@@ -325,7 +325,7 @@ class Found:
                 sure = [logits.float().softmax(1).amax(1) for _, logits in answers]
                 doubts[: len(sure)] += (1 - torch.stack(sure)).sum(1)
             self.bank.weigh()
-            if self.cutter and 2 * doubts[0] < len(given.whole) * (1 - 1 / num_classes):
+            if self.cutter and 2 * doubts[0] < given.own * (1 - 1 / num_classes):
                 self.cutter.half_turns = bool(doubts[1] <= DOUBTFUL * doubts[0])
                 self.words += ", half of whose variants are turned by 180°" * self.cutter.half_turns
         judged = SHOWN if given.photographs else len(given.whole) // max(1, held_out)
@@ -401,8 +401,7 @@ def _parted(given: Given, held_out: int) -> tuple[Given, Given | None]:
         every = min(max(held_out, RARELY), count // UNSEEN)
         random = torch.Generator().manual_seed(OTHER_SEED)  # classes may come in turn
         unseen[torch.randperm(count, generator=random)[: count // every]] = True
-    learned, others = (replace(given, whole=given.whole[part]) for part in (~unseen, unseen))
-    return learned, others
+    return given.part(~unseen), given.part(unseen)
 
 
 def sources_of(
