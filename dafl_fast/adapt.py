@@ -114,10 +114,17 @@ def adapted(
         )  # fmt: skip
     if config.shape[0] not in (1, 3):
         choose(f"chosen for images of {config.shape[0]} channels", dead_leaves=0)
-    theirs = config.dead_leaves > 0 and ("dead_leaves" in kept
-                                         or config.dead_leaves != usual.dead_leaves)  # fmt: skip
-    free = "sketches" not in kept and not theirs and config.sketches == usual.sketches
-    if free and config.student_source == "bank" and config.drawn_format.stored_channels in (1, 3):
+    # Whoever asks for drawn pictures or sketches gets just these.
+    own_pictures = config.dead_leaves > 0 and (
+        "dead_leaves" in kept or config.dead_leaves != usual.dead_leaves
+    )
+    own_sketches = "sketches" in kept or config.sketches != usual.sketches
+    may_draw = not own_pictures and not own_sketches
+    if (
+        may_draw
+        and config.student_source == "bank"
+        and config.drawn_format.stored_channels in (1, 3)
+    ):
         kind = world.decide_text(_strokes_that_tell(as_classifier(teacher, reading), config))
         if kind != "none":
             choose("chosen for a teacher that tells strokes apart", sketches=kind, dead_leaves=0)

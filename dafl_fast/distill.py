@@ -248,8 +248,9 @@ def _run(
         raise UserError("teacher and student must be two networks, got the same twice")
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
-    # Nor does it draw sketches beside images of the user's.
-    config = adapted(config, teacher, device, world, {*chosen, *["sketches"] * (given is not None)})
+    # Sketches are not chosen beside images of the user's, which would be few among them.
+    settled = chosen if given is None else {*chosen, "sketches"}
+    config = adapted(config, teacher, device, world, settled)
     config.check_chosen(own, given is not None or config.draws)
     config.check_images(given is not None or config.draws)
     if config.resume is None or images is None:

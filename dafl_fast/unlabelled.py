@@ -69,13 +69,13 @@ class Given:
     @property
     def words(self) -> str:
         """How many there are of which kind."""
-        kinds = {
-            "photograph": len(self.photographs) - self.drawn,
-            "image": self.own,
-            "drawn picture": self.drawn,
+        counts = {
+            ("photograph", "photographs"): len(self.photographs) - self.drawn,
+            ("image", "images"): self.own,
+            ("drawn picture", "drawn pictures"): self.drawn,
+            ("sketch", "sketches"): self.sketches,
         }
-        words = [f"{n:,} {kind}{'s' * (n > 1)}" for kind, n in kinds.items() if n]
-        return " and ".join([*words, *[f"{self.sketches:,} sketches"] * (self.sketches > 0)])
+        return " and ".join(f"{n:,} {names[n > 1]}" for names, n in counts.items() if n)
 
     def fingerprint(self) -> str:
         """SHA-256 of all pixels that the user gave, in their order. A resumed run must have the

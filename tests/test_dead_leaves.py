@@ -166,8 +166,10 @@ def test_the_recipe_draws_some_beside_photographs(tmp_path, sides, generator, wo
     assert result.summary["images"] == words and result.summary["steps"] == 3
 
 
-def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
-    settings = dict(dead_leaves=1, images_candidates=16, steps=6)
+@pytest.mark.parametrize("drawn", [{"dead_leaves": 1}, {"sketches": "light"}])
+def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, monkeypatch, drawn):
+    monkeypatch.setattr("dafl_fast.sketches.COUNT", 128)
+    settings = dict(images_candidates=16, steps=6, **drawn)
     train(tiny(tmp_path / "whole", **settings))
     with interrupted_after(3):
         assert train(tiny(tmp_path / "broken", **settings))["steps"] == 3

@@ -10,10 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dafl_fast import distill
-from dafl_fast import train as command
 from dafl_fast.adapt import _strokes_that_tell, adapted
 from dafl_fast.data import FORMATS, Format, eval_set
-from dafl_fast.distill import train
 from dafl_fast.engine.distributed import World
 from dafl_fast.engine.evaluation import accuracy
 from dafl_fast.engine.prepare import prepare
@@ -25,7 +23,7 @@ from dafl_fast.recipes import PRESETS, make_config
 from dafl_fast.sketches import BYTES, COUNT, SIGNS, how_many, sketches
 from dafl_fast.unlabelled import Given, given_tensor, with_sketches
 
-from .test_train import assert_same_student, interrupted_after, run, tiny
+from .test_train import run
 
 FORM = Format((32, 32), 1, (0.1307,), (0.3081,))
 MNIST = dict(image_shape=(1, 32, 32), mean=(0.1307,), std=(0.3081,), eval="none")
@@ -202,16 +200,6 @@ def test_a_student_of_sketches_alone_knows_digits(tmp_path):
             out_dir=tmp_path / "run", **MNIST)  # fmt: skip
     images, labels = eval_set("mnist-5k", FORMATS["mnist"], 10)
     assert accuracy(student, images, labels) > 0.94
-
-
-def test_a_stopped_run_goes_on_bit_by_bit(few, tmp_path):
-    settings = dict(sketches="light", images_candidates=16, steps=6)
-    train(tiny(tmp_path / "whole", **settings))
-    with interrupted_after(3):
-        assert train(tiny(tmp_path / "broken", **settings))["steps"] == 3
-    summary = train(command.parse(["--resume", str(tmp_path / "broken")]))
-    assert summary["steps"] == 6
-    assert_same_student(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_a_teacher_that_is_slow_gets_smaller_batches_with_them_too(monkeypatch):

@@ -299,7 +299,7 @@ class Found:
         self._random, self._world, self._answer = random, world, answer
         self.words, self.fingerprint = given.words, given.fingerprint()
         # Only whole images of the user's tell how good the student is on real ones.
-        self.drawn, self.whole = given.drawn > 0, not (given.photographs or given.sketches)
+        self.drawn, self.tells = given.drawn > 0, not (given.photographs or given.sketches)
         self._candidates, device = config.candidates, random.device
         self._rows = world.rows_of_batch("images-candidates", self._candidates)
         self.kept = max(1, self._candidates // (KEPT if given.photographs else 1))

@@ -311,7 +311,7 @@ class Step:
         judged = [(images.to(self.dtype), logits) for images, logits in pairs]
         told = estimate(self.averaged_student, self.teacher.network, *judged, made=made)
         few = self.num_classes <= FEW_CLASSES and not self.config.diversity
-        if told and (few if made else self.found is not None and not self.found.whole):
+        if told and (few if made else self.found is not None and not self.found.tells):
             return told._replace(real=None, between=None)  # images of a class may be all alike
         return told
 
