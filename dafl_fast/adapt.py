@@ -47,8 +47,8 @@ TIMES = 3  # that its speed is measured; the first pass is often slow
 # learned from mirrored photographs, and 0.1 or less for two networks that tell digits apart.
 MIRRORED, GRAINS, LOOKED_AT = 0.2, (2, 4, 8), 64
 # Sketches are drawn if a teacher tells so much of their classes, of 1: 0.54 to 0.74 if it knows
-# digits; others that we have, 0.42 at most. It is asked about so many of each kind, of large ones
-# about fewer.
+# MNIST's digits, 0.44 to 0.62 those of 8x8 pixels; others that we have, 0.42 at most. It is asked
+# about so many of each kind, of large ones about fewer.
 STROKES, ASKED, FEW, BYTES_ASKED = 0.48, 128, 32, 2**25
 # The BatchNorm loss of noise for the ResNet-20 for which the recipe's weight was found.
 BATCH_NORM = 72.0

@@ -92,7 +92,8 @@ class Run:
     @property
     def agreed_on(self) -> str:
         """The images that `agreement` is about."""
-        return "images given to it" if self.config.generator == "none" else "generated images"
+        alone = self.config.generator == "none"
+        return "images that no generator made" if alone else "generated images"
 
     @property
     def estimate(self) -> tuple[float, float, float] | None:

@@ -23,7 +23,7 @@ from dafl_fast.recipes import PRESETS, make_config
 from dafl_fast.sketches import BYTES, COUNT, SIGNS, how_many, sketches
 from dafl_fast.unlabelled import Given, given_tensor, with_sketches
 
-from .test_train import run
+from .test_train import interrupted_after, run
 
 FORM = Format((32, 32), 1, (0.1307,), (0.3081,))
 MNIST = dict(image_shape=(1, 32, 32), mean=(0.1307,), std=(0.3081,), eval="none")
@@ -278,6 +278,14 @@ def test_what_is_chosen_counts_for_other_settings(few, tmp_path):
         distilled(tmp_path / "b", images_share=0.3, sketches="none")
     with pytest.raises(UserError, match="--generator none leaves the student without images"):
         distilled(tmp_path / "c", generator="none", sketches="none")
+
+
+def test_the_card_of_a_student_that_never_learned_says_so(few, tmp_path):
+    with interrupted_after(2):
+        summary = distilled(tmp_path, dead_leaves=0, student_after=500, bank_images=600, steps=200)
+    assert summary["student_images"] == 0 and summary["steps"] == 2
+    card = (tmp_path / "s.safetensors.md").read_text()
+    assert "It has learned nothing" in card and "was shown" not in card
 
 
 @pytest.mark.parametrize(
