@@ -48,16 +48,20 @@ py::dict plan(int64_t rows, int64_t classes, bool float64, int multiprocessors, 
   return result;
 }
 
+#ifdef DAFL_FAST_CUDA
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
 py::dict build_info() {
   py::dict info;
   info["version"] = DAFL_STRING(DAFL_FAST_VERSION);
   info["torch"] = TORCH_VERSION;
+  info["cuda"] = kCuda;
 #ifdef DAFL_FAST_CUDA
-  info["cuda"] = true;
   info["cuda_toolkit"] = DAFL_STRING(DAFL_FAST_CUDA_TOOLKIT);
   info["cuda_archs"] = DAFL_STRING(DAFL_FAST_CUDA_ARCHS);
-#else
-  info["cuda"] = false;
 #endif
   info["isa"] = cpu::isa();
   std::vector<std::string> available;
@@ -116,6 +120,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("multiprocessors"), py::arg("capability"));
   m.def("conv3x3_pays", [](at::ScalarType dtype) { return conv3x3_pays(dtype); });
   m.def("build_info", build_info);
+  m.attr("cuda") = kCuda;
 }
 
 }  // namespace dafl

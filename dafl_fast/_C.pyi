@@ -2,6 +2,8 @@ from typing import Any
 
 from torch import Tensor, dtype
 
+cuda: bool
+
 def generator_loss(
     teacher_logits: Tensor,
     features: Tensor | None,

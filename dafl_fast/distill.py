@@ -351,10 +351,12 @@ def _with_bank_that_fits(
     if config.student_source != "bank" or config.resume is not None or free is None:
         return config
     entry = bytes_of_entry(config.shape, config.num_classes or 0, config.bank_dtype)
-    if given is not None and given.form is not None and config.generator != "none":
-        entry = round(entry * (1 + config.images_share))  # what is cut has a bank of its own
     # Processes on CPUs share the memory of the host, and each has the whole bank.
     free //= world.size if device.type == "cpu" else 1
+    if given is not None:
+        free = max(0, free - given.bytes_to_cut - len(given.whole) * entry)
+        if given.form is not None and config.generator != "none":
+            entry = round(entry * (1 + config.images_share))  # what is cut has a bank of its own
     wanted = most = config.bank_images
     usual = wanted in (
         make_config(config.preset, config.recipe).bank_images,
@@ -363,8 +365,8 @@ def _with_bank_that_fits(
     if not usual and wanted * entry > free:
         raise UserError(
             f"--bank-images {wanted} of --image-shape {config.shape} as {config.bank_dtype} "
-            f"take {wanted * entry / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose at most "
-            f"{free // entry}"
+            f"take {wanted * entry / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            f"{'' if given is None else ' beside the images'}: choose at most {free // entry}"
         )
     if usual:
         most = max(config.batch_size, min(wanted, free // (4 * entry)))

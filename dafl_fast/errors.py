@@ -13,6 +13,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from . import _C
+
 _MOST = 1000  # characters of a message
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a disk, for any reason
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
@@ -39,6 +41,7 @@ def command(main: Callable[[], int | None]) -> Callable[[], int]:
     @functools.wraps(main)
     def run() -> int:
         try:
+            _check_instruction_set()
             code = main() or 0
             if sys.stdout is not None:  # there is none under `>&-`
                 sys.stdout.flush()
@@ -69,6 +72,14 @@ def command(main: Callable[[], int | None]) -> Callable[[], int]:
             return 130
 
     return run
+
+
+def _check_instruction_set() -> None:
+    """Raises UserError if DAFL_FAST_ISA names none that this machine has."""
+    try:
+        _C.build_info()
+    except RuntimeError as error:
+        raise UserError(first_line(error)) from error
 
 
 def _say_no_more() -> None:

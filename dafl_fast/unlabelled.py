@@ -61,6 +61,13 @@ class Given:
         """How many whole images are the user's, the first ones."""
         return len(self.whole) - self.sketches
 
+    @property
+    def bytes_to_cut(self) -> int:
+        """The memory that they take on the device to be cut; see `engine.crops.Cutter`."""
+        if self.form is None:
+            return 0
+        return sum(4 * image.nbytes // 3 for image in self.photographs) + self.whole.nbytes
+
     def part(self, which: Tensor) -> Given:
         """With only these [N] of the whole images."""
         sketches = int(which[self.own :].sum())

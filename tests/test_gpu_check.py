@@ -90,3 +90,16 @@ def test_the_other_sections_of_a_file_stay(tmp_path):
     assert later.sections["kernels"]["rows"] == [{"us": 9.0}]
     assert later.sections["step"]["rows"] == []
     assert "kernels" not in make(tmp_path).sections
+
+
+def test_tests_that_failed_and_the_one_that_crashed_are_named(tmp_path):
+    (tmp_path / "test_crash.py").write_text(
+        "import os\ndef test_good(): pass\ndef test_bad(): assert 0\n"
+        "def test_worst(): os._exit(9)\n"
+    )
+    command = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", str(tmp_path)]
+    lines = make(tmp_path / "out").job("step", "gpu", [sys.executable, *command], 60)
+    bad, crashed = gpu_check.failures(lines)
+    assert "test_crash.py::test_bad FAILED" in bad
+    assert crashed.endswith("test_crash.py::test_worst did not end")
+    assert gpu_check.failures(["tests/test_a.py::test_a PASSED   [100%]", "1 passed in 1 s"]) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -18,9 +19,10 @@ from dafl_fast.data import FORMATS, Format, normalise
 from dafl_fast.distill import train
 from dafl_fast.engine import graph
 from dafl_fast.engine.bank import ReplayBank
+from dafl_fast.engine.crops import Cutter
 from dafl_fast.engine.distributed import World
 from dafl_fast.engine.estimate import FEW_CLASSES, Estimate
-from dafl_fast.engine.images import BalancedBank, Cutter, Found, held_out_of, sources_of
+from dafl_fast.engine.images import BalancedBank, Found, held_out_of, sources_of
 from dafl_fast.engine.prepare import prepare
 from dafl_fast.engine.step import STATISTICS, Step
 from dafl_fast.errors import UserError
@@ -214,7 +216,7 @@ def test_crops_are_reproducible_and_lie_inside():
 def test_large_crops_see_all_pixels(monkeypatch):
     """A checkerboard is grey from afar. Taking single pixels would show black and white."""
     board = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
-    monkeypatch.setattr("dafl_fast.engine.images._recoloured", lambda crops, random: crops)
+    monkeypatch.setattr("dafl_fast.engine.crops._recoloured", lambda crops, random: crops)
     cutter = Cutter(given(board), (1, 8, 8), CPU)
     random = torch.rand((256, 13), generator=seeded())
     matrix, _ = cutter._frame(cutter._item(random[:, 0]), random)
@@ -234,6 +236,13 @@ def test_photographs_and_whole_images_are_cut_equally_often():
     assert cutter._item(ends).tolist() == [0, 0, 1, 3]
     whole = Cutter(given(whole=noise(3, 8, 8)), (1, 8, 8), CPU)
     assert whole._item(ends).tolist() == [0, 1, 1, 2]
+    photographs = Cutter(given(noise(20, 20), noise(20, 20)), (1, 8, 8), CPU)
+    assert photographs._item(ends).tolist() == [0, 0, 1, 1]
+    # Sketches are far more than what a user has.
+    own = given(noise(20, 20), whole=noise(30, 8, 8))
+    cutter = Cutter(dataclasses.replace(own, sketches=28), (1, 8, 8), CPU)
+    shares = cutter._item(torch.rand(9000, generator=seeded())).bincount().split([1, 2, 28])
+    assert [int(part.sum()) for part in shares] == pytest.approx([3000] * 3, abs=150)
 
 
 def test_whole_images_are_varied_by_a_share():
@@ -310,7 +319,7 @@ def test_images_are_turned_by_half_if_the_teacher_knows_them_so(upright, times, 
 
 
 def test_what_is_outside_of_a_whole_image_is_as_its_edge(monkeypatch):
-    monkeypatch.setattr("dafl_fast.engine.images._recoloured", lambda crops, random: crops)
+    monkeypatch.setattr("dafl_fast.engine.crops._recoloured", lambda crops, random: crops)
     framed = np.full((8, 8), 90, np.uint8)
     framed[2:6, 2:6] = 200
     crops = Cutter(given(whole=[framed]), (1, 8, 8), CPU).cut(500, seeded())
@@ -453,6 +462,21 @@ def step_with(
     config = make_config("mnist", "fast", **settings)
     torch.manual_seed(1)
     return prepare(config, LeNet5(), student(), device, precision, given=images)
+
+
+def test_a_run_that_goes_on_turns_images_as_before():
+    """Also if the teacher's doubt comes out otherwise on another machine."""
+    images = given(whole=noise(5, 32, 32), form=GREY)
+    saved = step_with(images).state_dict()
+    resumed = step_with(images)
+    for turned in (True, False):
+        resumed.found.cutter.half_turns.fill_(not turned)
+        resumed.load_state_dict({**saved, "half_turns": torch.tensor(turned)})
+        assert resumed.found.cutter.half_turns == turned
+        assert resumed.found.words.endswith("are turned by 180°") == turned
+    before = {name: value for name, value in saved.items() if name != "half_turns"}
+    resumed.load_state_dict(before)  # begun by an earlier version
+    assert not resumed.found.cutter.half_turns
 
 
 def photograph_and_digits() -> Given:

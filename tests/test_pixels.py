@@ -332,15 +332,19 @@ def test_a_bank_of_the_users_own_number_is_not_made_smaller(tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
     result = small_bank(tmp_path, monkeypatch, 100 * entry, bank_images=100)
     assert result.summary["bank_bytes"] == 100 * entry
-    # What images of the user's are varied into takes half as much again; a tensor is not varied.
+    # The user's own images are in a bank, too. What they are varied into, out of a copy of them,
+    # takes half as much again; a tensor is not varied.
     np.savez(tmp_path / "few.npz", images=np.zeros((3, 8, 8, 3), np.uint8))
     varied = dict(images=tmp_path / "few.npz", bank_images=100, out_dir=tmp_path / "2",
                   mean=(0.5,) * 3, std=(0.25,) * 3)  # fmt: skip
-    with pytest.raises(UserError, match="choose at most 66"):
-        small_bank(tmp_path, monkeypatch, 100 * entry, **varied)
-    small_bank(tmp_path, monkeypatch, 150 * entry, **varied)
+    own = 3 * 3 * 8 * 8 + 3 * entry
+    with pytest.raises(UserError, match="are free beside the images: choose at most 66"):
+        small_bank(tmp_path, monkeypatch, 100 * entry + own, **varied)
+    small_bank(tmp_path, monkeypatch, 150 * entry + own, **varied)
     tensor = dict(images=torch.randn(3, 3, 8, 8), bank_images=100, out_dir=tmp_path / "3")
-    small_bank(tmp_path, monkeypatch, 100 * entry, **tensor)
+    with pytest.raises(UserError, match="choose at most 99"):
+        small_bank(tmp_path, monkeypatch, 102 * entry, **tensor)
+    small_bank(tmp_path, monkeypatch, 103 * entry, **tensor)
 
 
 @pytest.mark.parametrize(

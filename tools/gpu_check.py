@@ -204,9 +204,18 @@ def tests(check: Check) -> None:
     command = ["-m", "pytest", "tests", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider",
                "--continue-on-collection-errors", "--durations=10"]  # fmt: skip
     lines = check.job("tests", "gpu", [sys.executable, *command], 150)
-    bad = [line[:300] for line in lines if re.search("^(FAILED|ERROR)|::.* (FAILED|ERROR)", line)]
+    bad = failures(lines)
     check.row("tests", {"summary": lines[-1] if lines else "", "bad": bad})
     print("\n".join([*lines[-1:], *bad]))
+
+
+def failures(lines: list[str]) -> list[str]:
+    """What pytest -v printed of tests that failed, and of the one in which its process ended."""
+    bad = [line[:300] for line in lines if re.search("^(FAILED|ERROR)|::.* (FAILED|ERROR)", line)]
+    begun = [line for line in lines if re.match(r"\S+\.py::", line)]
+    if begun and not re.search(r" (PASSED|SKIPPED|XFAIL|XPASS|FAILED|ERROR)\b", begun[-1]):
+        bad.append(f"{begun[-1].split()[0][:280]} did not end")
+    return bad
 
 
 def kernels(check: Check, section: str = "kernels") -> None:

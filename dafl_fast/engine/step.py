@@ -177,9 +177,8 @@ class Step:
         self.found: Found | None = None
         if given is not None:
             self.found = Found(config, given, num_classes, self.random, world, self._answered)
-            if self.found.cutter is not None:
-                self.live["found_added"] = self.found.bank.count
-            else:
+            self.live |= self.found.live
+            if self.found.cutter is None:
                 self.newest = self.found.bank.newest(config.batch_size)
         # What a student's batch is drawn from, and one that BatchNorm's statistics are measured on:
         # drawn pictures are nearer to real images than generated ones are.
@@ -441,7 +440,7 @@ class Step:
             if name == "random" and state[name].shape != self.random.get_state().shape:
                 # The run began on another kind of device, whose random numbers differ anyway.
                 self.random.manual_seed(self._seed_at_this_step())
-            elif name in state or name not in ("cuda_random", "overflows"):
+            elif name in state or name not in ("cuda_random", "overflows", "half_turns"):
                 restore(live, state[name])
 
     def _seed_at_this_step(self) -> int:

@@ -24,7 +24,7 @@ _IMAGE_CHANNELS = 4
 _POOL_CHANNELS, _POOL_SIDE = 32, 64
 # And those of `norm_image_conv` are for images of one channel and rows of so many pixels.
 _GPU_CHANNELS, _GPU_ROW = 128, 379
-BUILT_FOR_GPU = bool(_C.build_info()["cuda"])
+BUILT_FOR_GPU = _C.cuda
 
 
 def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:

@@ -8,6 +8,7 @@ convolution. In float32 it is the same.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 
 import torch
@@ -19,8 +20,11 @@ from .twin import twin
 
 _OPS = torch.ops.dafl_fast
 
-# The dtypes for which the kernels are faster on this processor.
-_DTYPES = frozenset(t for t in (torch.float32, torch.bfloat16) if _C.conv3x3_pays(t))
+# The dtypes for which the kernels are faster on this processor. If DAFL_FAST_ISA is wrong, the
+# first operator that runs says so, not this import.
+_DTYPES: frozenset[torch.dtype] = frozenset()
+with contextlib.suppress(RuntimeError):
+    _DTYPES = frozenset(t for t in (torch.float32, torch.bfloat16) if _C.conv3x3_pays(t))
 # The kernels pad channels to a multiple of this. With fewer channels, the additions take longer
 # than the multiplications that they save.
 _CHANNELS = 64
