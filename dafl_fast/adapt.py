@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .config import Config
 from .data import Normaliser
-from .device import threads
+from .device import pick_threads, threads
 from .engine.distributed import World
 from .engine.estimate import FEW_CLASSES
 from .engine.evaluation import buffers_kept, evaluation_mode, predictions
@@ -83,6 +83,18 @@ def adapted(
     """
     if not config.adapt or config.resume is not None:
         return config
+    choices = world.decide(lambda: _choices(config, teacher, device, world.size, chosen))
+    return dataclasses.replace(config, **choices)
+
+
+def _choices(
+    config: Config,
+    teacher: nn.Module,
+    device: torch.device,
+    processes: int,
+    chosen: Collection[str],
+) -> dict[str, Any]:
+    """The settings that `adapted` changes, of a run in so many processes."""
     usual = make_config(config.preset, config.recipe)
     choices: dict[str, Any] = {}
     kept = {*chosen, *(OF_GENERATOR if config.generator == "none" else ())}
@@ -125,7 +137,7 @@ def adapted(
         and config.student_source == "bank"
         and config.drawn_format.stored_channels in (1, 3)
     ):
-        kind = world.decide_text(_strokes_that_tell(as_classifier(teacher, reading), config))
+        kind = _strokes_that_tell(as_classifier(teacher, reading), config)
         if kind != "none":
             choose("chosen for a teacher that tells strokes apart", sketches=kind, dead_leaves=0)
     if reading.classes <= FEW_CLASSES:
@@ -134,7 +146,8 @@ def adapted(
     if config.max_seconds is not None and config.steps is None and device.type == "cpu":
         now = dataclasses.replace(config, **choices)
         batch = now.batch_size
-        of_one = float(world.decide_text(str(_seconds_of_one(teacher, images))))
+        # The processes share each batch, and the cores of the machine.
+        of_one = _seconds_of_one(teacher, images) / (processes * pick_threads(config.threads))
         cut = now.candidates / now.batch_size * bool(now.draws or now.images)
         passes = PASSES * (now.generator != "none") + cut
         while batch > SMALLEST and passes * of_one * batch * STEPS > config.max_seconds:
@@ -146,7 +159,7 @@ def adapted(
                 batch_size=batch,
                 student_batch_size=max(SMALLEST, student * batch // now.batch_size),
             )
-    return dataclasses.replace(config, **choices)
+    return choices
 
 
 def _flag(name: str, value: Any) -> str:
@@ -235,12 +248,12 @@ def _strokes_that_tell(classifier: nn.Module, config: Config) -> str:
 
 @torch.no_grad()
 def _seconds_of_one(teacher: nn.Module, images: Tensor) -> float:
-    """How long a forward pass takes for one image of a batch, if no other program runs: of the
-    processor's time, on one thread, which many share evenly."""
+    """How long a forward pass takes for one image of a batch on one thread: of the processor's
+    time, whatever other programs run."""
     taken = []
     with evaluation_mode(teacher), buffers_kept(teacher), threads(1):
         for _ in range(TIMES):
             begun = time.thread_time()
             teacher(images)
             taken.append(time.thread_time() - begun)
-    return min(taken) / (len(images) * torch.get_num_threads())
+    return min(taken) / len(images)

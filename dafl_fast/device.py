@@ -31,7 +31,13 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         # torchrun numbers the processes of a machine. Each process uses the GPU with its number.
-        device = torch.device("cuda", told_by_torchrun("LOCAL_RANK", 0))
+        rank, count = told_by_torchrun("LOCAL_RANK", 0), torch.cuda.device_count()
+        if rank >= count:
+            raise UserError(
+                f"each process needs a GPU of its own, and process {rank} of this machine (counted "
+                f"from 0) has none, since PyTorch sees {count}; start fewer, or use --device cpu"
+            )
+        device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
         return device
     return torch.device(name)
@@ -160,6 +166,22 @@ def threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def usual_defaults() -> Iterator[None]:
+    """A context in which new tensors are float32 and on the CPU unless something else is said,
+    whatever the program around has set."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    if device.type != "cpu":
+        torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if device.type != "cpu":
+            torch.set_default_device(device)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

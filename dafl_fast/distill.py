@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from .adapt import ADAPTED, adapted
 from .config import Config
 from .data import eval_set
-from .device import free_memory, keep_freed_memory, pick_device, pick_precision, threads
+from .device import (
+    free_memory,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+    threads,
+    usual_defaults,
+)
 from .engine.bank import bytes_of_entry
 from .engine.distributed import World
 from .engine.evaluation import buffers_kept, evaluation_mode, modes_kept
@@ -207,6 +214,7 @@ def train(
     return result.summary
 
 
+@usual_defaults()
 def _run(
     config: Config,
     teacher: nn.Module,
@@ -223,49 +231,21 @@ def _run(
         raise UserError("--steps or --max-seconds must say when to stop")
     if config.tensorboard:
         require("tensorboard", "--tensorboard")
-    has_images = images is not None or bool(config.images)
-    own = {*chosen, *_unusual(config)} if config.resume is None else set()
-    by_recipe = config.resume is None and "dead_leaves" not in own
-    if by_recipe and config.student_source != "bank":
-        config = dataclasses.replace(config, dead_leaves=0)
-    has_images = has_images or config.draws
-    # A look at the teacher may find that something is to be drawn.
-    config.check_chosen(own, has_images or config.adapt)
-    config.check_images(has_images or config.adapt)
+    if teacher is student:
+        raise UserError("teacher and student must be two networks, got the same twice")
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
-    settings = plain(config, without=Mark.RESUMABLE)
-    world.demand_equal({f"--{name.replace('_', '-')}": value for name, value in settings.items()})
-    given = None if images is None else given_tensor(images, config.shape)
-    if config.images:
-        given = read_images(config.images, config.image_format)
-    # Drawn pictures help a generator and photographs. Images of the teacher's size do more.
-    alone = given is not None and (not given.photographs or config.generator == "none")
-    if by_recipe and (alone or config.sketches != "none"):
-        config = dataclasses.replace(config, dead_leaves=0)
-    if teacher is student:
-        raise UserError("teacher and student must be two networks, got the same twice")
-    example = torch.zeros(2, *config.shape)
-    teacher = computed_in(example.dtype, teacher, "teacher", example)
-    # Sketches are not chosen beside images of the user's, which would be few among them.
-    settled = chosen if given is None else {*chosen, "sketches"}
-    config = adapted(config, teacher, device, world, settled)
-    config.check_chosen(own, given is not None or config.draws)
-    config.check_images(given is not None or config.draws)
-    if config.resume is None or images is None:
-        if config.dead_leaves:
-            given = with_dead_leaves(given, config.dead_leaves, config.drawn_format)
-        if config.sketches != "none":
-            given = with_sketches(given, config.sketches, config.drawn_format)
-    config = _with_bank_that_fits(config, device, world, given)
+    with world.in_contact():
+        config, teacher, given = _settled(config, teacher, images, chosen, device, world)
     if config.student_start == "teacher":
         _begin_as_teacher(student, teacher, config, "student_start" in chosen, world)
     precision = pick_precision(config.precision, device)
     reason_not_captured(config, device, world)
     board = step = None
     with (
-        Progress(progress if world.first else "off") as shown, threads(threads_of_run(config)),
+        world.in_contact(), Progress(progress if world.first else "off") as shown,
+        threads(threads_of_run(config)),
         modes_kept(student), layout_kept(student), layout_kept(generator or nn.Identity()),
         contextlib.ExitStack() as held,
     ):  # fmt: skip
@@ -274,12 +254,13 @@ def _run(
             if world.first:
                 give_notice(config, teacher, step)
             shown.announce(config, teacher, step)
-            path = config.resume
-            if path is None and world.first:
-                path = RunFolder.create(config)
-            folder = RunFolder(Path(world.decide_text(str(path))))
-            if world.first:
-                held.enter_context(locked(folder.path))
+
+            def begin() -> Path:
+                path = config.resume or RunFolder.create(config)
+                held.enter_context(locked(path))
+                return path
+
+            folder = RunFolder(world.decide(begin))
             report = functools.partial(_report, folder.path)
             loop = Loop(config, step, folder, teacher, held_out, [*callbacks, shown], report)
             loop.wall_start = begun  # what came before took the user's time, too
@@ -308,6 +289,56 @@ def _run(
         torch.randn(count, *config.shape, device=device, dtype=step.dtype) for count in (2, 3)
     ]
     return Result(_in_evaluation_mode(student, examples), loop.history, summary, folder.path)
+
+
+def _settled(
+    config: Config,
+    teacher: nn.Module,
+    images: Tensor | None,
+    chosen: Collection[str],
+    device: torch.device,
+    world: World,
+) -> tuple[Config, nn.Module, Given | None]:
+    """What the run is: settings that suit the teacher, the images and the memory; the teacher as it
+    is computed; and all images that are not the data, with those that are drawn.
+
+    Raises:
+        UserError: images cannot be read, a setting that the user chose says nothing beside others,
+            or the processes differ.
+    """
+    settings = plain(config, without=Mark.RESUMABLE)
+    world.demand_equal({f"--{name.replace('_', '-')}": value for name, value in settings.items()})
+    given = None if images is None else given_tensor(images, config.shape)
+    if config.images:
+        given = read_images(config.images, config.image_format)
+    if world.size > 1:
+        print_of = None if given is None else given.fingerprint()
+        world.demand_equal({"the images (by the SHA-256 of their pixels)": print_of})
+    example = torch.zeros(2, *config.shape)
+    teacher = computed_in(example.dtype, teacher, "teacher", example)
+    new = config.resume is None
+    own = {*chosen, *_unusual(config)} if new else set()
+    if new and "dead_leaves" not in own and not _has_use_for_pictures(config, given):
+        config = dataclasses.replace(config, dead_leaves=0)
+    # Sketches are not chosen beside images of the user's, which are nearer to the data.
+    kept = chosen if given is None else {*chosen, "sketches"}
+    config = adapted(config, teacher, device, world, kept)
+    config.check_chosen(own, given is not None or config.draws)
+    config.check_images(given is not None or config.draws)
+    if new or images is None:
+        if config.dead_leaves:
+            given = with_dead_leaves(given, config.dead_leaves, config.drawn_format)
+        if config.sketches != "none":
+            given = with_sketches(given, config.sketches, config.drawn_format)
+    return _with_bank_that_fits(config, device, world, given), teacher, given
+
+
+def _has_use_for_pictures(config: Config, given: Given | None) -> bool:
+    """Whether drawn pictures help: a generator and photographs. Images of the teacher's size, and
+    sketches, do more."""
+    if config.student_source != "bank" or config.sketches != "none":
+        return False
+    return given is None or (bool(given.photographs) and config.generator != "none")
 
 
 def _begin_as_teacher(
@@ -370,7 +401,7 @@ def _with_bank_that_fits(
         )
     if usual:
         most = max(config.batch_size, min(wanted, free // (4 * entry)))
-    images = int(world.decide_text(str(most)))  # the first process's, as all banks are equal
+    images = world.decide(lambda: most)  # the first process's, as all banks are equal
     if images < wanted and world.first:
         log.warning(
             "the replay bank holds %s images instead of %s, a quarter of the %.1f GB of memory "

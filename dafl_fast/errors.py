@@ -41,6 +41,7 @@ def command(main: Callable[[], int | None]) -> Callable[[], int]:
     @functools.wraps(main)
     def run() -> int:
         try:
+            log_to_stderr()
             _check_instruction_set()
             code = main() or 0
             if sys.stdout is not None:  # there is none under `>&-`
@@ -99,10 +100,13 @@ class _PlainLines(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Lets a command show warnings, as lines that any terminal can show."""
+    """Lets a command show warnings, as lines that any terminal can show. Of several processes that
+    torchrun started the first one speaks for all."""
     # This handler asks for sys.stderr at each message: a live line has another one.
     handler = logging.lastResort or logging.StreamHandler()
     handler.setFormatter(_PlainLines("%(message)s"))
+    if os.environ.get("RANK", "0") != "0":
+        handler.setLevel(logging.ERROR)
     logging.basicConfig(handlers=[handler])
 
 
@@ -120,7 +124,7 @@ def require(module: str, purpose: str, package: str | None = None) -> None:
         ) from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What `error` says, as far as it fits into one sentence."""
     try:
         text = str(error)

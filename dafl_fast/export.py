@@ -32,7 +32,7 @@ from .distill import Result
 from .drop_in import answer_shape, chosen, drop_in, given
 from .engine.checks import logits_of
 from .engine.folder import read_config, read_summary
-from .errors import UserError, command, first_line, log_to_stderr, require
+from .errors import UserError, command, first_line, require
 from .files import remove_leftovers, save_at_once, write_atomically, write_text, write_weights
 from .models.pixels import Affine, Taking
 from .models.twin import duplicate
@@ -399,7 +399,6 @@ def _held_out(config: Config) -> tuple[Tensor | None, tuple[str, ...]]:
 @command
 def main() -> None:
     arguments = tyro.cli(ExportConfig, prog="python -m dafl_fast.export")
-    log_to_stderr()
     student = open_run(arguments.run, Trust(run=arguments.trust_run)).built()
     config = Config(**read_config(arguments.run))
     if arguments.data_dir is not None:

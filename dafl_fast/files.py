@@ -124,11 +124,13 @@ def write_weights(path: Path, state: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
         # Tied weights: safetensors refuses to store the same memory under two names.
-        shared = any(tensor.data_ptr() == other.data_ptr() for other in tensors.values())
-        tensors[name] = tensor.clone() if shared and tensor.numel() else tensor
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in seen and tensor.numel() else tensor
+        seen.add(place)
     save_file(tensors, path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from .config import Config
 from .distill import train
 from .engine.folder import check_resumed, read_config
-from .errors import UserError, command, log_to_stderr, printable_lines
+from .errors import UserError, command, printable_lines
 from .networks import is_code, is_for_mnist
 from .progress import describe
 from .recipes import make_config
@@ -31,9 +31,9 @@ def parse(arguments: list[str]) -> Config:
         except UserError as error:
             raise UserError(f"--resume: {error}") from error
     else:
-        preset = _value_of(arguments, "--preset")
         if arguments and not arguments[0].startswith("-"):
-            preset, arguments = arguments[0], arguments[1:]
+            arguments = ["--preset", *arguments]
+        preset = _value_of(arguments, "--preset")
         if preset is None:  # a teacher from elsewhere has nothing to do with MNIST
             teacher = _value_of(arguments, "--teacher")
             preset = "mnist" if teacher is None or is_for_mnist(teacher) else "custom"
@@ -61,9 +61,9 @@ def _given(config: Config, arguments: list[str]) -> bool:
 
 
 def _value_of(arguments: list[str], flag: str) -> str | None:
-    """What stands behind `flag`, as `--flag value` or `--flag=value`."""
-    for index, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
+    """What stands behind the last `flag`, as `--flag value` or `--flag=value`."""
+    for index in reversed(range(len(arguments))):
+        name, equals, value = arguments[index].partition("=")
         if name.replace("_", "-") == flag:
             if equals:
                 return value
@@ -81,7 +81,6 @@ def named(arguments: list[str]) -> set[str]:
 @command
 def main() -> int:
     config = parse(sys.argv[1:])
-    log_to_stderr()
     summary = train(config, chosen=named(sys.argv[1:]))
     if os.environ.get("RANK", "0") == "0":  # one voice for all processes that torchrun started
         print(printable_lines(describe(summary)))

@@ -26,6 +26,7 @@ from .device import keep_freed_memory, pick_device, pick_precision, pick_threads
 from .engine.ema import Average
 from .engine.evaluation import accuracy
 from .engine.layout import use_channels_last
+from .engine.schedule import one_cycle
 from .errors import TrainingStopped, UserError, command
 from .files import (
     check_destination,
@@ -343,7 +344,10 @@ class Training:
         self.network.load_state_dict(state["network"])
         self.average.module.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.random.set_state(state["random"])
+        random = state["random"]
+        if random.shape != self.random.get_state().shape:  # of another kind of device
+            random = self.random.manual_seed(self.config.seed + state["steps"]).get_state()
+        self.random.set_state(random)
         for parameter, kept in self.optimizer.state.items():
             for value in kept.values():
                 if value.dim() and value.shape != parameter.shape:
@@ -351,14 +355,6 @@ class Training:
         self.steps, self.seconds = state["steps"], float(state["seconds"])
         if type(self.steps) is not int or self.steps < 0 or not 0 <= self.seconds < math.inf:
             raise ValueError("its steps or seconds")
-
-
-def one_cycle(done: float) -> float:
-    """Factor on the learning rate when the share `done` of the training is over: a fifth of it
-    rises by half a cosine from 1/25, the rest falls by half a cosine to zero."""
-    if done < 0.2:
-        return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * done / 0.2))
-    return 0.5 * (1 + math.cos(math.pi * (done - 0.2) / 0.8))
 
 
 def train(config: TeacherConfig) -> dict[str, Any]:

@@ -515,9 +515,34 @@ def test_a_frozen_script_is_evaluated(tmp_path):
     assert result.summary["teacher_accuracy"] == 1
 
 
-def test_a_student_in_low_precision_is_refused(tmp_path):
-    with pytest.raises(
-        UserError, match=r"must be float32 to be trained, got bfloat16 for conv.wei"
-    ):
-        run(Small(), Small().bfloat16(), tmp_path)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (nn.Module.bfloat16, "weights must be float32 to be trained, got bfloat16 for conv.weight"),
+        (nn.Module.double, "weights must be float32 to be trained, got float64 for conv.weight"),
+        (lambda network: torch.jit.trace(network.eval(), torch.randn(2, 3, 32, 32)),
+         "the student is TorchScript, which is not trained here"),
+    ],
+)  # fmt: skip
+def test_students_that_cannot_be_trained_are_refused(tmp_path, change, words):
+    with pytest.raises(UserError, match=words):
+        run(Small(), change(Small()), tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_program_around_has_as_defaults_does_not_matter(tmp_path):
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with torch.device("cpu"):
+            teacher, student = randomised(Small()).eval(), Small().float()
+            held_out = [(torch.randn(20, 3, 32, 32), torch.arange(20) % 4)]
+        result = run(teacher, student, tmp_path, eval_loader=held_out)
+        assert (torch.get_default_dtype(), torch.empty(()).device.type) == (torch.float64, "meta")
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert result.summary["student_images"] > 0 and result.summary["eval_count"] == 20
+    assert next(result.student.parameters()).dtype == torch.float32
+    assert next(teacher.parameters()).dtype == torch.float64

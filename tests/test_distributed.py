@@ -129,7 +129,7 @@ def test_processes_with_other_teachers_are_refused(in_two_processes):
 
 
 def normalised(world: World, x, upstream, layer):
-    layer = world.average_gradients(world.share_statistics(nn.Sequential(layer)))
+    layer = world.average_gradients(world.share_statistics(nn.Sequential(layer), "student"))
     part = slice(world.rank * 3, world.rank * 3 + 3)
     x = x[part].requires_grad_()
     y = layer(x)

@@ -18,10 +18,11 @@ from torch import nn
 
 from dafl_fast import data
 from dafl_fast import train_teacher as command
+from dafl_fast.engine.schedule import one_cycle
 from dafl_fast.errors import TrainingStopped, UserError
 from dafl_fast.models import build
 from dafl_fast.networks import load_weights, open_file
-from dafl_fast.train_teacher import TeacherConfig, Training, make_config, one_cycle, parse, train
+from dafl_fast.train_teacher import TeacherConfig, Training, make_config, parse, train
 
 
 def quadrants(path: Path, count: int, channels: int = 3, seed: int = 0) -> str:

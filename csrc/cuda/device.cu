@@ -22,6 +22,8 @@ cudaError_t device_traits(int index, Device* device) {
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
   }
+  // Or PyTorch's next look at it would report this error again.
+  if (error != cudaSuccess) cudaGetLastError();
   const int gpu = 10 * major + minor;
   device->capability = attributes.ptxVersion < gpu ? attributes.ptxVersion : gpu;
   return error;

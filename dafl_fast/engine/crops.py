@@ -45,13 +45,13 @@ class Cutter:
     ) -> None:
         assert given.form is not None
         self.half_turns = torch.zeros((), dtype=torch.bool, device=device)
-        self._size = image_shape[1:]
-        self._own = torch.tensor(self._size[::-1], device=device, dtype=torch.float32)
+        self.shape, self.size = image_shape, image_shape[1:]
+        self._own = torch.tensor(self.size[::-1], device=device, dtype=torch.float32)
         self._photographs = len(given.photographs)
         sizes = (self._photographs, given.own, given.sketches)
         kinds = [(end - size, size) for end, size in zip(accumulate(sizes), sizes) if size]
         self._kinds = torch.tensor(kinds, device=device)  # the first of each, and how many
-        items = [_pyramid(image, min(self._size)) for image in given.photographs]
+        items = [_pyramid(image, min(self.size)) for image in given.photographs]
         items += [[image] for image in given.whole]
         depth = max(map(len, items))
         # Of every level of every image: where it begins in the buffer, its height and width. Those
@@ -128,7 +128,7 @@ class Cutter:
 
     def _sampled(self, which: Tensor, matrix: Tensor, centre: Tensor) -> Tensor:
         """The crops [n, H, W, C] in grey levels of 0..255, interpolated between four pixels."""
-        height, width = self._size
+        height, width = self.size
         scale = torch.linalg.vector_norm(matrix, dim=1).prod(1).sqrt()
         level = scale.log2().round().clamp(0, self._levels.shape[1] - 1).long()
         start, rows, columns = self._levels[which, level].unbind(1)

@@ -8,17 +8,24 @@ number of processes, except for rounding.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..device import told_by_torchrun
-from ..errors import UserError, first_line
+from ..errors import TrainingStopped, UserError, first_line
 from ..models.twin import twin
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # PyTorch 2.14 renamed this option.
 _SYNC_BUFFERS = next(
@@ -31,9 +38,16 @@ _SYNC_BUFFERS = next(
 class World:
     """The processes of this job. Without torchrun there is only one, and each method is trivial."""
 
-    def __init__(self, rank: int = 0, size: int = 1, own: bool = False) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        own: bool = False,
+        control: dist.ProcessGroup | None = None,
+    ) -> None:
         self.rank, self.size = rank, size
         self._own = own  # whether we made the process group, and must end it
+        self._control = control  # for what is on the CPU; by default the group for everything
 
     @classmethod
     def join(cls, device: torch.device) -> World:
@@ -44,7 +58,9 @@ class World:
             UserError: the processes do not find each other.
         """
         if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
+            # The caller's group may be for tensors on GPUs only.
+            control: Any = dist.new_group(backend="gloo")
+            return cls(dist.get_rank(), dist.get_world_size(), control=control)
         if told_by_torchrun("WORLD_SIZE", 1) == 1:
             return cls()
         try:
@@ -109,17 +125,25 @@ class World:
         if self.size == 1:
             return list(values)
         agreed = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._control)
         said: list[float] = agreed.tolist()
         return said
 
-    def decide_text(self, text: str) -> str:
-        """The text of the first process, in every process."""
+    def decide(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the first process, in every process; also if it is a UserError."""
         if self.size == 1:
-            return text
-        said = [text]
-        dist.broadcast_object_list(said, 0)
-        return said[0]
+            return make()
+        said: list[Any] = [None, None]
+        if self.first:
+            try:
+                said[0] = make()
+            except UserError as error:
+                said[1] = str(error)
+        dist.broadcast_object_list(said, 0, group=self._control)
+        if said[1] is not None:
+            raise UserError(said[1])
+        decided: T = said[0]
+        return decided
 
     def demand_equal(self, values: dict[str, Any]) -> None:
         """Raises UserError, in every process, unless all have the same values; it names the first
@@ -127,7 +151,7 @@ class World:
         if self.size == 1:
             return
         said: list[dict[str, Any]] = [{}] * self.size
-        dist.all_gather_object(said, values)
+        dist.all_gather_object(said, values, group=self._control)
         for name, first in said[0].items():
             for rank, other in enumerate(said):
                 if other.get(name) != first:
@@ -136,25 +160,49 @@ class World:
                         f"{other.get(name)!r} in process {rank}"
                     )
 
-    def share_statistics(self, network: nn.Module) -> nn.Module:
+    @contextlib.contextmanager
+    def in_contact(self) -> Iterator[None]:
+        """Raises TrainingStopped in place of what a collective call raises if another process has
+        ended, whose own message says why."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not is_lost_contact(error):
+                raise
+            raise TrainingStopped(
+                f"process {self.rank} of {self.size} has lost contact with another one, which has "
+                "ended"
+            ) from error
+
+    def share_statistics(self, network: nn.Module, role: str) -> nn.Module:
         """`network`, if there is one process. Otherwise a twin with the same parameters and
-        buffers, whose BatchNorm takes its statistics over the batches of all processes."""
+        buffers, whose BatchNorm takes its statistics over the batches of all processes. Classes
+        derived from BatchNorm may compute anything, so they keep theirs, which a line says."""
         if self.size == 1:
             return network
+        own = set()
         for layer in network.modules():
             if type(layer) in _SHARED and getattr(layer, "momentum", None) is None:
                 raise UserError(
-                    "the student's BatchNorm layers need a momentum to train in several "
+                    f"the {role}'s BatchNorm layers need a momentum to train in several "
                     "processes, got None"
                 )
+            known = (*_SHARED, nn.SyncBatchNorm)
+            if isinstance(layer, _BatchNorm) and layer.training and type(layer) not in known:
+                own.add(type(layer).__name__)
+        if own and self.first:
+            log.warning(
+                "the %s's layers of the class %s take the statistics of each process's share of "
+                "the batch, and the first process's are kept", role, ", ".join(sorted(own)),
+            )  # fmt: skip
         return twin(network, lambda layer: _SHARED.get(type(layer)))
 
     def average_gradients(self, network: nn.Module) -> nn.Module:
         """`network`, with its gradients averaged over the processes."""
         if self.size == 1:
             return network
-        # Buffers are equal anyway. The graph is static: a parameter that gets no gradient, such as
-        # a bias before BatchNorm, never gets one.
+        # Buffers are equal, or each process's own (see `share_statistics`). The graph is static: a
+        # parameter that gets no gradient, such as a bias before BatchNorm, never gets one.
         options: dict[str, Any] = {"static_graph": True, _SYNC_BUFFERS: False}
         return DistributedDataParallel(network, **options)
 
@@ -198,7 +246,7 @@ def _mean(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return mean.div_(group.size())
 
 
-class _SharedStatistics(nn.modules.batchnorm._BatchNorm):
+class _SharedStatistics(_BatchNorm):
     """BatchNorm with the statistics of all processes' batches, which are of equal size.
 
     torch's SyncBatchNorm does the same, but on GPUs only.

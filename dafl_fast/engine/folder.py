@@ -212,8 +212,8 @@ class RunFolder:
 
         Raises:
             UserError: there is none although the run has got further, it cannot be read, the run
-                had other images that are not the data, or a part of the folder is a link to another
-                place.
+                had another teacher, or other images that are not the data, or a part of the folder
+                is a link to another place.
         """
         first = step.world.first
         inside = [self.path / name for name in (*_BANKS, "samples")]
@@ -242,10 +242,10 @@ class RunFolder:
         with reading(self.checkpoint, "checkpoint", "is damaged"):
             progress = _checked_progress(state["progress"])
             if progress.get("images") != (step.found and step.found.fingerprint):
-                raise UserError(
-                    f"the run in {self.path} was begun with other images, or without; give the "
-                    "same with --images"
-                )
+                begun = f"the run in {self.path} was begun with other images, or without"
+                raise UserError(f"{begun}; give the same with --images")
+            if progress.get("teacher") not in (None, step.teacher.fingerprint()):
+                raise UserError(f"the run in {self.path} was begun with another teacher")
             for name in _BANKS:
                 shards = state.get(f"{name}_shards", [])
                 state[f"{name}_shards"] = [(int(start), int(stop)) for start, stop in shards]

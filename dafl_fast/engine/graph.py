@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..config import Config
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .distributed import World
 from .live import copied
 from .step import Step
@@ -45,7 +45,7 @@ def compile_and_capture(step: Step) -> str | None:
         except RuntimeError as error:
             # For example, a network waits for the device or copies from the host.
             cause = error.__context__ or error
-            reason = str(cause).splitlines()[0]
+            reason = first_line(cause)
             if wanted == "on":
                 raise UserError(
                     f"--cuda-graph on: the step cannot be captured: {reason}"

@@ -8,6 +8,7 @@ step. Images of classes that are rare are drawn more often.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class BalancedBank(ReplayBank):
         self.labels = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
         # Images that tell how good the student is, if they are not among the ring's.
-        self.unseen: ReplayBank | None = None
+        self.unseen: Callable[[], ReplayBank] | None = None
         self._cumulative = torch.zeros(capacity, dtype=torch.float64, device=device)
 
     @torch.no_grad()
@@ -83,7 +84,7 @@ class BalancedBank(ReplayBank):
     def held_out(self, most: int) -> tuple[Tensor, Tensor]:
         """Up to `most` images that `draw` never returns, and nothing like them; and their logits.
         Waits for the device."""
-        return super().held_out(most) if self.unseen is None else self.unseen.newest(most)
+        return super().held_out(most) if self.unseen is None else self.unseen().newest(most)
 
     @torch.no_grad()
     def weigh(self) -> None:
@@ -143,44 +144,61 @@ class Found:
         given, unseen = _parted(given, config.bank_held_out)
         shape, dtype, capacity = config.shape, config.bank_dtype, len(given.whole)
         self.cutter: Cutter | None = None
-        prepared: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
         if given.form is not None:
             self.cutter = Cutter(given, shape, device)
             capacity = max(capacity, self.kept, round(self.share * config.bank_images))
-            prepared = Normaliser(given.form).to(device)
         held_out = config.bank_held_out if unseen is None else 0
         self.bank = BalancedBank(capacity, shape, num_classes, dtype, device, held_out)
         self.bank.varied = self.cutter is not None
         if len(given.whole):
-            doubts = torch.zeros(2, device=device)
-            # Variants of sketches follow soon; a slow teacher need not answer them all before.
-            for part in given.whole[: given.own + _BATCH].split(_BATCH):
-                images = prepared(part.to(device))
-                turned = [images.flip(2, 3)] if self.cutter else []
-                answers = [answer(each) for each in (images, *turned)]
-                self.bank.add(*answers[0])
-                sure = [logits.float().softmax(1).amax(1) for _, logits in answers]
-                doubts[: len(sure)] += (1 - torch.stack(sure)).sum(1)
-            self.bank.weigh()
-            if self.cutter:
-                knows = 2 * doubts[0] < given.own * (1 - 1 / num_classes)
-                turns = knows and doubts[1] <= DOUBTFUL * doubts[0]
-                self.cutter.half_turns.fill_(world.decide_text(str(bool(turns))) == "True")
+            self._fill(given)
         judged = SHOWN if given.photographs else len(given.whole) // max(1, held_out)
         if unseen is not None:
-            self.bank.unseen = ReplayBank(SHOWN, shape, num_classes, dtype, device)
             judged = SHOWN if unseen.photographs or len(unseen.whole) else 0
-            same = torch.Generator(device).manual_seed(OTHER_SEED)
-            cutter = Cutter(unseen, shape, device) if judged else None
-            while cutter and self.cutter and len(self.bank.unseen) < SHOWN:
-                cutter.half_turns.copy_(self.cutter.half_turns)
-                self.bank.unseen.add(*answer(cutter.cut(_BATCH, same)))
+            empty = ReplayBank(SHOWN, shape, num_classes, dtype, device)
+            make = partial(self._varied, unseen, empty) if judged else lambda: empty
+            self.bank.unseen = cache(make)
         if judged < ENOUGH and config.until_flat and config.generator == "none":
             raise UserError(
                 "--until-flat needs images that tell how good the student is: a photograph, "
                 f"{FEWEST} whole ones as files, or {ENOUGH * config.bank_held_out:,} in a tensor, "
                 f"got {self.words}"
             )
+
+    @torch.no_grad()
+    def _fill(self, given: Given) -> None:
+        """Puts whole images into the bank as they are. The teacher's answers to the user's decide
+        whether variants are turned by 180°."""
+        device, doubts = self._random.device, []
+        prepared = torch.nn.Identity() if given.form is None else Normaliser(given.form).to(device)
+        own, sketches = given.whole[: given.own], given.whole[given.own :]
+        for part in own.split(_BATCH) if len(own) else ():
+            images = prepared(part.to(device))
+            answers = [self._answer(images)]
+            self.bank.add(*answers[0])
+            if self.cutter is not None:
+                answers.append(self._answer(images.flip(2, 3)))
+                sure = [logits.float().softmax(1).amax(1) for _, logits in answers]
+                doubts.append((1 - torch.stack(sure)).sum(1))
+        if self.cutter is not None and doubts:
+            upright, turned = torch.stack(doubts).sum(0)
+            knows = 2 * upright < len(own) * (1 - 1 / len(self.bank.counts))
+            turns = knows & (turned <= DOUBTFUL * upright)
+            self.cutter.half_turns.fill_(self._world.decide(lambda: bool(turns)))
+        if len(sketches):  # Their variants follow soon: a slow teacher need not see all before.
+            self.bank.add(*self._answer(prepared(sketches[:_BATCH].to(device))))
+        self.bank.weigh()
+
+    def _varied(self, unseen: Given, into: ReplayBank) -> ReplayBank:
+        """Variants of images that the student never sees. They are made when they are first asked
+        for: a resumed run knows by then whether it turns them."""
+        assert self.cutter is not None
+        random = torch.Generator(self._random.device).manual_seed(OTHER_SEED)
+        cutter = Cutter(unseen, self.cutter.shape, self._random.device)
+        cutter.half_turns.copy_(self.cutter.half_turns)
+        while len(into) < SHOWN:
+            into.add(*self._answer(cutter.cut(_BATCH, random)))
+        return into
 
     @property
     def live(self) -> dict[str, Tensor]:

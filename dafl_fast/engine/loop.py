@@ -73,10 +73,6 @@ class Loop:
                 f"process {self.world.rank} does not see the checkpoint in {folder.path}: all "
                 "processes need the run's folder to resume"
             )
-        if config.resume is not None and self.world.first:
-            folder.write_config(config)  # the length of the run may have changed
-        if progress.get("teacher", self.teacher_hash) != self.teacher_hash:
-            raise UserError(f"the run in {folder.path} was begun with another teacher")
         self.wall_before: float = progress.get("wall_seconds", 0.0)
         self.collapsed_steps: int = progress.get("collapsed_steps", 0)
         self.logged = progress.get("logged", step.steps)  # the step at which losses were last read
@@ -91,6 +87,8 @@ class Loop:
         )
         self.threads = Threads.for_run(config, step, self.clock.seconds)
         self.logged_at = self.saved_at = self.evaluated_at = self.clock.seconds
+        if config.resume is not None and self.world.first:  # last, when nothing refuses it any more
+            folder.write_config(config)  # the length of the run may have changed
 
     def run(self) -> dict[str, Any]:
         # Also at the end: torchrun may send its signal while the report of a failed run is written.

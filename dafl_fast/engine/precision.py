@@ -57,13 +57,21 @@ def computed_in(dtype: torch.dtype, network: nn.Module, role: str, *examples: Te
     return copied  # it takes none of the images, for another reason, which checks.py tells
 
 
-def refuse_low_precision(network: nn.Module, role: str) -> None:
-    """Raises UserError if `network`, which is to be trained, has weights in fp16 or bf16."""
+def check_trainable(network: nn.Module, role: str, inputs: Tensor) -> None:
+    """Raises UserError unless the weights of `network`, which takes such inputs, can be trained:
+    it is not TorchScript, and its weights are float32, or it casts its inputs to what they are."""
+    if isinstance(network, torch.jit.ScriptModule):
+        raise UserError(
+            f"the {role} is TorchScript, which is not trained here; give the nn.Module that it was "
+            "made of"
+        )
     for name, parameter in network.named_parameters():
-        if parameter.dtype in _LOW:
+        narrow = parameter.dtype in _LOW
+        if narrow or (parameter.dtype == torch.float64 and not _takes(network, inputs)):
+            advice = ", and set precision to compute in less" if narrow else ""
             raise UserError(
                 f"the {role}'s weights must be float32 to be trained, got {_name(parameter.dtype)} "
-                f"for {name}; give {role}.float(), and set precision to compute in less"
+                f"for {name}; give {role}.float(){advice}"
             )
 
 

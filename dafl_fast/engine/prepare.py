@@ -28,7 +28,7 @@ from .evaluation import buffers_kept, evaluation_mode
 from .fuse import fuse_relu
 from .layout import try_out, use_channels_last
 from .outputs import demand_exclusive_classes, reading_of
-from .precision import precision_of, refuse_low_precision
+from .precision import check_trainable, precision_of
 from .step import Step
 from .teacher import Autocast, FrozenTeacher
 
@@ -84,11 +84,12 @@ def prepare(
         raise UserError(
             f"--num-classes is {config.num_classes}, but the teacher tells {num_classes} apart"
         )
-    refuse_low_precision(student, "student")
-    precision = precision_of(student, config.precision, precision)
     images = many[:2]
+    check_trainable(student, "student", images)
+    precision = precision_of(student, config.precision, precision)
     check_student(student, images, num_classes)
     if generating:
+        check_trainable(generator, "generator", noise)
         check_generator(generator, noise, made)
     if generating and config.generator_restart_every and not hasattr(generator, "reset"):
         raise UserError(

@@ -78,5 +78,13 @@ class Schedule:
         return 1.0 if self._decay_from is None else (1 + DECAY) * self._decay_from
 
 
+def one_cycle(done: float) -> float:
+    """Factor on the learning rate when the share `done` of the training is over: a fifth of it
+    rises by half a cosine from 1/25, the rest falls by half a cosine to zero."""
+    if done < 0.2:
+        return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * done / 0.2))
+    return 0.5 * (1 + math.cos(math.pi * (done - 0.2) / 0.8))
+
+
 def _cosine(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

@@ -92,7 +92,8 @@ class Step:
         training_mode(generator)
         training_mode(student)
         self.teacher = teacher
-        self.generator, self.student = map(world.share_statistics, (generator, student))
+        self.generator = world.share_statistics(generator, "generator")
+        self.student = world.share_statistics(student, "student")
         # All processes draw the same noise and entries for the whole batch; each uses its rows.
         self._count = config.student_batch_size or config.batch_size
         self._rows = world.rows_of_batch("batch-size", config.batch_size)

@@ -136,10 +136,10 @@ class FrozenTeacher(nn.Module):
         layers, means, variances = zip(*statistics, strict=True)
         sizes = [len(mean) for mean in means]
         mean, variance = torch.cat(means), torch.cat(variances)
-        # Mean and mean square, because these can be averaged over several processes.
-        mean, square = world.mean(torch.stack([mean, variance + mean.square()]))
-        variance = square - mean.square()
-        return batch_norm_loss(mean.split(sizes), variance.split(sizes), layers)
+        whole = world.mean(mean)
+        if world.size > 1:  # the variance within the shares of the processes, and of their means
+            variance = world.mean(variance + (mean - whole).square())
+        return batch_norm_loss(whole.split(sizes), variance.split(sizes), layers)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Does nothing: the teacher stays in evaluation mode, with its BatchNorm statistics."""
