@@ -18,9 +18,9 @@ import time
 import torch
 
 from bench.measure import GPU, PRECISION, ROUNDS, on_noise, published_step, wait
-from dafl_fast.data import FORMATS, eval_set
+from dafl_fast.data import FORMATS
 from dafl_fast.distill import train
-from dafl_fast.engine.evaluation import accuracy
+from dafl_fast.engine.evaluation import accuracy_on, eval_set
 from dafl_fast.networks import bundled_teacher
 from dafl_fast.recipes import make_config
 
@@ -42,8 +42,7 @@ def reached_by(contender: str, seconds: float) -> tuple[float, int]:
         run()
         wait()
         count += 1
-    images, labels = eval_set("mnist-5k", FORMATS["mnist"], 10)
-    return 100 * accuracy(step.student, images, labels), count
+    return 100 * accuracy_on(step.student, eval_set("mnist-5k", FORMATS["mnist"], 10))[0], count
 
 
 def test_time_to_accuracy(benchmark, capsys, tmp_path):

@@ -416,18 +416,3 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
             f"the data have label {int(labels.max())}, the network's {num_classes} classes are 0 "
             f"to {num_classes - 1}"
         )
-
-
-def eval_set(
-    name: str, form: Format, num_classes: int, data_dir: Path | None = None, download: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Held-out images by `--eval` name, for a network with `num_classes` and images of `form`:
-    [N, C, H, W] fp32 as the network takes them, and labels [N]. The other arguments are those of
-    `load`.
-
-    Raises:
-        UserError: the images cannot be read, or have labels beyond `num_classes`.
-    """
-    held_out = load(name, "test", data_dir, download, form.image_size, form.stored_channels)
-    check_labels(held_out.labels, num_classes)
-    return normalise(held_out.images, form), held_out.labels

@@ -87,22 +87,27 @@ def usable_cpus() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def cpu_quota(
-    groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
-) -> float | None:
+_GROUPS, _MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def cpu_quota(groups: Path = _GROUPS, mount: Path = _MOUNT) -> float | None:
     """How many processors' time the control groups of this process let it use, as for a container
     with a limit; None without a limit. Both versions of control groups are read."""
-    found = []
+    found = map(_quota_in, _control_groups("cpu", groups, mount))
+    return min((quota for quota in found if quota is not None), default=None)
+
+
+def _control_groups(controller: str, groups: Path, mount: Path) -> Iterator[Path]:
+    """The folders of the control groups that may limit this process."""
     with contextlib.suppress(OSError):
         for line in groups.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
+            if controllers and controller not in controllers.split(","):
                 continue
-            for root in (mount, mount / "unified", mount / controllers, mount / "cpu"):
+            for root in (mount, mount / "unified", mount / controllers, mount / controller):
                 # A limit further up holds too. In a container only the root may be there.
                 own = root / path.lstrip("/")
-                found += [_quota_in(f) for f in (own, *own.parents) if f.is_relative_to(root)]
-    return min((quota for quota in found if quota is not None), default=None)
+                yield from (f for f in (own, *own.parents) if f.is_relative_to(root))
 
 
 def _quota_in(folder: Path) -> float | None:
@@ -213,19 +218,33 @@ def peak_memory(device: torch.device) -> dict[str, int | None]:
     return {"peak_host_bytes": on_host, "peak_device_bytes": on_device}
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a GPU, or on the host for a CPU; None if nothing tells."""
+def free_memory(device: torch.device, groups: Path = _GROUPS, mount: Path = _MOUNT) -> int | None:
+    """Bytes that are free on a GPU, or on the host for a CPU, also within the limits of control
+    groups; None if nothing tells."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    found: list[int] = []
+    found = [*map(_memory_left_in, _control_groups("memory", groups, mount))]
     with contextlib.suppress(OSError):
         text = Path("/proc/meminfo").read_text()
         found += [1024 * int(size) for size in re.findall(r"MemAvailable:\s*(\d+) kB", text)]
-    with contextlib.suppress(OSError, ValueError):  # "max" where a container has no limit
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     with contextlib.suppress(AttributeError, OSError, ValueError):
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(found, default=None)
+    return min((size for size in found if size is not None), default=None)
+
+
+def _memory_left_in(folder: Path) -> int | None:
+    """What the control group `folder` lets its processes take in addition; None without a limit."""
+    for most, used, files in (
+        ("memory.max", "memory.current", "inactive_file"),  # version 2; "max" is no number
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            left = int((folder / most).read_text()) - int((folder / used).read_text())
+            with contextlib.suppress(OSError):  # copies of files are given up when need be
+                found = re.search(rf"^{files} (\d+)$", (folder / "memory.stat").read_text(), re.M)
+                left += int(found[1]) if found else 0
+            return max(0, left)
+    return None
 
 
 def environment() -> dict[str, Any]:

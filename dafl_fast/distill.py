@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from .adapt import ADAPTED, adapted
 from .config import Config
-from .data import eval_set
 from .device import (
     free_memory,
     keep_freed_memory,
@@ -29,7 +28,7 @@ from .device import (
 )
 from .engine.bank import bytes_of_entry
 from .engine.distributed import World
-from .engine.evaluation import buffers_kept, evaluation_mode, modes_kept
+from .engine.evaluation import buffers_kept, eval_set, evaluation_mode, modes_kept
 from .engine.folder import RunFolder, check_resumed, read_config
 from .engine.graph import reason_not_captured
 from .engine.layout import layout_kept
@@ -205,10 +204,9 @@ def train(
     held_out = None
     if config.eval != "none" and os.environ.get("RANK", "0") == "0":
         classes = outputs_of(teacher, config.shape, config.teacher_output)
-        images, labels = eval_set(
+        held_out = eval_set(
             config.eval, config.image_format, classes, config.data_dir, config.download
         )
-        held_out = list(zip(images.split(1000), labels.split(1000), strict=True))
     callbacks = [report] if report else []
     result = _run(config, teacher, student, None, None, held_out, callbacks, progress, chosen)
     return result.summary

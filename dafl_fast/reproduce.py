@@ -23,7 +23,7 @@ from .comparison import compare, curves, markdown, save_comparison
 from .config import RecipeName
 from .device import AUTOCAST, environment, keep_freed_memory, pick_device, pick_precision
 from .distill import distill
-from .engine.evaluation import accuracy_on
+from .engine.evaluation import Batches, accuracy_on, eval_set
 from .engine.teacher import FrozenTeacher
 from .errors import TrainingStopped, UserError, command, require
 from .files import read_json, remove_leftovers, save_weights, write_json, write_text
@@ -336,14 +336,13 @@ class Reproduction:
         return images, labels
 
     @cached_property
-    def held_out(self) -> list[tuple[Tensor, Tensor]]:
-        """Batches of the test images, in normalised units, with their labels."""
+    def held_out(self) -> Batches:
+        """The test images."""
         name = self.config.eval or self.data
         if self.config.eval is None and not data.has_test_split(name, self.config.data_dir):
             raise UserError(f"{name} has no test images: name those to measure on with --eval")
         reading = (self.form, self.classes, self.config.data_dir, self.config.download)
-        images, labels = data.eval_set(name, *reading)
-        return list(zip(images.split(1000), labels.split(1000)))
+        return eval_set(name, *reading)
 
     @cached_property
     def alternative_images(self) -> tuple[Tensor, Tensor, str]:

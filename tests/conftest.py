@@ -35,3 +35,9 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}: set DAFL_DATA to one")
     return folder
+
+
+def joined(batches):
+    """All images and all labels of batches."""
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torchvision.transforms.functional import normalize, pil_to_tensor, resize, to_pil_image
 
 from dafl_fast import data
-from dafl_fast.engine.evaluation import accuracy
+from dafl_fast.engine.evaluation import Batches, accuracy_on, at_once, eval_set, predictions
 from dafl_fast.errors import UserError
 from dafl_fast.models import build
 from dafl_fast.networks import load_weights
+
+from .conftest import joined
 
 MNIST = data.FORMATS["mnist"]
 ASSETS = Path(str(files("dafl_fast") / "assets"))
@@ -80,9 +83,7 @@ def test_bundled_teacher_is_as_good_as_its_note_says(data_dir):
     teacher = load_weights(build("LeNet5"), ASSETS / "lenet5-mnist.safetensors", "teacher")
     assert note["accuracy"].keys() == {"mnist-5k", "mnist"}
     for name, stated in note["accuracy"].items():
-        held_out = data.eval_set(name, MNIST, 10, data_dir)
-        assert held_out is not None
-        got = accuracy(teacher, *held_out)
+        got, _ = accuracy_on(teacher, eval_set(name, MNIST, 10, data_dir))
         assert got >= 0.99
         assert got == pytest.approx(stated, abs=3e-4)
     assert note["training_images"] == 55_000
@@ -246,22 +247,40 @@ def test_statistics_are_mean_and_deviation():
 def test_eval_set_fits_the_network(tmp_path):
     labels = np.arange(6)
     np.savez(tmp_path / "data.npz", images=noise(6, 16, 16), labels=labels)
-    found = data.eval_set(str(tmp_path / "data.npz"), MNIST, 10)
-    assert found is not None
+    found = joined(eval_set(str(tmp_path / "data.npz"), MNIST, 10))
     assert found[0].shape == (6, 1, 32, 32)
     assert torch.equal(found[1], torch.from_numpy(labels))
     np.savez(tmp_path / "many.npz", images=noise(6, 16, 16), labels=labels + 5)
     with pytest.raises(UserError, match="label 10, the network's 10 classes are 0 to 9"):
-        data.eval_set(str(tmp_path / "many.npz"), MNIST, 10)
+        eval_set(str(tmp_path / "many.npz"), MNIST, 10)
     np.savez(tmp_path / "colour.npz", images=noise(6, 16, 16, 3), labels=labels)
     with pytest.raises(UserError, match=r"have 3 channel\(s\), the network takes 1"):
-        data.eval_set(str(tmp_path / "colour.npz"), MNIST, 10)
+        eval_set(str(tmp_path / "colour.npz"), MNIST, 10)
     write_images(tmp_path / "folder", {"a": [noise(20, 30, 3)], "b": [noise(8, 8)]})
-    found = data.eval_set(
-        str(tmp_path / "folder"), MNIST, 10
-    )  # colour read as grey, sizes made equal
-    assert found is not None
+    # Colour is read as grey, and sizes are made equal.
+    found = joined(eval_set(str(tmp_path / "folder"), MNIST, 10))
     assert found[0].shape == (2, 1, 32, 32)
+
+
+def test_large_images_are_evaluated_in_smaller_batches():
+    for size, count in ((28, 1000), (32, 1000), (64, 341), (224, 27), (2000, 16)):
+        assert at_once(torch.empty(0, 3, size, size)) == count
+    images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 3, 224, 224)
+    form = data.Format(224, 3, (0.5,) * 3, (0.25,) * 3)
+    batches = Batches(images, torch.arange(50), form)
+    for _ in range(2):  # again and again
+        assert [len(x) for x, _ in batches] == [27, 23]
+        found, labels = joined((x[:, :, 0, 0], y) for x, y in batches)
+        torch.testing.assert_close(found[:, 1], (labels / 255 - 0.5) / 0.25)
+    seen = []
+
+    class Seen(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x.mean((2, 3))
+
+    predictions(Seen(), torch.zeros(50, 3, 224, 224))
+    assert seen == [27, 23]
 
 
 def test_missing_mlxtend_is_one_sentence(monkeypatch):

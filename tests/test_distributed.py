@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -16,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from dafl_fast import generator_loss
+from dafl_fast import distill, generator_loss
+from dafl_fast.adapt import adapted
 from dafl_fast.data import FORMATS
 from dafl_fast.distill import train
 from dafl_fast.engine import loop
@@ -126,6 +128,107 @@ def test_processes_with_other_teachers_are_refused(in_two_processes):
     first, second = in_two_processes(other_teacher)
     assert first == second
     assert first.startswith("the teacher (by the SHA-256 of its weights) must be the same in all")
+
+
+def deciding(world: World):
+    """What `decide` gives for a value, and for a mistake, that the first process alone sees."""
+
+    def make():
+        assert world.first
+        raise UserError("there is no such thing")
+
+    try:
+        world.decide(make)
+    except UserError as error:
+        return world.decide(lambda: {"rank": world.rank}), str(error)
+
+
+def test_all_processes_have_what_the_first_one_decides(in_two_processes):
+    expected = ({"rank": 0}, "there is no such thing")
+    assert in_two_processes(deciding) == [expected, expected]
+
+
+def chosen_settings(world: World):
+    """Of a teacher that knows mirrored images in the second process only."""
+    config = make_config("custom", image_shape=(3, 8, 8), num_classes=5, steps=1)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("dafl_fast.adapt._knows_mirrored", lambda *_: world.rank == 1)
+        return adapted(config, network, torch.device("cpu"), world)
+
+
+def test_the_first_process_chooses_the_settings(in_two_processes):
+    first, second = in_two_processes(chosen_settings)
+    assert first == second and not first.bank_flip
+
+
+def refusal(world: World, folder, **settings):
+    """What a run says that is refused in both processes."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    given = dict(image_shape=(3, 8, 8), batch_size=8, student_batch_size=8, bank_images=16, steps=1,
+                 out_dir=folder, adapt=False, progress="off", dead_leaves=0)  # fmt: skip
+    if "images" in settings:
+        settings["images"] = settings["images"] + world.rank
+    try:
+        distill(teacher, nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), **given | settings)
+    except UserError as error:
+        return str(error)
+
+
+def refusal_of_images(world: World, folder):
+    return refusal(world, folder, images=torch.zeros(4, 3, 8, 8))
+
+
+def test_processes_with_other_images_are_refused(in_two_processes, tmp_path):
+    first, second = in_two_processes(refusal_of_images, tmp_path / "run")
+    assert first == second
+    assert first.startswith("the images (by the SHA-256 of their pixels) must be the same in all")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_only_the_first_process_sees_is_said_by_both(in_two_processes, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    said = f"--out-dir {tmp_path} is not empty; choose a new folder"
+    assert in_two_processes(refusal, tmp_path) == [said, said]
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def told_of_statistics(world: World):
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("dafl_fast.engine.distributed")
+    logger.addHandler(handler)
+    networks = [nn.Sequential(norm(4)) for norm in (nn.BatchNorm2d, NormAndReLU)]
+    for network in (*networks, nn.Sequential(NormAndReLU(4)).eval()):
+        world.share_statistics(network, "student")
+    logger.removeHandler(handler)
+    return records
+
+
+def test_statistics_that_processes_do_not_share_are_told_of(in_two_processes):
+    first, second = in_two_processes(told_of_statistics)
+    assert first == [
+        "the student's layers of the class NormAndReLU take the statistics of each process's share "
+        "of the batch, and the first process's are kept"
+    ]
+    assert second == []
+
+
+def test_lost_contact_is_one_sentence():
+    with (
+        pytest.raises(TrainingStopped, match="process 1 of 2 has lost contact with another one"),
+        World(1, 2).in_contact(),
+    ):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    for world, text in ((World(1, 2), "something else"), (World(), "gloo")):
+        with pytest.raises(RuntimeError, match=text), world.in_contact():
+            raise RuntimeError(text)
 
 
 def normalised(world: World, x, upstream, layer):

@@ -16,14 +16,17 @@ from torch import nn
 
 import dafl_fast
 from dafl_fast import export as command
-from dafl_fast.data import FORMATS, eval_set
+from dafl_fast.data import FORMATS
 from dafl_fast.distill import train
+from dafl_fast.engine.evaluation import eval_set
 from dafl_fast.errors import UserError
 from dafl_fast.export import export_student
 from dafl_fast.models import LeNet5, LeNet5Half, build
 from dafl_fast.models.winograd import WinogradConv2d, accelerated
 from dafl_fast.networks import load_network, open_file
 from dafl_fast.recipes import make_config
+
+from .conftest import joined
 
 BUNDLED = Path(str(files("dafl_fast") / "assets" / "lenet5-mnist.safetensors"))
 TINY = {"batch_size": 16, "generator_width": 8, "student_batch_size": 32, "student_updates": 4,
@@ -61,7 +64,7 @@ def test_the_onnx_student_chooses_as_pytorch_does_on_all_held_out_images(
     code, printed, error = main(monkeypatch, capsys, str(run), "--out", str(out))
     assert (code, error) == (0, "")
     assert "the student's class on all of 5,256 images (5,000 held out)" in printed
-    images, _ = eval_set("mnist-5k", FORMATS["mnist"], 10)
+    images, _ = joined(eval_set("mnist-5k", FORMATS["mnist"], 10))
     student = LeNet5Half().eval()
     student.load_state_dict(load_file(run / "student.safetensors"))
     chosen = student(images).argmax(1)

@@ -381,12 +381,11 @@ def test_a_damaged_note_is_refused(change, sentence, tmp_path):
 
 def test_a_reader_that_goes_ends_a_command_quietly():
     script = (
-        "import runpy, sys; e = runpy.run_path(sys.argv[1]); "
-        "sys.exit(e['command'](lambda: [print('x' * 999) for _ in range(9999)] and None)())"
+        "import sys; from dafl_fast.errors import command; "
+        "sys.exit(command(lambda: [print('x' * 999) for _ in range(9999)] and None)())"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, errors.__file__],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
     process.stdout.read(10)
@@ -405,11 +404,11 @@ def test_a_reader_that_goes_ends_a_command_quietly():
 )
 def test_an_output_that_cannot_be_written(end, code, said):
     script = (
-        "import runpy, sys; e = runpy.run_path(sys.argv[1]); "
-        "sys.exit(e['command'](lambda: print('x' * 99))())"
+        "import sys; from dafl_fast.errors import command; "
+        "sys.exit(command(lambda: print('x' * 99))())"
     )
     done = subprocess.run(
-        ["sh", "-c", f'"$0" "$@" {end}', sys.executable, "-c", script, errors.__file__],
+        ["sh", "-c", f'"$0" "$@" {end}', sys.executable, "-c", script],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (code, said)

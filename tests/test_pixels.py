@@ -20,6 +20,7 @@ from dafl_fast import export as export_command
 from dafl_fast import train as command
 from dafl_fast.config import Config
 from dafl_fast.distill import train
+from dafl_fast.engine.evaluation import eval_set
 from dafl_fast.engine.folder import read_config
 from dafl_fast.errors import UserError
 from dafl_fast.models import build
@@ -27,6 +28,8 @@ from dafl_fast.models.pixels import Affine, GeneratorOf, Taking
 from dafl_fast.networks import load_network, load_networks, load_weights, open_run
 from dafl_fast.pictures import save_samples
 from dafl_fast.recipes import make_config
+
+from .conftest import joined
 
 TINY: dict[str, Any] = dict(
     batch_size=24, generator_width=8, student_batch_size=20, student_updates=2, bank_images=240,
@@ -151,7 +154,7 @@ def test_held_out_images_come_in_the_teachers_units(tmp_path):
     images = draw.integers(0, 256, (7, 6, 10, 13), np.uint8)
     np.savez(tmp_path / "d.npz", images=images, labels=np.arange(7) % 3)
     form = Config(pixels="-1..1", image_shape=(13, 6, 10)).image_format
-    got, labels = data.eval_set(str(tmp_path / "d.npz"), form, 3)
+    got, labels = joined(eval_set(str(tmp_path / "d.npz"), form, 3))
     expected = torch.from_numpy(images / 127.5 - 1).permute(0, 3, 1, 2).float()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]

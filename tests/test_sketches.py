@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dafl_fast import distill
 from dafl_fast.adapt import _strokes_that_tell, adapted
-from dafl_fast.data import FORMATS, Format, eval_set
+from dafl_fast.data import FORMATS, Format
 from dafl_fast.engine.distributed import World
-from dafl_fast.engine.evaluation import accuracy
+from dafl_fast.engine.evaluation import accuracy_on, eval_set
 from dafl_fast.engine.prepare import prepare
 from dafl_fast.errors import UserError
 from dafl_fast.export import export_student
@@ -198,8 +198,7 @@ def test_a_student_of_sketches_alone_knows_digits(tmp_path):
     teacher, student = bundled_teacher(), LeNet5Half()
     distill(teacher, student, generator="none", steps=30, precision="fp32", seed=0,
             out_dir=tmp_path / "run", **MNIST)  # fmt: skip
-    images, labels = eval_set("mnist-5k", FORMATS["mnist"], 10)
-    assert accuracy(student, images, labels) > 0.94
+    assert accuracy_on(student, eval_set("mnist-5k", FORMATS["mnist"], 10))[0] > 0.94
 
 
 def test_a_teacher_that_is_slow_gets_smaller_batches_with_them_too(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dafl_fast.config import Config
-from dafl_fast.device import cpu_quota, pick_threads, usable_cores
+from dafl_fast.device import cpu_quota, free_memory, pick_threads, usable_cores
 from dafl_fast.distill import distill, train
 from dafl_fast.engine import threads as module
 from dafl_fast.engine.folder import read_json
@@ -63,6 +63,32 @@ def groups(tmp_path):
 )  # fmt: skip
 def test_quotas_of_control_groups(groups, lines, files, quota):
     assert groups(lines, files) == quota
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "left"),
+    [
+        ("0::/job/a\n", {"job/a/memory.max": "max", "job/a/memory.current": "70",
+                         "job/memory.max": "1000", "job/memory.current": "900",
+                         "job/memory.stat": "anon 800\ninactive_file 60\nactive_file 9\n"}, 160),
+        ("0::/\n", {"memory.max": "1000", "memory.current": "1200"}, 0),
+        ("0::/\n", {"memory.max": "max", "memory.current": "70"}, None),
+        ("4:memory:/job\n1:cpu:/\n",
+         {"memory/job/memory.limit_in_bytes": "5000", "memory/job/memory.usage_in_bytes": "3000",
+          "memory/job/memory.stat": "inactive_file 1\ntotal_inactive_file 500\n",
+          "memory/memory.limit_in_bytes": "9223372036854771712",
+          "memory/memory.usage_in_bytes": "8000"}, 2500),
+    ],
+)  # fmt: skip
+def test_memory_of_control_groups(tmp_path, lines, files, left):
+    for name, text in files.items():
+        (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mount" / name).write_text(text)
+    (tmp_path / "cgroup").write_text(lines)
+    cpu = torch.device("cpu")
+    machine = free_memory(cpu, tmp_path / "none")
+    found = free_memory(cpu, tmp_path / "cgroup", tmp_path / "mount")
+    assert found == left if left is not None else found > 10**8 and machine > 10**8
 
 
 def test_no_control_groups(tmp_path):

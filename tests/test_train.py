@@ -104,14 +104,14 @@ def test_a_run_folder_is_complete(tmp_path, monkeypatch, capsys):
     assert f"{summary['student_accuracy']:.2%}" in printed
 
     # The accuracy is that of the weights that were saved.
-    from dafl_fast.data import FORMATS, eval_set
-    from dafl_fast.engine.evaluation import accuracy
+    from dafl_fast.data import FORMATS
+    from dafl_fast.engine.evaluation import accuracy_on, eval_set
     from dafl_fast.models import LeNet5Half
 
     student = LeNet5Half()
     student.load_state_dict(student_of(out))
     held_out = eval_set("mnist-5k", FORMATS["mnist"], 10)
-    assert accuracy(student, *held_out) == summary["student_accuracy"]
+    assert accuracy_on(student, held_out)[0] == summary["student_accuracy"]
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "generator_loss" in row]
@@ -393,8 +393,24 @@ def test_resume_refuses_another_teacher(tmp_path):
     config = command.parse(
         ["--resume", str(tmp_path / "run"), "--teacher", str(tmp_path / "other.safetensors")]
     )
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="was begun with another teacher"):
         train(config)
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert after == files  # so the run goes on as before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "preset", "recipe"),
+    [
+        (["mnist", "--recipe", "fast", "--recipe", "paper"], "mnist", "paper"),
+        (["mnist", "--recipe=paper", "--recipe=fast"], "mnist", "fast"),
+        (["mnist", "--preset", "cifar10"], "cifar10", "fast"),
+        (["--preset", "cifar10", "--preset=mnist", "--recipe", "published"], "mnist", "published"),
+    ],
+)
+def test_the_last_of_several_presets_and_recipes_counts(arguments, preset, recipe):
+    assert command.parse(arguments) == make_config(preset, recipe)
 
 
 def test_collapse_stops_the_run_with_the_checkpoint_kept(tmp_path, monkeypatch):

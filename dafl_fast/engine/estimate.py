@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .evaluation import predictions
+from .evaluation import at_once, predictions
 
 # Of so many classes or fewer the images of one differ only if they are made to (`diversity_loss`).
 FEW_CLASSES = 4
@@ -31,7 +31,6 @@ EVEN = 0.75  # of the entropy of equally many images of each class, at least; or
 # agreed with it in 0.86 of the cases above chance or more (126 measurements), one that was at
 # chance on real images in 0.65 or less (9).
 SURE, FEWEST_SURE, LOST = 0.9, 50, 0.75
-_BATCH = 500
 
 
 class Estimate(NamedTuple):
@@ -106,7 +105,7 @@ def estimate(
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     pairs = torch.stack([shuffled, shuffled.roll(1)], 1).to(images.device)
     same = []
-    for pair in pairs.split(_BATCH):
+    for pair in pairs.split(at_once(images)):
         mixtures = (images[pair[:, 0]] + images[pair[:, 1]]) / 2
         same.append(predictions(student, mixtures) == teacher(mixtures).argmax(1))
     found = (float(balanced.mean()), float(torch.cat(same).double().mean()))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from ..data import Format, Normaliser, check_channels, check_labels, load, resized
 
 
 @contextlib.contextmanager
@@ -57,9 +60,45 @@ def training_mode(network: nn.Module) -> None:
         layer.training = False
 
 
+class Batches:
+    """Labelled images, uint8 [N, C, H, W], in batches: [n, C, H, W] fp32 as `form` says, and labels
+    [n]. Each is normalised when its turn comes, as all at once would take four times the memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor, form: Format) -> None:
+        check_channels(images, form.stored_channels)
+        self._images, self._labels = resized(images, form.image_size), labels
+        self._normaliser = Normaliser(form)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        count = at_once(self._images)
+        for images, labels in zip(self._images.split(count), self._labels.split(count)):
+            yield self._normaliser(images), labels
+
+
+def at_once(images: Tensor) -> int:
+    """How many of these images [N, C, H, W] a network is evaluated on at once: large ones take more
+    memory."""
+    return max(16, min(1000, 2**22 // max(1, images.shape[1:].numel())))
+
+
+def eval_set(
+    name: str, form: Format, num_classes: int, data_dir: Path | None = None, download: bool = False
+) -> Batches:
+    """Held-out images by `--eval` name, for a network with `num_classes` and images of `form`. The
+    other arguments are those of `load`.
+
+    Raises:
+        UserError: the images cannot be read, or have labels beyond `num_classes`.
+    """
+    held_out = load(name, "test", data_dir, download, form.image_size, form.stored_channels)
+    check_labels(held_out.labels, num_classes)
+    return Batches(held_out.images, held_out.labels, form)
+
+
 @torch.no_grad()
-def predictions(network: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
+def predictions(network: nn.Module, images: Tensor, batch_size: int | None = None) -> Tensor:
     """The classes [N] that `network` chooses for images [N, C, H, W]; at ties the lowest index."""
+    batch_size = batch_size or at_once(images)
     device = next(network.parameters(), images).device  # a frozen TorchScript has no parameters
     with evaluation_mode(network), buffers_kept(network):
         parts = [network(batch.to(device)).argmax(1) for batch in images.split(batch_size)]
@@ -72,9 +111,13 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def accuracy_on(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
-    """Accuracy over batches of images [N, C, H, W] and labels [N], and the number of images."""
+    """Accuracy over batches of images [N, C, H, W] and labels [N], and the number of images. Images
+    in fp64 are made fp32 for a network that has no weights in fp64."""
+    wide = any(parameter.dtype == torch.float64 for parameter in network.parameters())
     right = count = 0
     for images, labels in batches:
+        if images.dtype == torch.float64 and not wide:
+            images = images.float()
         right += int((predictions(network, images) == labels).sum())
         count += len(labels)
     return right / max(count, 1), count

@@ -20,6 +20,7 @@ from ..errors import TrainingStopped, UserError
 from ..pictures import save_samples
 from .clock import Clock, Watchdog
 from .distributed import is_lost_contact
+from .estimate import Estimate
 from .evaluation import accuracy_on
 from .folder import RunFolder
 from .graph import compile_and_capture
@@ -245,6 +246,7 @@ class Loop:
                 callback(row)
 
     def _kept(self) -> str:
+        """What an error says of the checkpoint, when that is written."""
         self.folder.close()
         if not self.folder.checkpoint.exists():
             return ""
@@ -263,10 +265,10 @@ class Loop:
             self.folder.save(self.step, self._progress())
         self.saved_at = self.clock.seconds
 
-    def _evaluate(self) -> float | None:
+    def _evaluate(self) -> tuple[float | None, Estimate | None]:
         """Writes a row with the student's accuracy (if there are held-out images), its agreement on
         the newest generated batch and the classes of that batch, and saves a grid of the images.
-        Returns the accuracy."""
+        Returns the accuracy, and the estimate of the agreement."""
         step = self.step
         self.watchdog.beat(f"evaluating after step {step.steps}")
         with self.clock.paused("evaluation"):
@@ -292,7 +294,7 @@ class Loop:
         self._write_row(row)
         if estimate is not None and step.learned and estimate.enough:
             self.schedule.note(estimate.held_out, self._share())
-        return student
+        return student, estimate
 
     def _evaluate_found(self) -> dict[str, Any]:
         """Saves a grid of the images that were given. Returns how many of each class are drawn
@@ -317,11 +319,11 @@ class Loop:
         train_seconds = self.clock.seconds
         step.newest = step.fresh()
         agreement = step.fresh_agreement()
-        student = teacher = None
+        student = teacher = estimate = None
         count = 0
         if self.world.first:
             folder.save_student(step.averaged_student.state_dict())
-            student = self._evaluate()
+            student, estimate = self._evaluate()
             folder.flush()
             if self.held_out is not None:
                 network = as_classifier(self.teacher.to(step.device), step.teacher.reading)
@@ -348,7 +350,7 @@ class Loop:
             "teacher_accuracy": teacher,
             "student_accuracy": student,
             "agreement_fresh": agreement,
-            **({} if (estimate := step.estimate()) is None else estimate.as_row()),
+            **({} if estimate is None else estimate.as_row()),
             "eval_set": config.eval,
             "eval_count": count,
             "num_classes": step.num_classes,
