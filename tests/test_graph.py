@@ -191,6 +191,15 @@ class Waits(nn.Module):
         return self.fc(x.flatten(1) * (1.0 if x.sum().item() > 0 else 2.0))
 
 
+def test_a_capture_that_fails_without_a_word_has_a_reason(monkeypatch):
+    def failing(step):
+        raise RuntimeError
+
+    monkeypatch.setattr(graph, "reason_not_captured", lambda *_: None)
+    monkeypatch.setattr(graph, "capture", failing)
+    assert graph.compile_and_capture(make_step("published", torch.float32)) == "RuntimeError"
+
+
 @pytest.mark.parametrize("wanted", [pytest.param(w, marks=GPU) for w in ("auto", "on")])
 def test_what_cannot_be_captured_runs_step_by_step(wanted, caplog):
     device = torch.device("cuda")

@@ -311,6 +311,9 @@ def test_images_are_turned_by_half_if_the_teacher_knows_them_so(upright, times, 
     crops = found.cutter.cut(400, seeded())
     down = (crops[:, :, 5:].mean((1, 2, 3)) > crops[:, :, :3].mean((1, 2, 3))).float().mean().item()
     assert down == pytest.approx(turns / 2, abs=0.08)
+    # What the teacher thinks of sketches says nothing of the images.
+    sketched = dataclasses.replace(given(whole=[image] * 5 + [image * 0 + 9] * 90), sketches=90)
+    assert found_of(config, sketched, answer).cutter.half_turns == turns
     # A held-out variant is one like those to learn from.
     found = found_of(config, given(whole=[image] * 90), answer)
     images, _ = found.bank.held_out(500)
@@ -467,6 +470,9 @@ def step_with(
 def test_a_run_that_goes_on_turns_images_as_before():
     """Also if the teacher's doubt comes out otherwise on another machine."""
     images = given(whole=noise(5, 32, 32), form=GREY)
+    upper = np.zeros((32, 32), np.uint8)
+    upper[:12] = 200
+    many = given(whole=[upper] * 90, form=GREY)
     saved = step_with(images).state_dict()
     resumed = step_with(images)
     for turned in (True, False):
@@ -474,6 +480,11 @@ def test_a_run_that_goes_on_turns_images_as_before():
         resumed.load_state_dict({**saved, "half_turns": torch.tensor(turned)})
         assert resumed.found.cutter.half_turns == turned
         assert resumed.found.words.endswith("are turned by 180°") == turned
+        ring = Found(resumed.config, many, 10, seeded(), World(), resumed._answered)
+        ring.cutter.half_turns.fill_(turned)  # as when a checkpoint is read
+        images, _ = ring.bank.held_out(500)
+        down = images[:, :, 20:].mean((1, 2, 3)) > images[:, :, :12].mean((1, 2, 3))
+        assert down.float().mean().item() == pytest.approx(turned / 2, abs=0.08)
     before = {name: value for name, value in saved.items() if name != "half_turns"}
     resumed.load_state_dict(before)  # begun by an earlier version
     assert not resumed.found.cutter.half_turns

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dafl_fast.config import Config
-from dafl_fast.device import cpu_quota, free_memory, pick_threads, usable_cores
+from dafl_fast.device import cpu_quota, free_memory, pick_device, pick_threads, usable_cores
 from dafl_fast.distill import distill, train
 from dafl_fast.engine import threads as module
 from dafl_fast.engine.folder import read_json
@@ -437,3 +437,11 @@ def test_the_run_of_a_config_changes_its_threads(tmp_path, monkeypatch, caplog):
     train(make_config("mnist", max_seconds=9, out_dir=tmp_path, **settings), progress="off")
     assert torch.get_num_threads() == 2
     assert any("going on with 1 thread" in line for line in lines(caplog))
+
+
+def test_more_processes_than_gpus_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="process 1 .* has none, since PyTorch sees 1; start fewer"):
+        pick_device("auto")

@@ -171,6 +171,18 @@ def test_kill_9_and_resume_from_the_command_line(tmp_path):
         assert torch.equal(tensor, parts[name]), name
 
 
+def test_a_training_goes_on_on_another_kind_of_device(tmp_path):
+    """Whose random numbers have a state of another size: on a GPU it is 16 bytes."""
+    train(tiny(tmp_path))
+    config = tiny(tmp_path, resume=True)
+    training = training_of(config)
+    elsewhere = {**training.state_dict(), "random": torch.zeros(16, dtype=torch.uint8)}
+    torch.save(elsewhere, tmp_path / "t.checkpoint")
+    (tmp_path / "t.safetensors").unlink()
+    train(config)
+    assert (tmp_path / "t.safetensors").exists()
+
+
 def test_resume_wants_its_own_checkpoint(tmp_path):
     config = tiny(tmp_path, resume=True)
     with pytest.raises(UserError, match=r"there is no checkpoint .*t\.checkpoint"):
