@@ -38,10 +38,12 @@ def test_what_the_page_names_is_there():
 
 def test_every_module_has_a_room_on_the_page():
     named = {(ROOT / name).resolve() for name in named_files()}
+    # The engine's are listed one by one.
+    rooms = named - {PACKAGE, PACKAGE / "engine"}
     missing = [
         str(path.relative_to(ROOT))
         for path in MODULES
-        if not path.name.startswith("_") and not ({path, *path.parents} & (named - {PACKAGE}))
+        if not path.name.startswith("_") and not ({path, *path.parents} & rooms)
     ]
     assert missing == []
 

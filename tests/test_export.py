@@ -97,7 +97,7 @@ def test_onnx_files_hold_nothing_of_ours(name, tmp_path):
 @torch.no_grad()
 def test_a_program_for_torch_export_is_the_student(tmp_path):
     network = load_network("LeNet5", BUNDLED, role="student").train()
-    images, labels = eval_set("mnist-5k", FORMATS["mnist"], 10)
+    images, labels = joined(eval_set("mnist-5k", FORMATS["mnist"], 10))
     path = tmp_path / "s.pt2"
     check = export_student(network, path, "pt2", image_shape=(1, 32, 32), held_out=images[::10])
     assert network.training

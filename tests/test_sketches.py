@@ -204,7 +204,7 @@ def test_a_student_of_sketches_alone_knows_digits(tmp_path):
 def test_a_teacher_that_is_slow_gets_smaller_batches_with_them_too(monkeypatch):
     """They take its time, as crops of photographs do."""
     monkeypatch.setattr("dafl_fast.adapt._seconds_of_one", lambda *_: 0.02)
-    config = make_config("custom", steps=None, max_seconds=1200.0, **MNIST)
+    config = make_config("custom", steps=None, max_seconds=1200.0, threads=1, **MNIST)
     teacher = LeNet5()
     without = adapted(config, teacher, torch.device("cpu"), World(), ["dead_leaves"])
     config = dataclasses.replace(config, sketches="light")
@@ -290,10 +290,12 @@ def test_the_card_of_a_student_that_never_learned_says_so(few, tmp_path):
 @pytest.mark.parametrize(
     ("images", "sentences"),
     [
-        (None, ["50 % of what it was shown, without labels: 128 sketches. Sketches and drawn"]),
-        ("one.png", ["1 photograph. Its maker gave the images and photographs.\n"]),
+        (None, ["LeNet5Half, distilled without data\n", "no image of the teacher's training data",
+                "50 % of what it was shown, without labels: 128 sketches. Sketches and drawn"]),
+        ("one.png", ["LeNet5Half, distilled with images of its maker's\n", "is not recorded.\n",
+                     "1 photograph. Its maker gave the images and photographs.\n"]),
     ],
-)
+)  # fmt: skip
 def test_the_card_says_whose_images_they_are(few, tmp_path, images, sentences):
     settings = {}
     if images:
