@@ -255,7 +255,7 @@ def _run(
 
             def begin() -> Path:
                 path = config.resume or RunFolder.create(config)
-                held.enter_context(locked(path))
+                held.enter_context(locked(path / ".lock", f"the run in {path} is being trained"))
                 return path
 
             folder = RunFolder(world.decide(begin))

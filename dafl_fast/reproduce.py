@@ -24,9 +24,10 @@ from .config import RecipeName
 from .device import AUTOCAST, environment, keep_freed_memory, pick_device, pick_precision
 from .distill import distill
 from .engine.evaluation import Batches, accuracy_on, eval_set
+from .engine.lock import locked
 from .engine.teacher import FrozenTeacher
 from .errors import TrainingStopped, UserError, command, require
-from .files import read_json, remove_leftovers, save_weights, write_json, write_text
+from .files import check_file, read_json, remove_leftovers, save_weights, write_json, write_text
 from .losses import distill_loss
 from .networks import bundled_weights, load_network
 from .paper import LOSSES, TABLES, Row
@@ -136,16 +137,23 @@ class Reproduction:
             given = name != "alternative" or config.alternative or self.form.channels == 1
             if name != "teacher" and given:
                 runs += [(name, seed) for seed in config.seeds]
+        left = {name for name, seed in runs if not self._result(name, seed).exists()}
+        if left:  # mistakes show before anything has taken its time
+            _ = self._new_student(0), self.held_out
+            if config.teacher is not None:
+                check_file(config.teacher, "teacher file")
+        if "alternative" in left:
+            _ = self.alternative_images
+        with locked(self.out / ".lock", f"a table in {self.out} is being made"):
+            self._run_all(runs, settings)
+
+    def _run_all(self, runs: list[tuple[str, int]], settings: Path) -> None:
+        config = self.config
         remove_leftovers(settings, *(self._result(*run) for run in runs))
         for end in (".checkpoint", ".safetensors"):
             remove_leftovers(*(self._folder(*run).with_suffix(end) for run in runs))
         for end in (".json", ".md", ".png"):
             remove_leftovers(self.out / f"{config.table}{end}")
-        left = {name for name, seed in runs if not self._result(name, seed).exists()}
-        if left:  # mistakes show before anything has taken its time
-            _ = self._new_student(0), self.held_out
-        if "alternative" in left:
-            _ = self.alternative_images
         for number, (name, seed) in enumerate(runs, 1):
             path = self._result(name, seed)
             if not path.exists():

@@ -26,6 +26,7 @@ from .device import keep_freed_memory, pick_device, pick_precision, pick_threads
 from .engine.ema import Average
 from .engine.evaluation import accuracy
 from .engine.layout import use_channels_last
+from .engine.lock import locked
 from .engine.schedule import one_cycle
 from .errors import TrainingStopped, UserError, command
 from .files import (
@@ -364,13 +365,18 @@ def train(config: TeacherConfig) -> dict[str, Any]:
         UserError: something in `config`, the data or the checkpoint is not usable.
         TrainingStopped: the loss is not finite.
     """
-    keep_freed_memory()
     check_destination(config.out)  # not after an hour
+    lock = config.out.with_name(f".{config.out.name}.lock")
+    with locked(lock, f"the teacher {config.out} is being trained"):
+        return _train(config)
+
+
+def _train(config: TeacherConfig) -> dict[str, Any]:
+    keep_freed_memory()
     grey = config.network in GREY_SIZES or config.preset in ("mnist", "hintonnet")
     known = _FORMATS.get(config.preset)
     size = config.image_size or GREY_SIZES.get(config.network)
-    if size is None and known:
-        size = known.image_size
+    size = known.image_size if size is None and known else size
     reading = (config.data_dir, config.download, size, 1 if grey else 3)
     images, labels, classes = data.load(config.data, "train", *reading)
     names = [config.eval, config.exclude]
@@ -400,7 +406,6 @@ def train(config: TeacherConfig) -> dict[str, Any]:
     print(f"{config.network} on {len(images):,} images of {len(classes)} classes", flush=True)
     with threads(pick_threads(config.threads)):
         training.run(checkpoint)
-
     network = training.average.module
     whole = nn.Sequential(training.normaliser, network)
     note = {

@@ -254,7 +254,7 @@ def _npz(folder: Path) -> None:
 
 
 def _lock(folder: Path) -> None:
-    with locked(folder / "run"):
+    with locked(folder / "run" / ".lock", "the run is being trained"):
         pass  # and gone it is
 
 

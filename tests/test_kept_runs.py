@@ -117,9 +117,13 @@ def test_a_tensor_of_a_checkpoint_is_not_spread(folder):
 # -- the lock --------------------------------------------------------------------------------------
 
 
+def _locked(folder):
+    return locked(folder / ".lock", f"the run in {folder} is being trained")
+
+
 def test_of_two_that_go_on_one_is_refused_and_the_other_undisturbed(folder, monkeypatch, capsys):
     before = content(folder)
-    with locked(folder):
+    with _locked(folder):
         held = (folder / ".lock").read_text()
         assert json.loads(held)["process"] == os.getpid()
         monkeypatch.setattr(sys, "argv", ["train", "--resume", str(folder), "--steps", "3"])
@@ -136,25 +140,25 @@ def test_of_two_that_go_on_one_is_refused_and_the_other_undisturbed(folder, monk
 def test_the_lock_of_a_killed_process_is_taken(tmp_path):
     child = os.fork()
     if child == 0:
-        with locked(tmp_path):
+        with _locked(tmp_path):
             (tmp_path / "ready").touch()
             time.sleep(60)
         os._exit(0)
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
-    with pytest.raises(UserError, match=f"by process {child} on this machine"), locked(tmp_path):
+    with pytest.raises(UserError, match=f"by process {child} on this machine"), _locked(tmp_path):
         pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert (tmp_path / ".lock").exists()
-    with locked(tmp_path):
+    with _locked(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
 
 
 def test_the_lock_of_another_machine_is_respected(tmp_path):
     (tmp_path / ".lock").write_text('{"process": 7, "machine": "far\\u001b[2J"}')
     before = (tmp_path / ".lock").read_text()
-    with pytest.raises(UserError) as caught, locked(tmp_path):
+    with pytest.raises(UserError) as caught, _locked(tmp_path):
         pass
     assert r"by process 7 on the machine 'far\x1b[2J'; if that has ended, rem" in str(caught.value)
     assert (tmp_path / ".lock").read_text() == before
@@ -163,7 +167,7 @@ def test_the_lock_of_another_machine_is_respected(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"process": "x"}', "\0" * 9000])
 def test_a_damaged_lock_is_taken(text, tmp_path):
     (tmp_path / ".lock").write_text(text)
-    with locked(tmp_path):
+    with _locked(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
 
 
@@ -171,14 +175,14 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     (tmp_path / "other").write_text("kept")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "other")
-    with pytest.raises(UserError, match="lock .* cannot be made"), locked(tmp_path / "run"):
+    with pytest.raises(UserError, match="lock .* cannot be made"), _locked(tmp_path / "run"):
         pass
     assert (tmp_path / "other").read_text() == "kept"
 
 
 def test_a_lock_that_is_a_pipe(tmp_path):
     os.mkfifo(tmp_path / ".lock")
-    with pytest.raises(UserError, match="lock .* is no file; remove it"), locked(tmp_path):
+    with pytest.raises(UserError, match="lock .* is no file; remove it"), _locked(tmp_path):
         pass
 
 
@@ -190,12 +194,14 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     for process in (os.getppid(), 2**22 + 1, 2**70):  # one that lives, and two that there are not
         (tmp_path / ".lock").write_text(json.dumps({"process": process}))
         if process == os.getppid():
-            with pytest.raises(UserError, match=f"by process {process} on"), locked(tmp_path):
+            with pytest.raises(UserError, match=f"by process {process} on"), _locked(tmp_path):
                 pass
             continue
-        with locked(tmp_path):
+        with _locked(tmp_path):
             assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
-    assert "has no locks (No locks available): see that nothing else trains this run" in caplog.text
+    assert (
+        "has no locks (No locks available): see that no other process writes there" in caplog.text
+    )
 
 
 def test_a_new_run_holds_its_lock_while_it_lasts(tmp_path):

@@ -20,6 +20,7 @@ from dafl_fast.comparison import curves, markdown
 from dafl_fast.data import FORMATS, normalise
 from dafl_fast.data import load as load_data
 from dafl_fast.distill import Result
+from dafl_fast.engine.lock import locked
 from dafl_fast.engine.step import Step
 from dafl_fast.errors import TrainingStopped, UserError
 from dafl_fast.models import build
@@ -148,6 +149,15 @@ def training_of(monkeypatch, tmp_path, digits, row: str) -> Training:
     with pytest.raises(Seen) as seen:
         reproduce(config_of(tmp_path / row, digits, only=(row,), seeds=(3,)))
     return seen.value.args[0]
+
+
+def test_a_folder_is_in_the_hands_of_one_process(tmp_path, digits):
+    with (
+        locked(tmp_path / ".lock", "another is being made"),
+        pytest.raises(UserError, match=f"^a table in {tmp_path} is being made by process .* on th"),
+    ):
+        reproduce(config_of(tmp_path, digits))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("row", ["kd", "noise", "alternative"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from torch import nn
 
 from dafl_fast import data
 from dafl_fast import train_teacher as command
+from dafl_fast.engine.lock import locked
 from dafl_fast.engine.schedule import one_cycle
 from dafl_fast.errors import TrainingStopped, UserError
 from dafl_fast.models import build
@@ -181,6 +184,20 @@ def test_a_training_goes_on_on_another_kind_of_device(tmp_path):
     (tmp_path / "t.safetensors").unlink()
     train(config)
     assert (tmp_path / "t.safetensors").exists()
+
+
+def test_a_teacher_is_trained_by_one_process_at_a_time(tmp_path):
+    (tmp_path / "new").mkdir()
+    config = tiny(tmp_path / "new")
+    with locked(tmp_path / "new" / ".t.safetensors.lock", "another is being trained"):
+        said = f"the teacher {config.out} is being trained by process {os.getpid()} on this machine"
+        with pytest.raises(UserError, match=re.escape(said)):
+            train(config)
+        assert not config.out.exists()
+    train(config)
+    assert {path.name for path in config.out.parent.iterdir()} == {
+        "t.safetensors", "t.json", "train.npz"
+    }  # fmt: skip
 
 
 def test_resume_wants_its_own_checkpoint(tmp_path):

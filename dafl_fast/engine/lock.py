@@ -1,4 +1,4 @@
-"""The lock in a run's folder: one process at a time trains the run.
+"""Locks: one process at a time trains a run or a teacher, or makes a table.
 
 The operating system ends a lock with the process that holds it. The file says which one that is, so
 that a lock from another machine, which this one cannot see, is recognised too.
@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of the run in `folder`.
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Holds the lock `path`, a file that is made for it. `what` says what others are kept from, as
+    in "the run in runs/1 is being trained".
 
     Raises:
         UserError: another process holds it, or one on another machine has not given it back.
     """
-    path = folder / ".lock"
-    with _opened(path, folder) as file:
+    with _opened(path, what) as file:
         holder = _holder(file)  # one on this machine has ended, or it would still be locked
         if holder.get("machine", _machine()) != _machine():
-            raise _held(folder, holder)
+            raise _held(path, what, holder)
         try:
             _sign(file, path)
             yield
@@ -43,28 +43,29 @@ def locked(folder: Path) -> Iterator[None]:
                     path.unlink()
 
 
-def _opened(path: Path, folder: Path) -> Any:
+def _opened(path: Path, what: str) -> Any:
     """The lock's file, locked if its file system can do that."""
     while True:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise UserError(f"the run's lock {path} cannot be made: {error.strerror}") from error
+            raise UserError(f"the lock {path} cannot be made: {error.strerror}") from error
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise UserError(f"the run's lock {path} is no file; remove it")
+            raise UserError(f"the lock {path} is no file; remove it")
         file = os.fdopen(handle, "r+")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             with file:
-                raise _held(folder, _holder(file)) from error
+                raise _held(path, what, _holder(file)) from error
         except OSError as error:
             if (holder := _holder(file)) and _is_alive(holder):
-                raise _held(folder, holder) from error
+                raise _held(path, what, holder) from error
             log.warning(
-                "the file system of %s has no locks (%s): see that nothing else trains this run",
-                folder, error.strerror,
+                "the file system of %s has no locks (%s): see that no other process writes there",
+                path.parent, error.strerror,
             )  # fmt: skip
         with contextlib.suppress(FileNotFoundError):
             if _is_at(path, file):
@@ -79,7 +80,7 @@ def _sign(file: Any, path: Path) -> None:
         os.ftruncate(file.fileno(), 0)
         os.pwrite(file.fileno(), holder.encode(), 0)  # nothing is left for when it is closed
     except OSError as error:
-        raise UserError(f"the run's lock {path} cannot be written: {error.strerror}") from error
+        raise UserError(f"the lock {path} cannot be written: {error.strerror}") from error
 
 
 def _is_at(path: Path, file: Any) -> bool:
@@ -111,15 +112,11 @@ def _machine() -> str:
     return socket.gethostname()
 
 
-def _held(folder: Path, holder: dict[str, Any]) -> UserError:
+def _held(path: Path, what: str, holder: dict[str, Any]) -> UserError:
     machine = str(holder.get("machine", _machine()))[:60]
     who = f"process {holder['process']}" if holder else "another process"
     if machine == _machine():
-        return UserError(
-            f"the run in {folder} is being trained by {who} on this machine; wait until it ends, "
-            "or stop it"
-        )
+        return UserError(f"{what} by {who} on this machine; wait until it ends, or stop it")
     return UserError(
-        f"the run in {folder} is being trained by {who} on the machine {machine!r}; if that has "
-        f"ended, remove {folder / '.lock'}"
+        f"{what} by {who} on the machine {machine!r}; if that has ended, remove {path}"
     )
