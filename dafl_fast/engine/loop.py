@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +24,7 @@ from .folder import RunFolder
 from .graph import compile_and_capture
 from .outputs import as_classifier, convention_of
 from .schedule import Schedule
+from .signals import noticed
 from .step import STUDENTS, Step
 from .threads import Threads
 
@@ -92,8 +91,9 @@ class Loop:
             folder.write_config(config)  # the length of the run may have changed
 
     def run(self) -> dict[str, Any]:
-        # Also at the end: torchrun may send its signal while the report of a failed run is written.
-        with self._stop_on_signals():
+        # Also at the end: torchrun may send its signal while the report of a failed run is written,
+        # and after lost contact before this process has printed its message.
+        with noticed(self.signalled, also_after=lambda: self.lost_contact):
             try:
                 with self.watchdog:
                     return self._finish(self._train())
@@ -308,7 +308,7 @@ class Loop:
         return {"images_class_counts": found.bank.counts.tolist()}
 
     def _finish(self, interrupted: bool) -> dict[str, Any]:
-        step, config, folder = self.step, self.config, self.folder
+        step, folder = self.step, self.folder
         if not interrupted:
             self._log(1.0)
         self._check_weights()
@@ -328,9 +328,25 @@ class Loop:
             if self.held_out is not None:
                 network = as_classifier(self.teacher.to(step.device), step.teacher.reading)
                 teacher, count = accuracy_on(network, self.held_out)
+        summary = {
+            **self._summary(train_seconds),
+            "teacher_accuracy": teacher,
+            "student_accuracy": student,
+            "agreement_fresh": agreement,
+            **({} if estimate is None else estimate.as_row()),
+            "eval_count": count,
+            "interrupted": interrupted,
+        }
+        if self.world.first:
+            folder.write_json("summary.json", summary)
+        return summary
+
+    def _summary(self, train_seconds: float) -> dict[str, Any]:
+        """What is known of the run without looking at the student again."""
+        step, config = self.step, self.config
         generator_images = step.steps * self._generated_per_step()
         images = generator_images + step.learned * self._learned_per_step()
-        summary = {
+        return {
             "preset": config.preset,
             "teacher": config.teacher or type(self.teacher).__name__,
             "student": config.student or type(step.student).__name__,
@@ -347,12 +363,7 @@ class Loop:
             "train_seconds": round(train_seconds, 4),
             **{f"{what}_seconds": round(value, 4) for what, value in self.clock.apart.items()},
             "images_per_second": round(images / max(train_seconds, 1e-9), 1),
-            "teacher_accuracy": teacher,
-            "student_accuracy": student,
-            "agreement_fresh": agreement,
-            **({} if estimate is None else estimate.as_row()),
             "eval_set": config.eval,
-            "eval_count": count,
             "num_classes": step.num_classes,
             "convention": convention_of(self.teacher, step.teacher.reading, config.shape).as_json(),
             "teacher_parameters": parameters_of(self.teacher),
@@ -361,38 +372,9 @@ class Loop:
             **(step.found.summary() if step.found is not None else {}),
             **peak_memory(step.device),
             "teacher_sha256": self.teacher_hash,
-            "interrupted": interrupted,
-            "run": str(folder.path),
+            "run": str(self.folder.path),
             "version": __version__,
         }
-        if self.world.first:
-            folder.write_json("summary.json", summary)
-        return summary
-
-    @contextlib.contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        # A second signal has its default effect, so that the process can always be ended.
-        previous: dict[signal.Signals, Any] = {}
-
-        def on_signal(number: int, frame: object) -> None:
-            self.signalled.set()
-            for known, handler in previous.items():
-                signal.signal(known, handler)
-
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                previous[number] = signal.signal(number, on_signal)
-        try:
-            yield
-        finally:
-            # After lost contact torchrun's signal may still come before this process has printed
-            # its message. So the first signal keeps having no effect.
-            if not self.lost_contact:
-                for number, handler in previous.items():
-                    signal.signal(number, handler)
 
 
 def parameters_of(network: nn.Module) -> int:

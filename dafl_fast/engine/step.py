@@ -37,7 +37,8 @@ from .ema import Average
 from .estimate import FEW_CLASSES, Estimate, estimate
 from .evaluation import accuracy, answers_to_images, training_mode
 from .images import Found, Sources, draw_from, held_out_of, sources_of
-from .live import Live, clear_state, make_state, restore, state_of
+from .live import Live, clear_state, restore, state_of
+from .optimizers import generator_optimizer, student_optimizer
 from .teacher import FrozenTeacher
 
 HELD_OUT = 2048  # images at most, on which the agreement is measured
@@ -106,38 +107,9 @@ class Step:
                 config.bank_images, config.shape, num_classes, config.bank_dtype, device,
                 config.bank_held_out,
             )  # fmt: skip
-        # Learning rates are tensors, which a captured step reads each time. CUDA's fused
-        # optimizers need them in fp32.
-        rates = torch.float32 if device.type == "cuda" else torch.float64
-        self._generator_lr = torch.tensor(config.generator_lr, dtype=rates, device=device)
-        self._student_lr = torch.tensor(config.student_lr, dtype=rates, device=device)
         self._adversarial = torch.zeros((), device=device)
-        self.generator_optimizer: torch.optim.Optimizer = torch.optim.Adam(
-            generator.parameters(),
-            lr=self._generator_lr,
-            betas=(config.generator_beta1, 0.999),
-            fused=True,
-            capturable=device.type == "cuda",
-        )
-        self.student_optimizer: torch.optim.Optimizer
-        if config.student_optimizer == "adam":
-            self.student_optimizer = torch.optim.Adam(
-                student.parameters(),
-                lr=self._student_lr,
-                weight_decay=config.student_weight_decay,
-                fused=True,
-                capturable=device.type == "cuda",
-            )
-        else:
-            self.student_optimizer = torch.optim.SGD(
-                student.parameters(),
-                lr=self._student_lr,
-                momentum=0.9,
-                weight_decay=config.student_weight_decay,
-                fused=True,
-            )
-        for optimizer in (self.generator_optimizer, self.student_optimizer):
-            make_state(optimizer)
+        self.generator_optimizer = generator_optimizer(config, generator, device)
+        self.student_optimizer, self._student_lr = student_optimizer(config, student, device)
         # bf16 has fp32's range; only fp16 gradients need scaling.
         self.scalers = [
             torch.amp.GradScaler(device.type, enabled=precision == "fp16") for _ in range(2)
