@@ -124,9 +124,9 @@ class Config:
     grey: Annotated[bool, Mark.ON_CARD] = False
     """The images are grey, and given to the networks as equal channels."""
     mean: Annotated[tuple[float, ...] | None, Mark.ON_CARD] = None
-    """Mean of each channel of the teacher's data, pixels in 0..1. Needed for real images, to
-    evaluate or to learn from, if the teacher takes normalised ones. Where it takes pixels,
-    generated ones get this mean; 0.5 when not given."""
+    """Mean of each channel of the teacher's data, or one for all, with pixels in 0..1. Needed for
+    real images, to evaluate or to learn from, if the teacher takes normalised ones. Where it takes
+    pixels, generated ones get this mean; 0.5 when not given."""
     std: Annotated[tuple[float, ...] | None, Mark.ON_CARD] = None
     """Standard deviation of each channel, likewise; 0.25 when not given."""
     generator: Literal["auto", "none"] = "auto"
@@ -268,6 +268,8 @@ class Config:
                 "--until-flat needs evaluations, with --eval-every, on held-out images of the bank,"
                 " with --bank-held-out"
             )
+        if self.mean and max(self.mean) > 1:
+            raise mistake("mean", "of pixels in 0..1, so divide it by 255, as --std", self.mean)
         if self.image_shape is not None:
             _ = self.from_generated
             if self.preset == "custom":  # others bring those of their data
@@ -405,9 +407,9 @@ class Config:
         if given is None:
             return None
         channels = self.shape[0]
-        values = given * channels if self.grey and len(given) == 1 else given
+        values = given * channels if len(given) == 1 else given
         if len(values) != channels or (name == "std" and min(values) <= 0):
             kind = "positive " * (name == "std") + ("number" if channels == 1 else "numbers")
-            each = (", one a channel" + ", or one for all" * self.grey) * (channels > 1)
+            each = ", one a channel, or one for all" * (channels > 1)
             raise mistake(name, f"{channels} {kind}{each}", given)
         return values

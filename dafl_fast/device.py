@@ -175,15 +175,20 @@ def threads(number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def usual_defaults() -> Iterator[None]:
-    """A context in which new tensors are float32 and on the CPU unless something else is said,
-    whatever the program around has set."""
+    """A context in which new tensors are float32 and on the CPU unless something else is said, and
+    gradients are computed, whatever the program around has set. Afterwards all is as before, the
+    global random numbers too."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    search = torch.backends.cudnn.benchmark
     torch.set_default_dtype(torch.float32)
     if device.type != "cpu":
         torch.set_default_device(None)
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(gpus):
+            yield
     finally:
+        torch.backends.cudnn.benchmark = search
         torch.set_default_dtype(dtype)
         if device.type != "cpu":
             torch.set_default_device(device)

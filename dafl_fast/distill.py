@@ -17,6 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import ADAPTED, adapted
+from .arguments import (
+    check_networks,
+    check_settings,
+    checked_callbacks,
+    checked_images,
+    checked_shape,
+    uncompiled,
+)
 from .config import Config
 from .device import (
     free_memory,
@@ -28,7 +36,7 @@ from .device import (
 )
 from .engine.bank import bytes_of_entry
 from .engine.distributed import World
-from .engine.evaluation import buffers_kept, eval_set, evaluation_mode, modes_kept
+from .engine.evaluation import HeldOut, buffers_kept, eval_set, evaluation_mode, modes_kept
 from .engine.folder import RunFolder, check_resumed, read_config
 from .engine.graph import reason_not_captured
 from .engine.layout import layout_kept
@@ -105,7 +113,7 @@ def distill(
     steps: int | None = None,
     max_seconds: float | None = None,
     eval_loader: Iterable[tuple[Tensor, Tensor]] | None = None,
-    callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+    callbacks: Callable[[dict[str, Any]], None] | Sequence[Callable[[dict[str, Any]], None]] = (),
     preset: str = "custom",
     progress: Mode = "auto",
     **settings: Any,
@@ -140,7 +148,8 @@ def distill(
         recipe: "fast", "published" or "paper"; see docs/recipes.md.
         steps, max_seconds: when to stop. By default after the recipe's own length.
         eval_loader: batches of held-out images [N, C, H, W], in the teacher's units, and labels
-            [N]. They serve only to report the accuracy.
+            [N], as tensors or NumPy arrays; or one such pair. They serve only to report the
+            accuracy.
         callbacks: each is called with every row of metrics.
         preset: which preset's settings to use: "custom", "mnist", "cifar10", ...
         progress: "auto", "on" or True shows how the run stands: a live line on a terminal and in a
@@ -155,25 +164,22 @@ def distill(
     """
     if isinstance(generator, str):
         settings["generator"], generator = generator, None
+    check_settings(settings.keys())
+    check_networks(teacher, student, generator)
+    teacher, student = uncompiled(teacher), uncompiled(student)
+    callbacks, paths = checked_callbacks(callbacks), checked_images(images)
     if generator is not None and not hasattr(generator, "reset"):
         settings.setdefault("generator_restart_every", 0)
     given: dict[str, Any] = {
-        "image_shape": tuple(image_shape), "num_classes": num_classes, "steps": steps,
+        "image_shape": checked_shape(image_shape), "num_classes": num_classes, "steps": steps,
         "max_seconds": max_seconds, "feature_layer": feature_layer, "eval": "none",
         "teacher": None, "student": None,
     }  # fmt: skip
-    tensor = images if isinstance(images, Tensor) else None
+    tensor = paths if isinstance(paths, Tensor) else None
     if tensor is not None:
         settings["images"] = ()  # also in place of files that a resumed run began with
-    elif images is not None and (isinstance(images, (str, Path)) or len(images)):
-        settings["images"] = (images,) if isinstance(images, (str, Path)) else images
-        if not isinstance(settings["images"], (list, tuple)) or not all(
-            isinstance(one, (str, Path)) for one in settings["images"]
-        ):
-            raise UserError(
-                "images must be paths of photographs, folders or .npz files, or one tensor [N, C, "
-                f"H, W], got {type(images).__name__}"
-            )
+    elif len(paths):
+        settings["images"] = paths
     config = make_config(preset, recipe, **(given | settings))
     if config.resume is not None:
         # What was chosen for the networks, or for the memory, when the run began, and its images.
@@ -229,8 +235,6 @@ def _run(
         raise UserError("--steps or --max-seconds must say when to stop")
     if config.tensorboard:
         require("tensorboard", "--tensorboard")
-    if teacher is student:
-        raise UserError("teacher and student must be two networks, got the same twice")
     device = pick_device(config.device)
     keep_freed_memory()
     world = World.join(device)
@@ -252,6 +256,8 @@ def _run(
             if world.first:
                 give_notice(config, teacher, step)
             shown.announce(config, teacher, step)
+            if held_out is not None:
+                held_out = HeldOut(held_out, config, step.num_classes)
 
             def begin() -> Path:
                 path = config.resume or RunFolder.create(config)
@@ -281,6 +287,7 @@ def _run(
                 board.close()
             if step is not None:
                 give_back(student, step.student)
+                student.zero_grad()  # the last step's gradients are of no use to anybody
             if config.compile:
                 vars(student).pop("_compiled_call_impl", None)
     examples = [
@@ -307,6 +314,9 @@ def _settled(
     settings = plain(config, without=Mark.RESUMABLE)
     world.demand_equal({f"--{name.replace('_', '-')}": value for name, value in settings.items()})
     given = None if images is None else given_tensor(images, config.shape)
+    for path in config.images:  # which is what is wrong, if the normalisation is missing as well
+        if not path.exists():
+            raise UserError(f"--images {path} does not exist")
     if config.images:
         given = read_images(config.images, config.image_format)
     if world.size > 1:

@@ -173,7 +173,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
         count = None if Ellipsis in options else len(options)
         if isinstance(value, (list, tuple)) and count in (None, len(value)):
             return tuple(_converted(name, item, options[0]) for item in value)
-        raise mistake(name, f"{'any number of' if count is None else count} values", value)
+        raise mistake(name, "a list of values" if count is None else f"{count} values", value)
     accepted, words = _KINDS[kind]
     if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
         with suppress(OverflowError):  # a whole number beyond all floats

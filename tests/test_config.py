@@ -140,7 +140,7 @@ def test_a_number_is_a_number(words):
         ({"out_dir": 5}, "--out-dir must be a path, got 5"),
         ({"image_shape": (1, 32)}, "--image-shape must be 3 values, got (1, 32)"),
         ({"image_shape": (1, 32, 32.0)}, "--image-shape must be a whole number, got 32.0"),
-        ({"mean": 0.5}, "--mean must be any number of values, got 0.5"),
+        ({"mean": 0.5}, "--mean must be a list of values, got 0.5"),
         ({"std": (0.5, NAN)}, "--std must be a finite number, got nan"),
         ({"preset": "imagenet"}, "--preset must be one of mnist, hintonnet, cifar10, cifar100, "
                                  "custom, got 'imagenet'"),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..config import Config
 from ..data import Format, Normaliser, check_channels, check_labels, load, resized
+from ..errors import UserError
 
 
 @contextlib.contextmanager
@@ -73,6 +77,65 @@ class Batches:
         count = at_once(self._images)
         for images, labels in zip(self._images.split(count), self._labels.split(count)):
             yield self._normaliser(images), labels
+
+
+class HeldOut:
+    """A user's labelled images, looked at before they are used: batches of images [n, C, H, W] and
+    labels [n].
+
+    Args:
+        loader: pairs of images and labels, as tensors or NumPy arrays, in the teacher's units; a
+            torch DataLoader for example. One pair may be given alone. What can be gone through
+            only once is kept.
+        config: the shape of the images, and whether the teacher takes whole numbers.
+        num_classes: labels are below it.
+
+    Raises:
+        UserError: the first batch is not of that kind, or there is none. Others are looked at when
+            their turn comes.
+    """
+
+    def __init__(self, loader: Any, config: Config, num_classes: int) -> None:
+        self._shape, self._classes = config.shape, num_classes
+        self._integers = config.pixels == "0..255"
+        if isinstance(loader, (tuple, list)) and len(loader) == 2 and hasattr(loader[0], "shape"):
+            loader = [loader]
+        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+            raise self._mistake(f"got {type(loader).__name__}")
+        self._loader = list(loader) if isinstance(loader, Iterator) else loader
+        if not any(len(labels) for _, labels in itertools.islice(self, 1)):
+            raise self._mistake("got none")
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._loader:
+            yield self._checked(batch)
+
+    def _checked(self, batch: Any) -> tuple[Tensor, Tensor]:
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        if not pair or not all(hasattr(part, "shape") for part in batch):
+            parts = batch if isinstance(batch, (tuple, list)) else [batch]
+            kinds = ", ".join(type(part).__name__ for part in parts[:4])
+            raise self._mistake(f"got {kinds}" + ", as of a Dataset without DataLoader" * pair)
+        images, labels = map(torch.as_tensor, batch)
+        if labels.dim() == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        shapes = f"got {list(images.shape)} and {list(labels.shape)}"
+        if tuple(images.shape[1:]) != self._shape or labels.shape != images.shape[:1]:
+            raise self._mistake(shapes)
+        if self._integers:
+            images = images.float()
+        if not images.is_floating_point() or labels.is_floating_point():
+            raise self._mistake(f"{shapes} of {images.dtype} and {labels.dtype}")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self._classes:
+            raise self._mistake(f"got labels from {int(labels.min())} to {int(labels.max())}")
+        return images, labels
+
+    def _mistake(self, came: str) -> UserError:
+        size = ", ".join(map(str, self._shape))
+        return UserError(
+            f"eval_loader must give pairs of images [n, {size}], floats in the teacher's units, "
+            f"and labels [n], whole numbers below {self._classes}; {came}"
+        )
 
 
 def at_once(images: Tensor) -> int:

@@ -35,7 +35,8 @@ def use_channels_last(network: nn.Module, inputs: Tensor, role: str, trained: bo
 
     If its code asks for contiguous activations, hooks make the outputs of some layers contiguous.
     If that is not enough, all stays contiguous, the inputs too, and a warning is logged.
-    `layout_kept` takes all of this back.
+    A network that writes into its inputs gets copies, as others read them too. `layout_kept` takes
+    all of this back.
 
     Args:
         inputs: a batch of its inputs.
@@ -52,8 +53,12 @@ def use_channels_last(network: nn.Module, inputs: Tensor, role: str, trained: bo
             f"the {role} does not run forward and backward on a batch of shape "
             f"{list(inputs.shape)}: {first_line(error)}"
         ) from error
+    if _writes_into(network, inputs):
+        network._forward_pre_hooks[id(_copied_inputs)] = _copied_inputs
     before = _strides(network)
-    network.to(memory_format=torch.channels_last)
+    for tensor in _weights(network).values():  # module.to() refuses weights of five dimensions
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     if trained and inputs.device.type == "cpu":
         _keep_from_corruption(network)
     if inputs.dim() == 4:
@@ -112,13 +117,28 @@ def try_out(network: nn.Module, inputs: Tensor, trained: bool = False) -> list[T
             with modes_kept(network) if training else evaluation_mode(network):
                 if training:
                     training_mode(network)
-                outputs = _tensors(network(inputs.detach().clone().requires_grad_()))
+                # No leaf, which a network that writes into its inputs could not take.
+                outputs = _tensors(network(inputs.detach().clone().requires_grad_().clone()))
                 losses = [y.float().square().mean() for y in outputs if y.requires_grad]
                 if losses:
                     torch.stack(losses).sum().backward()
+                elif trained:
+                    raise ValueError(
+                        "its outputs have no gradient; look for torch.no_grad() or detach() in its "
+                        "forward"
+                    )
                 if not training:
                     answers = [y.detach() for y in outputs]
     return answers
+
+
+@torch.no_grad()
+def _writes_into(network: nn.Module, inputs: Tensor) -> bool:
+    given = inputs.detach().clone()
+    version = given._version
+    with _unchanged(network, inputs.device), evaluation_mode(network):
+        network(given)
+    return given._version != version
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
@@ -210,6 +230,10 @@ def _contiguous_inputs(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
 
 
+def _copied_inputs(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
+
+
 def _remove_hooks(network: nn.Module) -> None:
     for layer in network.modules():
         for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
@@ -217,7 +241,7 @@ def _remove_hooks(network: nn.Module) -> None:
                 del hooks[key]
 
 
-_HOOKS = (_contiguous_output, _contiguous_inputs)
+_HOOKS = (_contiguous_output, _contiguous_inputs, _copied_inputs)
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:

@@ -243,7 +243,7 @@ class Loop:
             self.folder.append_metrics(row)
             self.history.append(row)
             for callback in self.callbacks:
-                callback(row)
+                callback(dict(row))
 
     def _kept(self) -> str:
         """What an error says of the checkpoint, when that is written."""
