@@ -515,14 +515,11 @@ def test_a_frozen_script_is_evaluated(tmp_path):
     assert result.summary["teacher_accuracy"] == 1
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (nn.Module.bfloat16, "weights must be float32 to be trained, got bfloat16 for conv.weight"),
         (nn.Module.double, "weights must be float32 to be trained, got float64 for conv.weight"),
-        (lambda network: torch.jit.trace(network.eval(), torch.randn(2, 3, 32, 32)),
-         "the student is TorchScript, which is not trained here"),
     ],
 )  # fmt: skip
 def test_students_that_cannot_be_trained_are_refused(tmp_path, change, words):

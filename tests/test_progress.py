@@ -194,7 +194,7 @@ def test_what_is_printed_into_a_file_stays_out_of_the_terminal(tmp_path, monkeyp
 
 def test_a_failed_run_leaves_a_terminal_clean(tmp_path, monkeypatch):
     terminal = open_terminal(monkeypatch)
-    with pytest.raises(UserError, match="the student must return logits"):
+    with pytest.raises(UserError, match="the student has nothing to train"):
         distill(network(), nn.Flatten(), steps=2, out_dir=tmp_path / "run", **SMALL)
     printed = terminal.getvalue()
     assert printed.rindex("\x1b[2K") > printed.rindex("preparing"), "the line is erased"

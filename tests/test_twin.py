@@ -401,11 +401,20 @@ def test_students_that_are_more_than_their_layers(tmp_path, kind, wide, given):
         assert result.student is student  # a copy would not answer as it does
 
 
-def test_a_student_in_torchscript(tmp_path):
-    student = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)))
-    before = copy.deepcopy(student.state_dict())
-    distill(Residual(), student, **settings(tmp_path, ema_decay=0.0))
-    assert not torch.equal(student.state_dict()["1.weight"], before["1.weight"])
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_student_in_torchscript(tmp_path, decay):
+    trained = []
+    for name in "ab":
+        torch.manual_seed(1)
+        student = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+        before = copy.deepcopy(student.state_dict())
+        if name == "b":
+            student = torch.jit.script(student)
+        distill(Residual(), student, **settings(tmp_path / name, ema_decay=decay))
+        trained.append(student.state_dict()["1.weight"])
+        assert not torch.equal(trained[-1], before["1.weight"])
+    torch.testing.assert_close(*trained)
 
 
 def test_an_interrupted_run_leaves_the_students_modes(tmp_path):

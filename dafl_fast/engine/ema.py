@@ -32,7 +32,9 @@ class Average:
     """
 
     def __init__(self, network: nn.Module, decay: float, example: Tensor | None = None) -> None:
-        self.module = duplicate(network).requires_grad_(False).eval()
+        self.module = duplicate(network).eval()
+        for parameter in self.module.parameters():
+            parameter.detach_()  # requires_grad_(False) fails for a copied TorchScript
         self.decay = decay
         # On the device, so that a captured update reads the value that the host has written there.
         device = next(network.parameters()).device

@@ -58,14 +58,8 @@ def computed_in(dtype: torch.dtype, network: nn.Module, role: str, *examples: Te
 
 
 def check_trainable(network: nn.Module, role: str, inputs: Tensor) -> None:
-    """Raises UserError unless the weights of `network`, which takes such inputs, can be trained: it
-    is not TorchScript, some of them want a gradient, and they are float32, or what it casts its
-    inputs to."""
-    if isinstance(network, torch.jit.ScriptModule):
-        raise UserError(
-            f"the {role} is TorchScript, which is not trained here; give the nn.Module that it was "
-            "made of"
-        )
+    """Raises UserError unless the weights of `network`, which takes such inputs, can be trained:
+    some of them want a gradient, and they are float32, or what it casts its inputs to."""
     if any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers())):
         raise UserError(
             f"the {role} was made under torch.inference_mode(), and its weights cannot be trained; "
