@@ -149,21 +149,21 @@ class Config:
     """Adam's first decay rate for the generator."""
     generator_restart_every: Annotated[int, NOT_NEGATIVE] = 0
     """Start a new generator after this many steps (0: never). It finds other images."""
-    one_hot: float = 1.0
+    one_hot: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of the one-hot loss."""
-    entropy: float = 5.0
+    entropy: Annotated[float, NOT_NEGATIVE] = 5.0
     """Weight of the information-entropy loss."""
-    activation: float = 0.1
+    activation: Annotated[float, NOT_NEGATIVE] = 0.1
     """Weight of the activation loss."""
     log_base: Annotated[float, ABOVE_ONE] = 10.0
     """Base of the logarithm in the entropy loss. The published code uses 10."""
-    bn_statistics: float = 0.0
+    bn_statistics: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the BatchNorm loss: at each BatchNorm of the teacher the batch's statistics should
     equal those of the training data, which the layer has stored (Yin et al. 2020)."""
-    diversity: float = 0.0
+    diversity: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the diversity loss: the teacher's features of a batch should differ in many
     directions. It keeps the images of a class different, which matters most with few classes."""
-    adversarial: float = 0.0
+    adversarial: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the adversarial loss: it looks for images on which the student's probabilities are
     far from the teacher's although both choose the same class (Fang et al. 2019)."""
     adversarial_after: Annotated[int, NOT_NEGATIVE] = 0

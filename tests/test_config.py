@@ -57,6 +57,10 @@ BOUNDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
         "eval_every": ([0.0, 1.5], [-0.1]),
         "stall_seconds": ([0.0, 1.5], [-0.1]),
         "student_weight_decay": ([0.0, 1.5], [-1e-9]),
+        **dict.fromkeys(
+            ("one_hot", "entropy", "activation", "bn_statistics", "diversity", "adversarial"),
+            ([0.0, 1.5], [-1e-9]),
+        ),
     },
     "0 or at least 2": {"bank_held_out": ([0, 2, 32], [1, -1])},
     "in [0, 1)": {
