@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from . import data
 from .config import Config
@@ -38,6 +37,7 @@ from .models.pixels import Affine, Taking
 from .models.twin import duplicate
 from .networks import load_weights, open_run
 from .networks.trust import Trust
+from .program import as_program, quietly, unwrapped, why_not_onnx
 from .recipes import make_config
 from .records import shown
 from .settings import Mark, marked
@@ -113,6 +113,11 @@ def export_student(
     if isinstance(student, Result):
         run = run or student.folder
         student = student.student
+    if not isinstance(student, nn.Module):
+        raise UserError(
+            f"student must be a network or what distill() returned, got {student!r}; the student "
+            "of a run's folder is load_network(FOLDER, role='model')"
+        )
     if format not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
     if outputs not in (None, *get_args(Outputs)):
@@ -124,14 +129,19 @@ def export_student(
         if config is None:
             raise UserError("image_shape is needed, (C, H, W), where no run tells it")
         image_shape = config.shape
+    _check_held_out(held_out, image_shape)
     # A copy, since the student's mode and device are the caller's.
-    student = duplicate(student).cpu().eval().requires_grad_(False)
+    student = duplicate(unwrapped(student)).cpu().eval().requires_grad_(False)
     random = torch.randn(256, *image_shape, generator=torch.Generator().manual_seed(0))
     if config is not None and config.from_generated is not None:
         generated = random[:, :1] if config.grey else random
         random = Affine(*config.from_generated)(generated)
     example = random[:2].clone()  # two or more: one would fix the batch size
     num_classes = logits_of(student, example, "student").shape[1]
+    if len(classes) not in (0, num_classes):
+        raise UserError(
+            f"classes must be the names of the student's {num_classes} classes, got {len(classes)}"
+        )
     # Read now, so that a damaged one is told before there is a file without a card.
     summary = {} if run is None else read_summary(run)
     convention = _convention(summary, format, outputs)
@@ -155,6 +165,15 @@ def export_student(
     remove_leftovers(path, card)
     write_atomically(path, write_and_check)
     return check
+
+
+def _check_held_out(images: Any, image_shape: tuple[int, int, int]) -> None:
+    if images is None:
+        return
+    got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    if got[1:] != list(image_shape) or got[:1] == [0]:
+        shape = ", ".join(map(str, image_shape))
+        raise UserError(f"held_out must be a tensor of images [N, {shape}], got {got}")
 
 
 def _convention(summary: dict[str, Any], format: FormatName, outputs: Outputs | None) -> Convention:
@@ -188,8 +207,8 @@ def _as_safetensors(student: nn.Module, images: Tensor, convention: Convention) 
     return lambda path: write_weights(path, student.state_dict()), load
 
 
-def _as_program(student: nn.Module, images: Tensor, convention: Convention) -> _Made:
-    program = _program(student, images)
+def _as_pt2(student: nn.Module, images: Tensor, convention: Convention) -> _Made:
+    program = as_program(student, images)
 
     def write(path: Path) -> None:
         save_at_once(torch.export.save, program, path)
@@ -206,10 +225,12 @@ def _as_onnx(student: nn.Module, images: Tensor, convention: Convention) -> _Mad
         require(package, "exporting to ONNX (the extra dafl_fast[export])")
     import onnxruntime
 
+    program = as_program(student, images)
     try:
-        made = torch.onnx.export(_program(student, images), dynamo=True, verbose=False)
+        with quietly():
+            made = torch.onnx.export(program, dynamo=True, verbose=False)
     except torch.onnx.errors.OnnxExporterError as error:
-        raise UserError(f"the student cannot be exported to ONNX: {first_line(error)}") from error
+        raise UserError(f"the student cannot be exported to ONNX: {why_not_onnx(error)}") from error
     assert made is not None
     names = (convention.input_name, convention.output_name)
     _name(made.model.graph, *names)
@@ -235,20 +256,6 @@ def _name(graph: Any, input_name: str, output_name: str) -> None:
                 value.name += "_"
             taken.add(value.name)
     graph.inputs[0].name, graph.outputs[0].name = input_name, output_name
-
-
-def _program(student: nn.Module, images: Tensor) -> ExportedProgram:
-    """The student as a program for any number of images."""
-    shapes = ({0: torch.export.Dim("N")},)
-    try:
-        program = torch.export.export(student, (images,), dynamic_shapes=shapes)
-    except Exception as error:  # whatever torch says of code that it cannot follow
-        raise UserError(f"the student cannot be exported: {first_line(error)}") from error
-    for module in program.graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.nodes:
-                node.meta.pop("stack_trace", None)  # paths of this machine
-    return program
 
 
 class ExportFormat(NamedTuple):
@@ -285,7 +292,7 @@ FORMATS = {
         "runs in onnxruntime and most engines for inference", _ONNX_PACKAGES,
     ),
     "pt2": ExportFormat(
-        _as_program, "pytorch", 'torch.export.load("{file}").module()(images)',
+        _as_pt2, "pytorch", 'torch.export.load("{file}").module()(images)',
         "a program for torch.export.load",
     ),
 }  # fmt: skip
@@ -404,6 +411,8 @@ def main() -> None:
     if arguments.data_dir is not None:
         config = replace(config, data_dir=arguments.data_dir)
     images, classes = _held_out(config)
+    if len(classes) != read_summary(arguments.run).get("num_classes", config.num_classes):
+        classes = ()  # those of other data
     path = arguments.out or arguments.run / f"student.{arguments.format}"
     check = export_student(
         student, path, arguments.format, run=arguments.run, held_out=images, classes=classes,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jinja2
+
+from .errors import printable
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("dafl_fast", "assets"),
     autoescape=lambda name: name is not None and name.endswith(".html.j2"),
     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
 )  # fmt: skip
+# Names from files and folders, in Markdown: they shall be text there, and nothing else.
+_ENVIRONMENT.filters["plain"] = lambda name: re.sub(r"([\\`*_\[\]<>&|~])", r"\\\1", printable(name))
 
 
 def render(template: str, values: dict[str, Any]) -> str:

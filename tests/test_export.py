@@ -8,6 +8,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -211,6 +212,70 @@ class Asks(nn.Module):
         return x.flatten(1)[:, :4] if x.sum() > 0 else x.flatten(1)[:, 4:8]
 
 
+class ByLen(nn.Module):
+    """As many write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.head = nn.Parameter(torch.randn(1, 1, 64)), nn.Linear(128, 5)
+
+    def forward(self, x):
+        token = self.token.expand(len(x), -1, -1)
+        return self.head(torch.cat([token, x.view(len(x), 1, -1)], 1).view(len(x), -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda network: network, torch.compile, nn.DataParallel],
+    ids=["plain", "compile", "dp"],
+)
+def test_students_that_ask_for_len_and_wrapped_ones(wrap, tmp_path):
+    network = ByLen()
+    export_student(wrap(network), tmp_path / "s.pt2", "pt2", image_shape=(1, 8, 8))
+    images = torch.randn(7, 1, 8, 8)
+    got = torch.export.load(tmp_path / "s.pt2").module()(images)
+    torch.testing.assert_close(got, network(images))
+    assert "# ByLen, distilled" in (tmp_path / "s.pt2.md").read_text()
+
+
+class Two(nn.Module):
+    def forward(self, x):
+        return (x.view(2, -1) if x.shape[0] == 2 else x.flatten(1))[:, :4]
+
+
+class NoOnnx(nn.Module):
+    def forward(self, x):
+        return torch.linalg.matrix_exp(x[:, 0, :4, :4]).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("network", "format", "sentence"),
+    [
+        (Two(), "pt2", r"code makes the number of images a constant \(2\); .* x\.shape\[0\]"),
+        (Asks(), "onnx", "by the values in a tensor; .* torch.where instead$"),
+        (NoOnnx(), "onnx", "to ONNX: ONNX has nothing for aten.linalg_matrix_exp$"),
+    ],
+)
+def test_why_a_student_cannot_be_exported(network, format, sentence, capfd, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        export_student(network, tmp_path / "s", format, image_shape=(1, 8, 8))
+    assert capfd.readouterr() == ("", "")  # no pages of its code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_in_the_card_are_text(tmp_path):
+    names = ("<b>cat</b>", "a_dog_", "[x](y)\n\n# z", "`")
+    export_student(ByFour(), tmp_path / "s", "pt2", image_shape=(1, 8, 8), classes=names)
+    card = (tmp_path / "s.md").read_text()
+    assert r"Classes: \<b\>cat\</b\>, a\_dog\_, \[x\](y) # z, \`, in this order." in card
+
+
+class ByFour(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :4]
+
+
 def test_mistakes_in_python(monkeypatch, tmp_path):
     shape = {"image_shape": (1, 32, 32)}
     for network, arguments, sentence in (
@@ -221,7 +286,18 @@ def test_mistakes_in_python(monkeypatch, tmp_path):
             {"image_shape": (3, 32, 32)},
             r"does not take images of shape \[2, 3, 3",
         ),
-        (Asks(), {**shape, "format": "pt2"}, "the student cannot be exported: "),
+        ("runs/x", {}, "student must be a network .*, got 'runs/x'; .* load_network"),
+        (LeNet5(), {**shape, "classes": ("a", "b")}, "names of the student's 10 classes, got 2"),
+        (
+            LeNet5(),
+            {**shape, "held_out": torch.zeros(4, 3, 32, 32)},
+            r"held_out must be a tensor of images \[N, 1, 32, 32\], got \[4, 3, 32, 32\]",
+        ),
+        (
+            LeNet5(),
+            {**shape, "held_out": np.zeros((4, 1, 32, 32), "f4")},
+            r"held_out must be a tensor of images \[N, 1, 32, 32\], got ndarray",
+        ),
     ):
         with pytest.raises(UserError, match=sentence):
             export_student(network, tmp_path / "s", **arguments)
