@@ -7,10 +7,11 @@ bring their own.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,9 +20,12 @@ import tyro
 from torch import Tensor, nn
 
 from . import data
+from .config import Config
+from .convention import Convention, normalisation
 from .data import ImageSize
 from .device import keep_freed_memory, pick_device, pick_threads, threads
 from .engine.evaluation import predictions
+from .engine.folder import read_config
 from .engine.layout import use_channels_last
 from .engine.outputs import Reading, as_classifier, reading_of
 from .engine.precision import computed_in
@@ -43,9 +47,10 @@ class EvaluateConfig:
     network: str | None = None
     """The network that the weights are for: timm:NAME, torchvision:NAME, package.module:callable;
     those that dafl_fast.models names are known by their weights."""
-    data: str = "mnist"
+    data: str = "auto"
     """Labelled images: mnist-5k, mnist, fashion-mnist, usps, cifar10, cifar100; the path of a
-    folder of images or an .npz file; or imagefolder, which is the folder --data-dir."""
+    folder of images or an .npz file; or imagefolder, which is the folder --data-dir. auto: those
+    that the run of the model was evaluated on, else mnist."""
     split: Literal["test", "train"] = "test"
     """Which part of the data."""
     data_dir: Path | None = None
@@ -64,7 +69,11 @@ class EvaluateConfig:
     normalise: Literal["auto", "mnist", "cifar10", "cifar100", "0..1", "0..255", "-1..1"] = "auto"
     """Whose mean and standard deviation the images are normalised with, or the range of the pixels
     that the network takes instead. auto: what the run of the model or the teacher says, or the note
-    (.json) beside it, else those of --data."""
+    (.json) beside it, else those of --data. Of other data give --mean and --std."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, pixels in 0..1, in place of --normalise."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel, likewise."""
     grey: bool = False
     """The images are grey, and given to the network as equal channels."""
     image_size: ImageSize | None = None
@@ -81,6 +90,17 @@ class EvaluateConfig:
         check(self)
 
 
+def _with_data(config: EvaluateConfig) -> EvaluateConfig:
+    """`config` with the name of the images, if it leaves the choice."""
+    if config.data != "auto":
+        return config
+    if os.path.exists(config.model / "config.yaml"):
+        run = Config(**read_config(config.model))
+        if run.eval != "none":
+            return replace(config, data=run.eval, data_dir=config.data_dir or run.data_dir)
+    return replace(config, data="mnist")
+
+
 def _open(path: Path, network: str | None, role: str, config: EvaluateConfig) -> Opened:
     # Weights of our own networks tell which one it is, and for how many classes.
     trust = Trust(config.trust_run, config.trust_teacher)
@@ -92,6 +112,13 @@ def pick_normalisation(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel that the images are normalised with; one of each if
     they are the same for all."""
+    if config.mean is not None or config.std is not None:
+        if config.normalise != "auto":
+            raise UserError(f"--normalise {config.normalise} and --mean, --std exclude each other")
+        try:
+            return normalisation(config.mean, config.std)
+        except ValueError as error:
+            raise UserError(f"--mean and --std must be given for each channel: {error}") from error
     if config.normalise in data.UNITS:
         low, step = data.UNITS[config.normalise]
         return (low,), (step,)
@@ -104,7 +131,7 @@ def pick_normalisation(
     if known is None:
         raise UserError(
             f"there is no note beside {config.model}, and with which mean and deviation it wants "
-            f"{config.data} is not known: choose with --normalise"
+            f"{config.data} is not known: choose with --normalise, or give --mean and --std"
         )
     return known.mean, known.std
 
@@ -154,6 +181,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UserError: a file, the data or their combination is not usable.
     """
     keep_freed_memory()
+    config = _with_data(config)
     device = pick_device(config.device)
     model = _open(config.model, config.network, "model", config)
     teacher = None
@@ -180,9 +208,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     data.check_channels(images, 1 if grey else channels)
     own = data.size_of(*images.shape[2:])
     network = model.built(len(names), channels, size or own).eval()
-    # Its own size, or that to which these data are usually brought.
+    # Its own size, that of its file (of ONNX it may be one of many), or that to which these data
+    # are usually brought.
     usual = _format_of(config.data)
-    sizes = [size] if size else [own, *([usual.image_size] if usual else [])]
+    shape = getattr(network, "convention", Convention()).image_shape
+    told = [] if shape is None else [data.size_of(*shape[1:])]
+    sizes = [size] if size else [own, *told, *([usual.image_size] if usual else [])]
     examples = [torch.zeros(2, channels, *data.sides(size)) for size in sizes]
     network = computed_in(torch.float32, network, "model", *examples)
     if size is None:

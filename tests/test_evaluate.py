@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from dafl_fast import data
@@ -166,6 +167,57 @@ def test_any_file_of_one_network_gives_the_same_figures(kind, monkeypatch, capsy
         assert result["model"]["parameters"] == sum(p.numel() for p in network.parameters())
 
 
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_a_program_tells_the_size_of_its_images(kind, monkeypatch, capsys, tmp_path):
+    """The folder's images are of other sizes, those of the .npz file of another one."""
+    layers = [torch.nn.Conv2d(1, 4, 5, stride=2), torch.nn.Flatten(), torch.nn.Linear(4 * 81, 2)]
+    network, path = torch.nn.Sequential(*layers).eval(), tmp_path / f"m.{kind}"
+    batch, open_batch = torch.randn(2, 1, 21, 21), ({0: torch.export.Dim("N")},)
+    if kind == "onnx":
+        pytest.importorskip("onnx2torch")
+        torch.onnx.export(network, (batch,), path, dynamo=False, dynamic_axes={"x": {0: "N"}},
+                          input_names=["x"])  # fmt: skip
+    else:
+        torch.export.save(torch.export.export(network, (batch,), dynamic_shapes=open_batch), path)
+    if kind == "pt2":
+        for name, size in (("a", 30), ("b", 34)):
+            (tmp_path / "d" / name).mkdir(parents=True)
+            for index in range(2):
+                picture = np.full((size, size), 80 * index, np.uint8)
+                Image.fromarray(picture).save(tmp_path / "d" / name / f"{index}.png")
+        images = str(tmp_path / "d")
+    else:
+        images = write_data(tmp_path / "d.npz", classes=2, channels=1, size=30)
+    norm = ["--mean", "0.5", "--std", "0.25", "--json"]
+    code, printed, error = run(monkeypatch, capsys, str(path), "--data", images, *norm)
+    assert code == 0, error
+    assert json.loads(printed)["image_shape"] == [1, 21, 21]
+
+
+def test_the_run_says_what_it_is_evaluated_on(monkeypatch, capsys, tmp_path):
+    save(tmp_path / "student.safetensors", build("LeNet5Half"))
+    images, labels = np.zeros((20, 32, 32), np.uint8), [0, 9] * 10
+    np.savez(tmp_path / "d.npz", images=images, labels=labels)
+    config = make_config("mnist", eval=str(tmp_path / "d.npz"))
+    RunFolder(tmp_path).write_config(config)
+    code, printed, error = run(monkeypatch, capsys, str(tmp_path), "--json")
+    assert code == 0, error
+    assert json.loads(printed)["data"] == str(tmp_path / "d.npz")
+
+
+def test_mean_and_deviation_on_the_command_line(monkeypatch, capsys, tmp_path):
+    """As in the note beside the weights."""
+    images = write_data(tmp_path / "d.npz")
+    path = save(tmp_path / "m.safetensors", build("ResNet8", 4).eval())
+    given = ["--mean", "0.4", "0.5", "0.6", "--std", "0.1", "0.2", "0.3"]
+    command_line = [path, "--data", images, "--json"]
+    code, printed, error = run(monkeypatch, capsys, *command_line, *given)
+    assert code == 0, error
+    note = {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3]}
+    (tmp_path / "m.json").write_text(json.dumps(note))
+    assert run(monkeypatch, capsys, *command_line)[1] == printed
+
+
 def test_weights_of_networks_of_other_packages(monkeypatch, capsys, tmp_path):
     """Built for the classes and channels of the data."""
     data_file = write_data(tmp_path / "d.npz", size=32)
@@ -234,7 +286,9 @@ def test_mistakes_are_one_sentence(monkeypatch, capsys, tmp_path):
     for arguments, sentence in (
         (["none.safetensors"], "the model file none.safetensors does not exist"),
         ([other], "holds none of the networks LeNet5, LeNet5Half, HintonNet1200"),
-        ([model, "--data", images], "there is no note beside"),
+        ([model, "--data", images], "with --normalise, or give --mean and --std"),
+        ([model, "--data", images, "--std", "1"], "--mean and --std must be given for each"),
+        ([model, "--mean", "1", "--std", "1", *cifar], "--mean, --std exclude each other"),
         (
             [model, "--data", images, "--normalise", "mnist"],
             "channel(s), the normalisation is for 1",

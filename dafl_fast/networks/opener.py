@@ -135,7 +135,12 @@ def open_file(
                 f"the student cannot be the program {path}, which has one mode, that of "
                 "evaluation; name a network that can be trained"
             )
-        return Opened(recognise(path, role).name, role, path, program, **note)
+        name, told = recognise(path, role).name, getattr(program, "convention", Convention())
+        if told.image_shape is not None:
+            note["channels"] = told.image_shape[0]
+            if name != "ONNX":  # which may leave the size open, and have been read for any
+                note["image_size"] = size_of(*told.image_shape[1:])
+        return Opened(name, role, path, program, **note)
     if weights_for is not None:
         read_weights(path, role)  # weights in truth, or a pickled module?
         return Opened(weights_for, role, path, **note)
