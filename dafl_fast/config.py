@@ -31,8 +31,10 @@ from .settings import (
 PresetName = Literal["mnist", "hintonnet", "cifar10", "cifar100", "custom"]
 RecipeName = Literal["fast", "published", "paper"]
 
-CHANNELS = Bound("1 to 64 channels, height and width", lambda shape: 1 <= shape[0] <= 64)
-SIDES = Bound("channels, and height and width of at least 4", lambda shape: min(shape[1:]) >= 4)
+SHAPE = Bound(
+    "channels (1 to 64), height and width (at least 4 each)",
+    lambda shape: 1 <= shape[0] <= 64 and min(shape[1:]) >= 4,
+)
 EVEN = Bound("an even number of channels", lambda width: width >= 2 and width % 2 == 0)
 SHARE = Bound("greater than 0 and less than 1", lambda share: 0 < share < 1)
 PICTURES = Bound("0 to 64", lambda count: 0 <= count <= 64)
@@ -114,7 +116,7 @@ class Config:
     """The teacher's layer whose input feeds the activation loss; by default its last linear one."""
     num_classes: Annotated[int | None, at_least(2), Mark.ON_CARD] = None
     """Classes that named networks are built for. The student always has as many as the teacher."""
-    image_shape: Annotated[tuple[int, int, int] | None, CHANNELS, SIDES, Mark.ON_CARD] = (1, 32, 32)
+    image_shape: Annotated[tuple[int, int, int] | None, SHAPE, Mark.ON_CARD] = (1, 32, 32)
     """Channels, height and width of the images that the networks take. Without a preset that says
     them they are read from the teacher's file."""
     pixels: Annotated[Literal["normalised", "0..1", "0..255", "-1..1"], Mark.ON_CARD] = "normalised"

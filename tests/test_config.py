@@ -70,13 +70,10 @@ BOUNDS: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
     "between -2^32 and 2^32": {"seed": ([-(2**32), 0, 2**32], [-(2**32) - 1, 2**40])},
     "greater than 1": {"log_base": ([1.01, math.e, 10.0], [1.0, 0.5, -10.0])},
     "an even number of channels": {"generator_width": ([2, 128], [0, -2, 3])},
-    "1 to 64 channels, height and width": {
-        "image_shape": ([(1, 4, 4), (64, 224, 224)], [(0, 8, 8), (65, 8, 8), (-1, 8, 8)]),
-    },
-    "channels, and height and width of at least 4": {
+    "channels (1 to 64), height and width (at least 4 each)": {
         "image_shape": (
-            [(3, 28, 28), (3, 30, 30), (1, 48, 192), (3, 299, 299), (3, 640, 480), (2, 9, 13)],
-            [(3, 8, 3), (3, 3, 8), (3, 0, 0), (3, -4, -4)],
+            [(1, 4, 4), (64, 224, 224), (3, 28, 30), (1, 48, 192), (3, 640, 480), (2, 9, 13)],
+            [(0, 8, 8), (65, 8, 8), (-1, 8, 8), (3, 8, 3), (3, 3, 8), (3, 0, 0), (3, -4, -4)],
         ),
     },
 }
