@@ -40,6 +40,7 @@ def command(main: Callable[[], int | None]) -> Callable[[], int]:
 
     @functools.wraps(main)
     def run() -> int:
+        _print_anything()
         try:
             log_to_stderr()
             _check_instruction_set()
@@ -73,6 +74,13 @@ def command(main: Callable[[], int | None]) -> Callable[[], int]:
             return 130
 
     return run
+
+
+def _print_anything() -> None:
+    """Lets no print fail because a terminal's encoding lacks a letter, such as that of a path."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # none, or not a text file
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _check_instruction_set() -> None:

@@ -20,4 +20,6 @@ _ENVIRONMENT.filters["plain"] = lambda name: re.sub(r"([\\`*_\[\]<>&|~])", r"\\\
 
 def render(template: str, values: dict[str, Any]) -> str:
     """The template of that name, filled in; in HTML, whatever comes from files is escaped."""
-    return _ENVIRONMENT.get_template(template).render(values)
+    text = _ENVIRONMENT.get_template(template).render(values)
+    # Python reads a path that is not of its encoding as letters that UTF-8 does not have.
+    return text.encode(errors="backslashreplace").decode()

@@ -414,6 +414,17 @@ def test_an_output_that_cannot_be_written(end, code, said):
     assert (done.returncode, done.stderr) == (code, said)
 
 
+def test_letters_that_a_terminal_lacks(monkeypatch):
+    @command
+    def main():
+        print("rü", os.fsdecode(b"\xff"))
+
+    for encoding, printed in (("ascii", rb"r\xfc \udcff"), ("utf-8", "rü ".encode() + rb"\udcff")):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        assert main() == 0
+        assert sys.stdout.buffer.getvalue() == printed + b"\n"
+
+
 @pytest.mark.parametrize(
     "error",
     [

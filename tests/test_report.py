@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -209,6 +210,11 @@ def test_what_comes_from_files_is_escaped(make_run):
     ):
         assert "<script" not in page and "<img" not in page and "<b>a" not in page
         assert str(escape(evil)) in page and "&lt;b&gt;a&amp;b" in page
+
+
+def test_a_path_of_another_encoding(make_run):
+    path = make_run(os.fsdecode(b"r\xff"))
+    assert r"r\udcff" in pages.write_report(path).read_text()
 
 
 def test_large_pictures_are_made_small(make_run, tmp_path):
