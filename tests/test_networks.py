@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import logging
 import re
 import sys
@@ -188,6 +189,7 @@ FORMATS = {
     "no counters": lambda path, state: save_file(
         {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}, path
     ),
+    "another key": lambda path, state: torch.save({"epoch": 3, "params": state}, path),
     "half": lambda path, state: save_file({name: t.half() for name, t in state.items()}, path),
 }  # fmt: skip
 
@@ -219,6 +221,8 @@ def test_a_single_layer_keeps_its_name(tmp_path):
         (nn.Linear(2, 3), {**nn.Linear(2, 3).state_dict(), "scale": torch.ones(1)},
          "do not fit the student Linear: scale is not part of it"),
         (LeNet5(), {"epoch": 3}, "holds no state dict, neither by itself nor under one of student"),
+        (LeNet5(), {"epoch": 3}, "model_state_dict, model, network, net; it has 'epoch'"),
+        (LeNet5(), {"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "; it has 'a', 'b'"),
         (LeNet5(), [torch.ones(2)], "holds no state dict"),
     ],
 )  # fmt: skip
@@ -226,6 +230,23 @@ def test_weights_that_do_not_fit(network, state, sentence, tmp_path):
     path = pickled(tmp_path / "w.pt", state)
     with pytest.raises(UserError, match=re.escape(sentence)):
         load_weights(network, path, "student")
+
+
+@pytest.mark.parametrize(("taken", "other"), [("state_dict", "state_dict_ema"), ("model", "ema")])
+def test_of_two_state_dicts_it_is_said_which_is_taken(taken, other, tmp_path, caplog):
+    network = randomised(Own(7))
+    states = {
+        other: Own(7).state_dict(),
+        taken: network.state_dict(),
+        "rng": {"cpu": torch.ones(1)},
+    }
+    path = pickled(tmp_path / "w.pt", states)
+    for _ in range(2):
+        loaded = load_weights(Own(7), path, "teacher")
+        assert torch.equal(loaded.head.weight, network.head.weight)
+    (said,) = caplog.messages
+    assert f"the weights under {taken!r} are taken; others for the same" in said
+    assert said.endswith(f"there under {other!r}")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -258,9 +279,11 @@ def test_files_that_are_no_model(tmp_path):
 
 
 def test_a_file_of_weights_is_no_network_and_a_program_no_weights(tmp_path):
-    weights = pickled(tmp_path / "w.pt", LeNet5().state_dict())
+    weights = pickled(tmp_path / "w.pt", Own(7).state_dict())
     with pytest.raises(UserError, match="--teacher NETWORK --teacher-weights .*w.pt"):
         load_network(str(weights), role="teacher")
+    with pytest.raises(UserError, match="--student NETWORK --student-weights .*l.pt"):
+        load_network(str(pickled(tmp_path / "l.pt", LeNet5().state_dict())), role="student")
     program = exported(tmp_path / "p.pt2", LeNet5().eval(), torch.randn(2, 1, 32, 32))
     with pytest.raises(UserError, match="are a whole program; name it as .*: --teacher .*p.pt2"):
         load_network("LeNet5", program, role="teacher")
@@ -294,6 +317,40 @@ def test_a_run_is_its_student_and_weights_alone_are_the_usual_teacher(tmp_path):
     for name, expected in ((tmp_path, student), (weights, teacher)):
         config = make_config("mnist", teacher=str(name))
         assert torch.equal(load_networks(config)[1](x), expected(x))
+
+
+@pytest.mark.parametrize("preset", ["custom", "cifar10"])
+@pytest.mark.parametrize("name", ["ResNet8Slim", "timm:test_resnet"])
+def test_a_file_of_train_teacher_is_enough(name, preset, tmp_path):
+    """By its weights, or by the note beside them."""
+    teacher = randomised(load_network(name, role="teacher", num_classes=5, channels=3)).eval()
+    save_file(teacher.state_dict(), tmp_path / "t.safetensors")
+    note = {"network": name, "num_classes": 5, "channels": 3, "image_size": [24, 40],
+            "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}  # fmt: skip
+    (tmp_path / "t.json").write_text(json.dumps(note))
+    named = {"teacher": str(tmp_path / "t.safetensors"), "student": "ResNet8Slim"}
+    config, loaded, student = load_networks(make_config(preset, **named))
+    if preset == "custom":
+        assert (config.image_shape, config.mean) == ((3, 24, 40), (0.1, 0.2, 0.3))
+    x = torch.randn(2, *config.shape)
+    assert torch.equal(loaded(x), teacher(x))
+    assert student(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"num_classes": -1}, "is damaged: its num_classes cannot be -1"),
+        ({"channels": "3"}, "is damaged: its channels cannot be '3'"),
+        ({"network": "nets.py:net"}, "holds weights only"),  # a note runs no code
+    ],
+)
+def test_a_note_that_does_not_serve(change, sentence, tmp_path):
+    save_file(Own(5).state_dict(), tmp_path / "t.safetensors")
+    note = {"network": "timm:x", "num_classes": 5, "channels": 3, "mean": [0.0], "std": [1.0]}
+    (tmp_path / "t.json").write_text(json.dumps({**note, **change}))
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        load_network(tmp_path / "t.safetensors", role="teacher")
 
 
 # -- programs --------------------------------------------------------------------------------------

@@ -238,6 +238,19 @@ def test_names_of_the_classes(text, tmp_path):
     assert load_network(path, role="teacher").convention.classes == ("cat", "dog", "a", "b", "c")
 
 
+class Slices(nn.Module):
+    def forward(self, x):
+        return x[:, 0, ::2, ::2].flatten(1)[:, :4]
+
+
+def test_onnx2torch_does_not_warn(tmp_path, recwarn):
+    file = tmp_path / "t.onnx"
+    torch.onnx.export(Slices(), (torch.randn(1, 1, 8, 8),), file, dynamo=False)
+    recwarn.clear()
+    load_network(file, role="teacher")(torch.randn(3, 1, 8, 8))
+    assert [str(one.message) for one in recwarn] == []
+
+
 def test_a_renamed_file(tmp_path):
     nodes, weights = plain()
     path = written(tmp_path / "teacher.bin", nodes, weights, [1, 3, 8, 8])

@@ -309,7 +309,9 @@ def test_ordinary_scripts_are_read(tmp_path):
     scripted, traced = torch.jit.script(network), torch.jit.trace(network, x, check_trace=False)
     for program in (scripted, traced, torch.jit.freeze(scripted)):
         program.save(tmp_path / "t.pt")
-        read = load_network(tmp_path / "t.pt", role="teacher")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "TypedStorage")
+            read = load_network(tmp_path / "t.pt", role="teacher")
         torch.testing.assert_close(read(x), network(x))
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import warnings
@@ -293,33 +294,74 @@ def _read_around_objects(path: Path) -> Any:
 
 def _read_checkpoint(path: Path, role: str) -> State:
     try:
-        state = _find_state(torch.load(path, map_location="cpu", weights_only=True), role)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = _find_state(content, role)
     except Exception as error:
         try:
-            state = _find_state(_read_around_objects(path), role)
+            content = _read_around_objects(path)
+            found = _find_state(content, role)
         except Exception:
-            state = None
-        if state is None:
+            found = None
+        if found is None:
             raise error
-    if state is None:
+    if found is None:
         raise UserError(
             f"the {role} file {path} holds no state dict, neither by itself nor under one of "
-            f"{', '.join((role, *_STATE_KEYS))}"
+            f"{', '.join((role, *_STATE_KEYS))}{_what_is_there(content)}"
         )
+    taken, state = found
+    if taken not in ("", role):
+        others = [key for key, other in _states(content).items() if other.keys() == state.keys()]
+        _say_what_is_taken(path, role, taken, tuple(key for key in others if key != taken))
     return state
 
 
-def _find_state(content: Any, role: str) -> State | None:
+def _find_state(content: Any, role: str) -> tuple[str, State] | None:
+    """The state dict in a checkpoint, and the key under which it lies; "" if it is all of it."""
     if not isinstance(content, dict):
         return None
     if content and all(isinstance(value, Tensor) for value in content.values()):
         if not all(isinstance(name, str) for name in content):
             raise ValueError("it has weights without a name")
-        return content
+        return "", content
     for key in (role, *_STATE_KEYS):
-        if (state := _find_state(content.get(key), role)) is not None:
-            return state
-    return None
+        if (found := _find_state(content.get(key), role)) is not None:
+            return key, found[1]
+    others = _states(content)
+    return next(iter(others.items())) if len(others) == 1 else None
+
+
+def _states(content: dict[Any, Any]) -> dict[str, State]:
+    """All values that are state dicts themselves, by their keys."""
+    return {
+        str(key): value
+        for key, value in content.items()
+        if isinstance(value, dict) and value
+        if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    }
+
+
+def _what_is_there(content: Any) -> str:
+    if not isinstance(content, dict) or not content:
+        return ""
+    keys = list(map(repr, content))
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    return f"; it has {', '.join(keys[:8])}{more}"
+
+
+@functools.cache  # once of each file, however often it is read
+def _say_what_is_taken(path: Path, role: str, taken: str, others: tuple[str, ...]) -> None:
+    if others:
+        log.warning(
+            "of the %s file %s, the weights under %r are taken; others for the same network are "
+            "there under %s", role, path, taken, ", ".join(map(repr, others)),
+        )  # fmt: skip
+
+
+def _read_onnx(path: Path, role: str, image_shape: Shape | None) -> nn.Module:
+    # Of onnx2torch, in every forward pass; PyTorch goes on to do what is meant.
+    warnings.filterwarnings("ignore", "Using a non-tuple sequence", module="onnx2torch")
+    return read_onnx(path, role, image_shape)
 
 
 def _read_torchscript(path: Path, role: str, image_shape: Shape | None) -> nn.Module:
@@ -357,7 +399,7 @@ FORMATS = (
         "ONNX", "ONNX", (".onnx",),
         # Two numbered fields of its protobuf: the version, then one that may follow it.
         lambda head, members: head[:1] == b"\x08" and head[2:3] in b"\x12\x1a\x22\x28\x32\x3a\x42",
-        program=read_onnx,
+        program=_read_onnx,
     ),
 )  # fmt: skip
 ENDINGS = tuple(ending for known in FORMATS for ending in known.endings)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -69,7 +70,7 @@ class Opened:
             return self.network
         if image_size is not None:
             image_size = size_of(*sides(image_size))
-        sizes = Sizes(num_classes, channels, image_size)
+        sizes = Sizes(self.classes or num_classes, self.channels or channels, image_size)
         network = build_named(self.name, self.role, sizes)
         return network if self.file is None else load_weights(network, self.file, self.role)
 
@@ -82,8 +83,9 @@ def open_network(
     image_shape: tuple[int, int, int] | None = None,
     trust: Trust = NO_TRUST,
 ) -> Opened:
-    """What `load_network` takes, opened; a file of weights alone is one of the network
-    `weights_for`, and refused without it. `image_shape` is for files that leave it open.
+    """What `load_network` takes, opened. A teacher's file of weights alone is one of the network
+    that they or the note beside it tell, else of `weights_for`, and refused without any.
+    `image_shape` is for files that leave it open.
 
     Raises:
         UserError: a file cannot be read or does not suit the role.
@@ -100,12 +102,15 @@ def open_network(
         return Opened(name, role, None if weights is None else Path(weights))
     if weights is not None:
         raise UserError(f"the {role} {name} brings its weights along; leave {weights} out")
-    if weights_for is None and os.path.isfile(path) and recognise(path, role).weights is not None:
-        read_weights(path, role)  # weights in truth, or a pickled module?
-        raise UserError(
-            f"the {role} file {path} holds weights only; name their network as well: "
-            f"--{role} NETWORK --{role}-weights {path}"
-        )
+    if os.path.isfile(path) and recognise(path, role).weights is not None:
+        state = read_weights(path, role)  # weights in truth, or a pickled module?
+        if role != "student" and ("name" in _note_beside(path) or identify(state) is not None):
+            weights_for = None
+        elif weights_for is None:
+            raise UserError(
+                f"the {role} file {path} holds weights only; name their network as well: "
+                f"--{role} NETWORK --{role}-weights {path}"
+            )
     return open_file(path, role, weights_for, image_shape, trust)
 
 
@@ -118,7 +123,8 @@ def open_file(
 ) -> Opened:
     """What `path` holds: a run's student, a program, or weights.
 
-    Weights are of the network `weights_for`; those of `NETWORKS` are known by names and shapes.
+    Weights are of the network `weights_for`; those of `NETWORKS` are known by names and shapes, and
+    some others by the note beside them.
 
     Raises:
         UserError: the file cannot be read, or which network its weights are for is not known.
@@ -126,6 +132,11 @@ def open_file(
     if str(path).startswith(huggingface.PREFIX):
         return open_folder(str(path), role)
     if os.path.isdir(path):  # of which a name of any length may be asked
+        if (path / "config.json").exists() and not (path / "config.yaml").exists():
+            raise UserError(
+                f"there is no run in {path}, but a config.json; if save_pretrained wrote it, name "
+                f"it {huggingface.PREFIX}{path}"
+            )
         return open_run(path, trust, weights_for)
     note = _note_beside(path)
     program = read_program(path, role, image_shape, trust)
@@ -135,25 +146,30 @@ def open_file(
                 f"the student cannot be the program {path}, which has one mode, that of "
                 "evaluation; name a network that can be trained"
             )
-        name, told = recognise(path, role).name, getattr(program, "convention", Convention())
-        if told.image_shape is not None:
-            note["channels"] = told.image_shape[0]
-            if name != "ONNX":  # which may leave the size open, and have been read for any
-                note["image_size"] = size_of(*told.image_shape[1:])
-        return Opened(name, role, path, program, **note)
+        note["name"] = recognise(path, role).name
+        told = getattr(program, "convention", Convention()).image_shape
+        if told is not None:
+            note["channels"] = told[0]
+            if note["name"] != "ONNX":  # which may leave the size open, and be read for any
+                note["image_size"] = size_of(*told[1:])
+        return Opened(role=role, file=path, network=program, **note)
+    state = read_weights(path, role)  # weights in truth, or a pickled module?
     if weights_for is not None:
-        read_weights(path, role)  # weights in truth, or a pickled module?
-        return Opened(weights_for, role, path, **note)
-    found = identify(read_weights(path, role))
+        return Opened(role=role, file=path, **{**note, "name": weights_for})
+    found = identify(state)
+    if found is None and "name" in note:
+        return Opened(role=role, file=path, **note)
     if found is None:
         flag = "network" if role == "model" else f"{role}-network"
         raise UserError(
             f"the {role} file {path} holds none of the networks {', '.join(NETWORKS)}; say which "
             f"one it is for with --{flag} {', '.join(OTHERS[:-1])} or {OTHERS[-1]}"
         )
-    note["image_size"] = GREY_SIZES.get(found[0]) or note.get("image_size")
+    name, classes, channels = found
+    note |= {"name": name, "classes": classes, "channels": channels}
+    note["image_size"] = GREY_SIZES.get(name) or note.get("image_size")
     network = load_weights(build(*found), path, role)
-    return Opened(found[0], role, path, network, *found[1:], **note)
+    return Opened(role=role, file=path, network=network, **note)
 
 
 def open_folder(name: str, role: str, weights: str | Path | None = None) -> Opened:
@@ -211,15 +227,31 @@ def _only_named(path: Path, role: str, name: str, remedy: str = "") -> UserError
 
 
 def _note_beside(path: Path) -> dict[str, Any]:
-    """What the note that train_teacher wrote beside the weights in `path` says of the images;
-    nothing if what lies there is another file. Raises UserError if it is damaged."""
+    """What the note that train_teacher wrote beside the weights in `path` says of the network and
+    of its images, as `Opened` has it; nothing if what lies there is another file. Raises UserError
+    if it is damaged."""
     file = path.with_suffix(".json")
     if not os.path.exists(file) or not {"mean", "std"} <= (note := read_json(file, "note")).keys():
         return {}
     with reading(file, "note", "is damaged"):
         mean, std = normalisation(note["mean"], note["std"])
         size = note.get("image_size")
-        return {"mean": mean, "std": std, "image_size": size if size is None else sized(size)}
+        told: dict[str, Any] = {
+            "mean": mean,
+            "std": std,
+            "image_size": size if size is None else sized(size),
+        }
+        # Of files of weights only, and never code that only a note names.
+        if isinstance(name := note.get("network"), str) and knows_nothing(name):
+            told["name"] = name
+            for field, key, most in (
+                ("classes", "num_classes", 2**16),
+                ("channels", "channels", 64),
+            ):
+                told[field] = count = note.get(key)
+                if count is not None and not (type(count) is int and 1 <= count <= most):
+                    raise ValueError(f"its {key} cannot be {count!r}")
+        return told
 
 
 def load_network(
@@ -292,6 +324,11 @@ def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
     name, weights, student_name = config.teacher, config.teacher_weights, config.student
     if name is None or student_name is None:
         role = "teacher" if name is None else "student"
+        if config.resume is not None:
+            raise UserError(
+                f"the {role} of {config.resume} has no name, since the run was begun in Python "
+                "with modules; resume it there: distill(teacher, student, ..., resume=FOLDER)"
+            )
         raise UserError(
             f"--{role} must name a network for the preset {config.preset}: see docs/networks.md"
         )
@@ -342,10 +379,16 @@ def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
 
 def is_for_mnist(teacher: str) -> bool:
     """Whether a teacher that is named without a preset belongs to the preset mnist: a network of
-    its kind, or weights without a network."""
-    if os.path.isfile(teacher):
-        return recognise(Path(teacher), "teacher").weights is not None
-    return teacher in GREY_SIZES
+    its kind, or a file of weights for its teacher."""
+    path = Path(teacher)
+    if not os.path.isfile(path) or teacher.endswith(".py"):
+        return teacher in GREY_SIZES
+    if recognise(path, "teacher").weights is None:
+        return False
+    with suppress(UserError):
+        load_weights(build(PRESETS["mnist"].networks["teacher"]), path, "teacher")
+        return True
+    return False
 
 
 def _completed(config: Config, teacher: Opened) -> Config:

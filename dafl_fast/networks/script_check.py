@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import io
 import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -73,7 +74,9 @@ class _Pickle(pickle.Unpickler):
     def check(self) -> None:
         """Raises RuntimeError if a tensor has more numbers than are there for it."""
         try:
-            self.load()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # a storage's dtype is deprecated
+                self.load()
         except Exception as error:  # whatever a damaged pickle leads to
             raise RuntimeError(f"{self._name} in it is damaged ({error})") from error
 
