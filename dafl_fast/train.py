@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from .engine.folder import check_resumed, read_config
 from .errors import UserError, command, printable_lines
 from .networks import is_code, is_for_mnist
 from .progress import describe
-from .recipes import make_config
+from .recipes import PRESETS, make_config
 from .settings import from_arguments
 
 _NOTE = (
@@ -24,6 +25,9 @@ _NOTE = (
 
 def parse(arguments: list[str]) -> Config:
     """The Config for a command line: preset and recipe choose the defaults of all the rest."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--preset", *arguments]
+    _check_place_of_preset(arguments)
     folder = _value_of(arguments, "--resume")
     if folder is not None:
         try:
@@ -31,8 +35,6 @@ def parse(arguments: list[str]) -> Config:
         except UserError as error:
             raise UserError(f"--resume: {error}") from error
     else:
-        if arguments and not arguments[0].startswith("-"):
-            arguments = ["--preset", *arguments]
         preset = _value_of(arguments, "--preset")
         if preset is None:  # a teacher from elsewhere has nothing to do with MNIST
             teacher = _value_of(arguments, "--teacher")
@@ -49,6 +51,16 @@ def parse(arguments: list[str]) -> Config:
             config, trust_run=config.trust_run or _given(config, arguments)
         )
     return config
+
+
+def _check_place_of_preset(arguments: list[str]) -> None:
+    """Raises UserError if the name of a preset stands where no setting takes it."""
+    for before, word in itertools.pairwise(arguments):
+        switch = any(isinstance(vars(Config()).get(name), bool) for name in named([before]))
+        if word in PRESETS and (switch or "=" in before or not before.startswith("-")):
+            raise UserError(
+                f"the preset {word} must come first: python -m dafl_fast.train {word} ..."
+            )
 
 
 def _given(config: Config, arguments: list[str]) -> bool:

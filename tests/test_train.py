@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from dafl_fast import train as command
 from dafl_fast.config import Config
-from dafl_fast.distill import train
+from dafl_fast.distill import distill, train
 from dafl_fast.engine import loop
 from dafl_fast.engine.clock import Clock
 from dafl_fast.engine.folder import read_metrics
@@ -387,6 +387,46 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
         assert torch.equal(tensor, before[name])
 
 
+def test_the_preset_of_a_resumed_run_may_be_named(tmp_path):
+    train(tiny(tmp_path / "run", steps=2))
+    resume = ["--resume", str(tmp_path / "run")]
+    assert command.parse(["mnist", *resume]) == command.parse(resume)
+    with pytest.raises(UserError, match="--preset cannot change when resuming: .* mnist, got cif"):
+        command.parse(["cifar10", *resume])
+
+
+def _flat(width: int) -> torch.nn.Module:
+    layers = [torch.nn.Linear(1024, width), torch.nn.ReLU(), torch.nn.Linear(width, 10)]
+    return torch.nn.Sequential(torch.nn.Flatten(), *layers)
+
+
+@pytest.mark.parametrize(
+    ("student", "sentence"),
+    [
+        (_flat(7), r"its weight 1.weight is \[6, 1024\], that of yours \[7, 1024\]"),
+        (
+            torch.nn.Sequential(*_flat(6), torch.nn.Linear(10, 10)),
+            "it has no weight 4.weight, as y",
+        ),
+        (
+            torch.nn.Sequential(*_flat(6)[:2], torch.nn.ConstantPad1d((0, 4), 0.0)),
+            "it has a weight 3.weight, and yours has none",
+        ),
+    ],
+)
+def test_resume_refuses_another_student(student, sentence, tmp_path):
+    teacher, settings = LeNet5(), dict(image_shape=(1, 32, 32), steps=2, **_SMALL)
+    distill(teacher, _flat(6), out_dir=tmp_path, **settings)
+    with pytest.raises(UserError, match=f"^the run has another student: {sentence}"):
+        distill(teacher, student, resume=tmp_path, **settings)
+    with pytest.raises(UserError, match=r"begun in Python with modules; .*, resume=FOLDER\)"):
+        train(command.parse(["--resume", str(tmp_path)]))
+
+
+_SMALL = {"batch_size": 16, "generator_width": 8, "student_batch_size": 16, "bank_images": 160,
+          "precision": "fp32", "adapt": False}  # fmt: skip
+
+
 def test_resume_refuses_another_teacher(tmp_path):
     train(tiny(tmp_path / "run", steps=2))
     save_file(LeNet5().state_dict(), tmp_path / "other.safetensors")
@@ -535,6 +575,24 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> str:
     ("arguments", "sentence"),
     [
         (
+            ["--steps", "5", "mnist"],
+            "the preset mnist must come first: python -m dafl_fast.train m",
+        ),
+        (["--no-adapt", "custom", "--steps", "5"], "the preset custom must come first"),
+        (
+            ["--teacher", "net.py", "--student", "LeNet5Half"],
+            "the teacher net.py must also name the class or function in it: net.py:CALLABLE",
+        ),
+        (
+            ["--teacher", "hf", "--student", "LeNet5Half"],
+            "there is no run in hf, but a config.json; if save_pretrained wrote it, name it "
+            "transformers:hf",
+        ),
+        (
+            ["--teacher", "own.safetensors", "--student", "ResNet8Slim"],
+            "holds weights only; name their network as well: --teacher NETWORK --teacher-weights",
+        ),
+        (
             ["imagenet"],
             "unknown preset 'imagenet': choose one of mnist, hintonnet, cifar10, cifar100, custom",
         ),
@@ -555,7 +613,10 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> str:
             ["mnist", "--student", "ResNet8", "--image-shape", "3", "32", "32"],
             "takes images of one channel, got 3",
         ),
-        (["mnist", "--image-shape", "1", "30", "3"], "--image-shape must be channels, and height"),
+        (
+            ["mnist", "--image-shape", "1", "30", "3"],
+            "--image-shape must be channels (1 to 64), height and",
+        ),
         (["mnist", "--batch-size", "0"], "--batch-size must be at least 2"),
         (["mnist", "--batch-size", "1"], "--batch-size must be at least 2"),
         (["mnist", "--temperature", "0"], "--temperature must be positive, got 0"),
@@ -567,6 +628,10 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> str:
 )
 def test_mistakes_are_one_sentence(monkeypatch, capsys, tmp_path, arguments, sentence):
     monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text("")
+    Path("hf").mkdir()
+    Path("hf/config.json").write_text("{}")
+    _save("own.safetensors", torch.nn.Conv2d(3, 4, 3).state_dict())
     code, printed, error = run(monkeypatch, capsys, *arguments)
     assert code == 2
     assert printed == ""

@@ -60,6 +60,21 @@ def restore(live: Live, state: Any) -> None:
         live.load_state_dict(state)
 
 
+def misfit(network: nn.Module, saved: dict[str, Any]) -> str | None:
+    """The first weight of another network, whose state dict was saved, that `network` has not like
+    that; None if all fit."""
+    own = network.state_dict()
+    for name in (*own, *saved):
+        if name not in saved:
+            return f"it has no weight {name}, as yours has"
+        if name not in own:
+            return f"it has a weight {name}, and yours has none"
+        theirs, mine = saved[name], own[name]
+        if isinstance(mine, Tensor) and theirs.shape != mine.shape:
+            return f"its weight {name} is {list(theirs.shape)}, that of yours {list(mine.shape)}"
+    return None
+
+
 def make_state(optimizer: torch.optim.Optimizer) -> None:
     """Lets the optimizer create its state now, so that later steps only write it in place."""
     (group,) = optimizer.param_groups

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..device import AUTOCAST, autocast
+from ..errors import UserError
 from ..losses import (
     PLAIN_GENERATOR_LOSSES,
     GeneratedBatch,
@@ -37,7 +38,7 @@ from .ema import Average
 from .estimate import FEW_CLASSES, Estimate, estimate
 from .evaluation import accuracy, answers_to_images, training_mode
 from .images import Found, Sources, draw_from, held_out_of, sources_of
-from .live import Live, clear_state, restore, state_of
+from .live import Live, clear_state, misfit, restore, state_of
 from .optimizers import generator_optimizer, student_optimizer
 from .teacher import FrozenTeacher
 
@@ -398,7 +399,10 @@ class Step:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores, in place, what `state_dict` returned; raises anything if it is damaged."""
+        """Restores, in place, what `state_dict` returned; raises UserError if it is of another
+        student, and anything if it is damaged."""
+        if other := misfit(self.student, state["student"]):
+            raise UserError(f"the run has another student: {other}")
         self.steps = state["steps"]
         if type(self.steps) is not int or self.steps < 0:
             raise ValueError(f"steps cannot be {self.steps!r}")
