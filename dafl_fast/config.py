@@ -90,8 +90,8 @@ class Config:
     # --- networks -----------------------------------------------------------------------------
     teacher: Annotated[str | None, Mark.RESUMABLE] = None
     """The teacher: a network's name (LeNet5, ResNet34, timm:NAME, torchvision:NAME,
-    package.module:callable), an exported program (.pt2, TorchScript), or a .safetensors file with
-    weights for the preset's teacher."""
+    package.module:callable), an exported program (.pt2, TorchScript), or a file of weights: for the
+    network that they or the note beside them (.json) tell, else for the preset's teacher."""
     teacher_weights: Annotated[Path | None, Mark.RESUMABLE] = None
     """The teacher's weights: safetensors, or a checkpoint that torch.load reads with
     weights_only=True. A preset's bundled teacher needs none."""
