@@ -277,6 +277,7 @@ def load_network(
       signature names |
     | a file of torch.export.save, TorchScript or ONNX | the program in it, with its weights |
     | the folder of a run | its student, with its weights |
+    | a teacher's file of weights | the one of `NETWORKS` that it fits, or that its note names |
 
     Args:
         name: see above; files are told apart by their content.
