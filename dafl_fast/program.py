@@ -13,18 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from .arguments import uncompiled
 from .errors import UserError, first_line
 
-_WRAPPERS = (
-    torch._dynamo.OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel,
-)  # fmt: skip
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def unwrapped(student: nn.Module) -> nn.Module:
     """The network inside of what torch.compile and parallel training put around it."""
-    while isinstance(student, _WRAPPERS):
-        student = getattr(student, "_orig_mod", None) or student.module
-    return student
+    student = uncompiled(student)
+    return unwrapped(student.module) if isinstance(student, _PARALLEL) else student
 
 
 def as_program(student: nn.Module, images: Tensor) -> ExportedProgram:
