@@ -65,7 +65,10 @@ def test_a_lock_that_cannot_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", full)
     said = r"lock .*\.lock cannot be written: No space left"
-    with pytest.raises(UserError, match=said), locked(tmp_path):
+    with (
+        pytest.raises(UserError, match=said),
+        locked(tmp_path / ".lock", "the run is being trained"),
+    ):
         pytest.fail("it is not held")
     assert list(tmp_path.iterdir()) == []
 
