@@ -108,7 +108,10 @@ def _choices(
             log.warning("%s: %s", why, ", ".join(_flag(*one) for one in left.items()))
 
     images = random_images(config, 16).to(next(teacher.parameters(), torch.empty(0)).device)
-    reading = reading_of(teacher, images, config.teacher_output)
+    reading = reading_of(
+        teacher, images, config.teacher_output, name=config.teacher_output_name,
+        classes=config.num_classes,
+    )  # fmt: skip
     normed = _with_batch_norm(teacher)
     if not layers_with_statistics(normed):
         more = {"batch_size": 256} if reading.classes > MANY_CLASSES else {}

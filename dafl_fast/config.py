@@ -112,8 +112,13 @@ class Config:
     """What the teacher returns; all but logits are turned into logits. sigmoids: one for each of
     several classes that exclude each other. binary-...: one number, which is about the second of
     two classes. auto: found out by looking at its answers."""
+    teacher_output_name: str | None = None
+    """The output with the classes, of a teacher that returns several: its key in a dict, its index
+    in a tuple, a path as heads/0, or the name of an ONNX file's output. By default it is found by
+    names, by --num-classes, and by what is computed from what."""
     feature_layer: str | None = None
-    """The teacher's layer whose input feeds the activation loss; by default its last linear one."""
+    """The teacher's layer whose input feeds the activation loss; by default the last linear one
+    that its logits are computed with."""
     num_classes: Annotated[int | None, at_least(2), Mark.ON_CARD] = None
     """Classes that named networks are built for. The student always has as many as the teacher."""
     image_shape: Annotated[tuple[int, int, int] | None, SHAPE, Mark.ON_CARD] = (1, 32, 32)

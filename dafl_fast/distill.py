@@ -134,7 +134,8 @@ def distill(
             mode, all its layers are trained. With `student_start="teacher"` it begins with the
             teacher's weights in the layers that both have; else with its own.
         image_shape: C, H and W; 1 to 64 channels, height and width of at least 4.
-        num_classes: if given, it must be the number of the teacher's logits.
+        num_classes: if given, it must be the number of the teacher's logits; among several outputs
+            of the teacher it chooses those.
         generator: from noise [N, latent_dim] to images of mean 0 and variance 1 per channel, which
             are brought to what `pixels` says; of one channel if `grey` is set. By default the
             published one, with as many stages as the image size needs. If it has a method `reset`,
@@ -144,7 +145,7 @@ def distill(
             .npz files, see docs/recipes.md, or a tensor [N, C, H, W] in the teacher's units. Such a
             tensor must be given again when the run is resumed.
         feature_layer: name of the teacher's layer whose input is the feature vector of the
-            activation loss. By default its last linear layer.
+            activation loss. By default the last linear layer that its logits are computed with.
         recipe: "fast", "published" or "paper"; see docs/recipes.md.
         steps, max_seconds: when to stop. By default after the recipe's own length.
         eval_loader: batches of held-out images [N, C, H, W], in the teacher's units, and labels
@@ -209,7 +210,8 @@ def train(
     config, teacher, student = load_networks(config)
     held_out = None
     if config.eval != "none" and os.environ.get("RANK", "0") == "0":
-        classes = outputs_of(teacher, config.shape, config.teacher_output)
+        how = (config.teacher_output, config.teacher_output_name, config.num_classes)
+        classes = outputs_of(teacher, config.shape, *how)
         held_out = eval_set(
             config.eval, config.image_format, classes, config.data_dir, config.download
         )

@@ -15,6 +15,7 @@ from torch import nn
 from torchvision import models
 
 from dafl_fast.engine.fold import fold_batch_norm
+from dafl_fast.engine.outputs import convention_of, reading_of
 from dafl_fast.engine.teacher import FrozenTeacher
 from dafl_fast.errors import UserError
 from dafl_fast.models.winograd import becomes_faster
@@ -317,7 +318,7 @@ def test_more_outputs_than_one(tmp_path):
     )
 
 
-def test_the_logits_among_several_outputs(tmp_path, caplog):
+def test_the_logits_among_several_outputs(tmp_path):
     nodes, weights = plain()
     nodes[5].output[0] = nodes[6].input[0] = "my_logits"
     nodes.append(helper.make_node("ArgMax", ["my_logits"], ["label"], axis=1, keepdims=0))
@@ -328,11 +329,45 @@ def test_the_logits_among_several_outputs(tmp_path, caplog):
     ]
     path = written(tmp_path / "t.onnx", nodes, weights, [1, 3, 8, 8], outputs=outputs)
     teacher = load_network(path, role="teacher")
-    assert teacher.convention.output_name == "my_logits"
-    assert "has the outputs y, my_logits: my_logits is learned" in caplog.text
     images = torch.randn(1, 3, 8, 8)
-    wanted = onnxruntime.InferenceSession(str(path)).run(["my_logits"], {"x": images.numpy()})[0]
-    np.testing.assert_allclose(teacher(images).detach(), wanted, rtol=1e-4, atol=1e-5)
+    answers = teacher(images)
+    assert list(answers) == ["y", "my_logits"]
+    for name, answer in answers.items():
+        wanted = onnxruntime.InferenceSession(str(path)).run([name], {"x": images.numpy()})[0]
+        np.testing.assert_allclose(answer.detach(), wanted, rtol=1e-4, atol=1e-5)
+    reading = reading_of(teacher, torch.randn(3, 3, 8, 8))
+    assert reading.path == ("my_logits",)
+    assert convention_of(teacher, reading, (3, 8, 8)).output_name == "my_logits"
+    assert reading_of(teacher, torch.randn(3, 3, 8, 8), name="y").kind == "probabilities"
+
+
+class Several(nn.Module):
+    """Features, an auxiliary head and classes, whose names an export to ONNX loses."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.classes, self.aux = nn.Linear(8, 10), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.norm(self.conv(x)).relu().mean((2, 3))
+        return {"features": h, "logits": self.classes(h), "aux": self.aux(h).tanh()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_output_that_others_are_made_from_is_not_the_classes(tmp_path):
+    network, path, images = Several().eval(), tmp_path / "t.onnx", torch.randn(4, 3, 8, 8)
+    torch.onnx.export(network, (images,), path, dynamo=False, output_names=["m", "l", "t"],
+                      dynamic_axes={"x": {0: "N"}}, input_names=["x"])  # fmt: skip
+    teacher = load_network(path, role="teacher")
+    expected = network(images)
+    for settings, name in ((dict(classes=10), "logits"), (dict(name="l"), "logits"),
+                           (dict(name="t"), "aux"), (dict(name="m"), "features")):  # fmt: skip
+        reading = reading_of(teacher, images, **settings)
+        frozen = FrozenTeacher(teacher, reading=reading)
+        torch.testing.assert_close(frozen.network(images), expected[name], rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"its answer, l \[N, 10\] and t \[N, 4\]: choose one"):
+        reading_of(teacher, images)
 
 
 class Scalars(nn.Module):

@@ -445,16 +445,114 @@ def test_the_end_of_an_onnx_file_is_taken_off(kind, opset, tmp_path):
     assert (convention.input_name, convention.output_name) == ("x", "y")
 
 
+class Embedding(Network):
+    """Ten classes from an embedding of eight numbers, and what `end` makes of both."""
+
+    def __init__(self, end) -> None:
+        super().__init__(8, end, scale=4.0)
+        self.classifier, self.other = nn.Linear(8, 10), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor):
+        h = self.z(x).relu()
+        return self.end(h, self.classifier(h), self.other(h))
+
+
+EMBEDDINGS = {
+    "class_logits": (lambda h, z, o: {"emb": h, "class_logits": z}, ("class_logits",)),
+    "y": (lambda h, z, o: {"feat": h, "y": z}, ("y",)),
+    "y_hat": (lambda h, z, o: {"x": h, "y_hat": z}, ("y_hat",)),
+    "main": (lambda h, z, o: {"repr": h, "main": z}, ("main",)),
+    "head": (lambda h, z, o: {"backbone": h, "head": z}, ("head",)),
+    "classLogits": (lambda h, z, o: {"out": h, "classLogits": z}, ("classLogits",)),
+    "tuple": (lambda h, z, o: (h, z), (1,)),
+    "out": (lambda h, z, o: {"out": h, "z": z}, ("z",)),
+    "normalised": (lambda h, z, o: (F.normalize(h), h, z), (2,)),
+    "stages": (lambda h, z, o: {"stages": [h, h + 1], "classifier": z}, ("classifier",)),
+    "probabilities too": (lambda h, z, o: (z, z.softmax(1), h), (0,)),
+    "auxiliary": (lambda h, z, o: {"aux_logits": o, "main_logits": z}, ("main_logits",)),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_the_embedding_is_not_taken_for_the_classes(name, frozen):
+    """By the parts of names, or by the layer that makes classes of it."""
+    pack, path = EMBEDDINGS[name]
+    teacher, images = Embedding(pack).eval().requires_grad_(not frozen), images_for()
+    reading = reading_of(teacher, images)
+    assert (reading.path, reading.classes) == (path, 10)
+    expected = teacher.classifier(teacher.z(images).relu())
+    torch.testing.assert_close(as_classifier(teacher, reading)(images), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_it_is_found_in_torchscript_however_often_that_ran():
+    images = images_for()
+    program = torch.jit.trace(Embedding(EMBEDDINGS["tuple"][0]).eval(), images)
+    assert {reading_of(program, images).path for _ in range(4)} == {(1,)}
+
+
 def test_of_tensors_that_could_all_be_meant_it_takes_the_first_and_says_so():
-    teacher, images = Network(5, lambda z: (z, 2 * z)).eval(), images_for()
+    teacher, images = Embedding(lambda h, z, o: (z, o)).eval(), images_for()
     reading = reading_of(teacher, images)
     assert reading.path == (0,)
     assert reading.describe(reading) == (
-        "the teacher returns logits of 5 classes, as 0 in a structure; it is the first of 2 "
-        "tensors that could be meant"
+        "the teacher returns logits of 10 classes, as item 0 of its answer; item 1 [N, 10] could "
+        "be meant too: --teacher-output-name chooses another"
     )
-    teacher.end = lambda z: {"logits": z, "scores": 2 * z}
-    assert reading_of(teacher, images).doubts == ()
+    teacher.end = lambda h, z, o: {"emb": h, "logits": z}
+    reading = reading_of(teacher, images)
+    assert reading.describe(reading) == (
+        "the teacher returns logits of 10 classes, as logits of its answer; --teacher-output-name "
+        "chooses another: emb [N, 8]"
+    )
+
+
+def test_tensors_of_several_widths_that_could_all_be_meant_are_refused():
+    teacher, images = Embedding(lambda h, z, o: {"a": z, "b": [o[:, :7]]}).eval(), images_for()
+    with pytest.raises(UserError) as raised:
+        reading_of(teacher, images)
+    assert str(raised.value) == (
+        "the teacher returns several tensors that could be its answer, a [N, 10] and b/0 [N, 7]: "
+        "choose one with --teacher-output-name"
+    )
+    assert reading_of(teacher, images, classes=7).path == ("b", 0)
+    assert reading_of(teacher, images, classes=10).path == ("a",)
+    with pytest.raises(UserError, match="several tensors"):
+        reading_of(teacher, images, classes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("1", (1,)), ("2/heads/main", (2, "heads", "main")),
+                       ("heads/main", (2, "heads", "main")), ("main", (2, "heads", "main"))],
+)  # fmt: skip
+def test_an_output_is_chosen_by_its_name(name, path, caplog):
+    teacher = Embedding(lambda h, z, o: (z, h, {"heads": {"main": o, "b": z}})).eval()
+    config = Config(image_shape=(2, 8, 8), steps=1, teacher_output_name=name)
+    frozen = freeze(teacher, config, images_for())
+    assert frozen.reading.path == path
+    assert "--teacher-output-name" not in caplog.text
+    expected = teacher.z(images_for()).relu()
+    expected = expected if path == (1,) else teacher.other(expected)
+    torch.testing.assert_close(frozen.network(images_for()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_name_must_be_that_of_an_output():
+    teacher, images = Embedding(lambda h, z, o: {"a": z, "b": (h, o)}).eval(), images_for()
+    with pytest.raises(UserError) as raised:
+        reading_of(teacher, images, name="c")
+    assert str(raised.value) == "--teacher-output-name must be one of a, b/0, b/1, got 'c'"
+    teacher.end = lambda h, z, o: z
+    with pytest.raises(UserError, match="must be left out where one tensor is returned, got '0'"):
+        reading_of(teacher, images, name="0")
+    teacher.convention = Convention(output_name="y")  # as of an ONNX file with one output
+    assert reading_of(teacher, images, name="y").path == ()
+
+
+def test_the_kind_that_is_wanted_chooses_among_outputs():
+    teacher = Embedding(lambda h, z, o: {"pred": h, "p": z[:, :1].sigmoid()}).eval()
+    assert reading_of(teacher, images_for()).path == ("pred",)
+    assert reading_of(teacher, images_for(), "binary-probability").path == ("p",)
 
 
 SHAPES = {

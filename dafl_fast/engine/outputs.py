@@ -7,10 +7,9 @@ its end can be taken off (`ending.py`).
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +21,7 @@ from ..convention import Convention, OutputKind, as_answers
 from ..errors import UserError
 from .checks import answer_of
 from .evaluation import buffers_kept, evaluation_mode
+from .structures import Path, candidates, chosen, named, place
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +75,6 @@ _FORM = re.compile(
     r"Permute|T|Clamp\w*)Backward\d*"
 )
 
-# Under what a dict or an object keeps its logits, and what is less likely to be they than others.
-_NAMES = (
-    "logits", "logit", "output", "outputs", "out", "pred", "preds", "prediction", "predictions",
-    "scores", "score", "probabilities", "probability", "probs", "prob", "log_probs", "cls", "label",
-)  # fmt: skip
-_UNLIKELY = re.compile("aux|feature|embedding|hidden|pool|loss|attention")
-
 _WORDS: dict[OutputKind, str] = {
     "logits": "logits of {} classes",
     "probabilities": "probabilities of {} classes",
@@ -114,7 +107,7 @@ class Reading:
     """
 
     kind: OutputKind = "logits"
-    path: tuple[str | int, ...] = ()
+    path: Path = ()
     shape: tuple[int, ...] = ()
     doubts: tuple[str, ...] = ()
     together: float = 0.0
@@ -170,7 +163,7 @@ class Reading:
         """What was found, in one line; `read_as` is what is left of it without the last layer."""
         said = [f"the teacher returns {_WORDS[self.kind].format(self.classes)}"]
         if self.path:
-            said[0] += f", as {'.'.join(map(str, self.path))} in a structure"
+            said[0] += f", as {place(self.path)} of its answer"
         if self.kind not in ("logits", "binary-logit"):
             if read_as.kind != self.kind:
                 said.append("its last layer is taken off")
@@ -208,6 +201,8 @@ def reading_of(
     images: Tensor,
     wanted: OutputKind | Literal["auto"] = "auto",
     role: str = "teacher",
+    name: str | None = None,
+    classes: int | None = None,
 ) -> Reading:
     """Looks at what a network returns for random images.
 
@@ -219,13 +214,20 @@ def reading_of(
         images: random ones [N, C, H, W], on its device.
         wanted: the kind of its numbers, if that is known.
         role: names it in messages.
+        name: of the tensor in a structure: its key, or keys and indices as in "heads/0".
+        classes: how many there are, if that is known. It only chooses among several tensors.
 
     Raises:
         UserError: it does not take such images, nothing in its answer has a row of numbers for each
-            image, or the numbers cannot be what is `wanted`.
+            image, several tensors may be meant, none has that `name`, or the numbers cannot be
+            what is `wanted`.
     """
     seen = []
     reading = function = None
+    widths = {1} if wanted.startswith("binary") else {classes} if classes else set()
+    if classes == 2 and wanted == "auto":
+        widths.add(1)
+    own = getattr(network, "convention", None)
     with evaluation_mode(network), buffers_kept(network):
         for amplitude in _AMPLITUDES:
             some = images if amplitude == 1 else images[: max(2, len(images) // 4)]
@@ -233,7 +235,9 @@ def reading_of(
             with torch.set_grad_enabled(reading is None):  # autograd tells what computed them
                 answer = answer_of(network, batch.clone().requires_grad_(), role)
                 if reading is None:
-                    reading = _found(answer, len(batch), role)
+                    if isinstance(answer, Tensor) and name == getattr(own, "output_name", None):
+                        name = None  # a program's only output
+                    reading = _found(answer, len(batch), role, name, widths)
                     function = _last_function(reading.numbers(answer))
             seen.append((batch, reading.numbers(answer).detach()))
     assert reading is not None
@@ -302,16 +306,11 @@ def convention_of(
     )
 
 
-def _found(answer: Any, count: int, role: str) -> Reading:
+def _found(
+    answer: Any, count: int, role: str, name: str | None = None, widths: Collection[int] = ()
+) -> Reading:
     """Where in an answer to `count` images the numbers are; their kind is still to be found."""
-    fitting = [
-        (path, tensor)
-        for path, tensor in _tensors(answer, ())
-        if tensor.is_floating_point()
-        and tensor.dim() > 0
-        and len(tensor) == count
-        and tensor[0].numel() == max((1, *tensor.shape[1:])) > 0
-    ]
+    fitting = candidates(answer, count)
     if not fitting:
         got = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         kind = f" of {answer.dtype}" if isinstance(answer, Tensor) else ""
@@ -319,42 +318,9 @@ def _found(answer: Any, count: int, role: str) -> Reading:
             f"the {role} must return logits [N, C], got {got}{kind} for {count} images; taken are "
             "also probabilities, one number for each image, and a dict, tuple or object with them"
         )
-    ranks = [(_rank(path), tensor[0].numel() == 1) for path, tensor in fitting]
-    best = ranks.index(min(ranks))
-    path, tensor = fitting[best]
-    doubts: tuple[str, ...] = ()
-    if ranks.count(ranks[best]) > 1:
-        doubts = (f"it is the first of {ranks.count(ranks[best])} tensors that could be meant",)
-    return Reading(path=path, shape=tuple(tensor.shape[1:]), doubts=doubts)
-
-
-def _tensors(
-    answer: Any, path: tuple[str | int, ...]
-) -> Iterator[tuple[tuple[str | int, ...], Tensor]]:
-    """Every tensor in a structure, and the path to it."""
-    if isinstance(answer, Tensor):
-        yield path, answer
-        return
-    parts: Any = ()
-    if isinstance(answer, Mapping):
-        parts = answer.items()
-    elif dataclasses.is_dataclass(answer):
-        parts = ((part.name, getattr(answer, part.name)) for part in dataclasses.fields(answer))
-    elif isinstance(answer, tuple) and hasattr(answer, "_fields"):
-        parts = zip(answer._fields, answer)
-    elif isinstance(answer, (list, tuple)):
-        parts = enumerate(answer)
-    for key, part in parts:
-        yield from _tensors(part, (*path, key))
-
-
-def _rank(path: tuple[str | int, ...]) -> int:
-    """How early a tensor at this path comes into question; 0 is first."""
-    named = next((key for key in reversed(path) if isinstance(key, str)), "")
-    name = re.sub(r"[_.:]?\d+$", "", named.lower())
-    if name in _NAMES:
-        return _NAMES.index(name)
-    return len(_NAMES) + bool(_UNLIKELY.search(name))
+    one, others = (named(fitting, name), "") if name else chosen(fitting, widths, role)
+    doubts = (others,) if others else ()
+    return Reading(path=one.path, shape=tuple(one.tensor.shape[1:]), doubts=doubts)
 
 
 def _possible(numbers: Tensor) -> set[OutputKind]:

@@ -225,7 +225,10 @@ def freeze(teacher: nn.Module, config: Config, images: Tensor) -> FrozenTeacher:
     wrong branch.
     """
     images = images.to(next(teacher.parameters(), images).device)
-    reading = reading_of(teacher, images, config.teacher_output)
+    reading = reading_of(
+        teacher, images, config.teacher_output, name=config.teacher_output_name,
+        classes=config.num_classes,
+    )  # fmt: skip
     if config.teacher_output == "auto":
         demand_exclusive_classes(reading)
     watch = config.generator != "none" and config.bn_statistics != 0

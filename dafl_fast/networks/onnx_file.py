@@ -40,7 +40,8 @@ _QUANTISED = re.compile("Quantize|^QLinear|Integer$")
 def read_onnx(path: Path, role: str, image_shape: Shape | None = None) -> nn.Module:
     """The classifier in an ONNX file: images [N, C, H, W] in floating point -> its answers.
 
-    Its layers are PyTorch's, and N is open, even if the file is for one batch size. Its attribute
+    Its layers are PyTorch's, and N is open, even if the file is for one batch size. If several
+    outputs have a row of numbers for each image, it returns them in a dict. Its attribute
     `convention` tells how the file takes its images.
 
     Args:
@@ -68,8 +69,8 @@ def read_onnx(path: Path, role: str, image_shape: Shape | None = None) -> nn.Mod
     problems = []
     for shape in shapes:
         try:
-            name = run.choose(shape)
-            network = _converted(model, convention, shape, batch, name)
+            names = run.choose(shape)
+            network = _converted(model, convention, shape, batch, names)
             difference, count = _difference(network, run, shape)
             break
         except Exception as error:  # whatever onnx and the others say, of another size perhaps
@@ -93,7 +94,7 @@ def read_onnx(path: Path, role: str, image_shape: Shape | None = None) -> nn.Mod
         "onnxruntime's by at most %.2g of the largest", role, path, count, difference,
     )  # fmt: skip
     found: Any = network
-    found.convention = replace(convention, image_shape=shape, output_name=name)
+    found.convention = replace(convention, image_shape=shape, output_name=names[0])
     return network
 
 
@@ -169,7 +170,7 @@ def _guesses(model: Any, convention: Convention) -> list[Shape]:
 
 
 def _converted(
-    model: Any, convention: Convention, shape: Shape, batch: int | None, output: str
+    model: Any, convention: Convention, shape: Shape, batch: int | None, outputs: list[str]
 ) -> nn.Module:
     """The network for images [N, C, H, W] of `shape`."""
     import onnx2torch
@@ -178,7 +179,8 @@ def _converted(
     channels, *size = shape
     last = convention.layout == "NHWC"
     whole = (batch or 11, *((*size, channels) if last else shape))
-    return opened(onnx2torch.convert(fixed(prepared(model), whole, output)), whole, last)
+    graph = fixed(prepared(model), whole, outputs)
+    return opened(onnx2torch.convert(graph), whole, last, outputs)
 
 
 class _Session:
@@ -197,9 +199,8 @@ class _Session:
         self.path, self.role, self.convention, self.batch = path, role, convention, batch
         self._outputs = [output.name for output in self._session.get_outputs()]
 
-    def choose(self, shape: Shape) -> str:
-        """The name of the output that has a row of numbers for each image; the logits if they are
-        named, else the first."""
+    def choose(self, shape: Shape) -> list[str]:
+        """The names of the outputs that have a row of numbers for each image."""
         count = self.batch or 3
         answers = self._run(torch.zeros(count, *shape), self._outputs)
         found = []
@@ -211,24 +212,19 @@ class _Session:
                 alone.append(name)
             elif answer.ndim and len(answer) == count and all(n == 1 for n in answer.shape[2:]):
                 found.append(name)
-        found = found or alone
-        if found:
-            name = next((name for name in found if "logit" in name.lower()), found[0])
-            if len(found) > 1:
-                log.warning(
-                    "the %s %s has the outputs %s: %s is learned",
-                    self.role, self.path, ", ".join(found), name,
-                )  # fmt: skip
-            self._outputs = [name]
-            return name
+        self._outputs = found or alone[:1]
+        if self._outputs:
+            return self._outputs
         raise UserError(
             f"the {self.role} {self.path} is no classifier: none of its outputs is [N, classes]"
         )
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Of each output that was chosen, the numbers for these images."""
         parts = images.split(self.batch or len(images))
-        answers = [torch.as_tensor(self._run(part, self._outputs)[0]) for part in parts]
-        return torch.cat([torch.atleast_1d(answer) for answer in answers])
+        answers = zip(*(self._run(part, self._outputs) for part in parts))
+        return [torch.cat([torch.atleast_1d(torch.as_tensor(one)) for one in answer])
+                for answer in answers]  # fmt: skip
 
     def _run(self, images: Tensor, outputs: list[str]) -> list[Any]:
         given = images.permute(0, 2, 3, 1) if self.convention.layout == "NHWC" else images
@@ -239,19 +235,29 @@ class _Session:
 
 @torch.no_grad()
 def _difference(network: nn.Module, run: _Session, shape: Shape) -> tuple[float, int]:
-    """The largest difference from onnxruntime, of the largest answer, and on how many images."""
-    draw, difference, largest, total = torch.Generator().manual_seed(0), 0.0, 1e-12, 0
+    """The largest difference from onnxruntime, of the largest answer, and on how many images. Of
+    several outputs, it is that of the one that differs most."""
+    draw, total = torch.Generator().manual_seed(0), 0
+    gaps: list[list[float]] = []
+    sizes: list[list[float]] = []
     for count in (1, 3, 4) if run.batch is None else (run.batch, 2 * run.batch):
         images = torch.randn(count, *shape, generator=draw)
         if run.convention.dtype == "uint8":
             images = torch.randint(256, (count, *shape), generator=draw).float()
-        expected, got = run(images).double(), torch.atleast_1d(network(images).double())
-        if got.shape != expected.shape:
+        answer: Any = network(images)
+        pairs = [
+            (torch.atleast_1d(got.double()), expected.double())
+            for got, expected in zip(
+                answer.values() if isinstance(answer, dict) else [answer], run(images), strict=True
+            )
+        ]
+        if any(got.shape != expected.shape for got, expected in pairs):
             return math.inf, total
-        gap = (got - expected).abs().max().nan_to_num(nan=math.inf).item()
-        difference, largest = max(difference, gap), max(largest, expected.abs().max().item())
+        gaps.append([float((a - b).abs().max().nan_to_num(nan=math.inf)) for a, b in pairs])
+        sizes.append([float(expected.abs().max()) for _, expected in pairs])
         total += count
-    return difference / largest, total
+    ratios = (max(gap) / max(1e-12, *size) for gap, size in zip(zip(*gaps), zip(*sizes)))
+    return max(ratios), total
 
 
 def _why(problem: Exception, path: Path, role: str) -> str:

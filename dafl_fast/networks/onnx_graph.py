@@ -27,9 +27,9 @@ def prepared(model: Any) -> Any:
     return _with_initializers(copied)
 
 
-def fixed(model: Any, shape: tuple[int, ...], output: str) -> Any:
-    """`model` for inputs of `shape` and this output alone, in operators that onnx2torch knows. What
-    follows from the shape is computed."""
+def fixed(model: Any, shape: tuple[int, ...], outputs: list[str]) -> Any:
+    """`model` for inputs of `shape` and these outputs alone, in operators that onnx2torch knows.
+    What follows from the shape is computed."""
     import onnx
     from onnxscript import optimizer
 
@@ -37,8 +37,9 @@ def fixed(model: Any, shape: tuple[int, ...], output: str) -> Any:
     for dim, size in zip(dims, shape, strict=True):
         dim.Clear()
         dim.dim_value = size
-    wanted = [value for value in model.graph.output if value.name == output]
-    wanted[0].type.tensor_type.ClearField("shape")
+    wanted = [value for value in model.graph.output if value.name in outputs]
+    for value in wanted:
+        value.type.tensor_type.ClearField("shape")
     del model.graph.output[:]
     model.graph.output.extend(wanted)
     del model.graph.value_info[:]
@@ -186,13 +187,16 @@ def _pads(
     return more + less if how == b"SAME_LOWER" else less + more
 
 
-def opened(network: fx.GraphModule, shape: tuple[int, ...], channels_last: bool) -> fx.GraphModule:
+def opened(
+    network: fx.GraphModule, shape: tuple[int, ...], channels_last: bool, outputs: list[str]
+) -> fx.GraphModule:
     """`network`, which onnx2torch made for one batch of `shape`, for any number of images, with
     PyTorch's layers for what it left as operations.
 
     Args:
         network: changed.
         channels_last: it takes [N, H, W, C]; what is returned takes [N, C, H, W] all the same.
+        outputs: their names; what is returned gives several in a dict.
     """
     graph, count = network.graph, shape[0]
     layer: Any
@@ -242,6 +246,9 @@ def opened(network: fx.GraphModule, shape: tuple[int, ...], channels_last: bool)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+    if len(outputs) > 1:
+        (answers,) = (node for node in graph.nodes if node.op == "output")
+        answers.args = (dict(zip(outputs, answers.args[0], strict=True)),)
     graph.lint()
     return fx.GraphModule(network, graph)
 

@@ -368,7 +368,8 @@ def load_networks(config: Config) -> tuple[Config, nn.Module, nn.Module]:
             )
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
-    classes = outputs_of(teacher, config.shape, config.teacher_output)
+    how = (config.teacher_output, config.teacher_output_name, config.num_classes)
+    classes = outputs_of(teacher, config.shape, *how)
     torch.manual_seed(config.seed)
     opened = open_network(student_name, config.student_weights, "student")
     student = opened.built(classes, channels, size)
@@ -428,6 +429,9 @@ def outputs_of(
     teacher: nn.Module,
     image_shape: tuple[int, int, int],
     outputs: OutputKind | Literal["auto"] = "auto",
+    name: str | None = None,
+    classes: int | None = None,
 ) -> int:
     """The teacher's number of classes, found by asking it; see `reading_of`."""
-    return reading_of(teacher.eval(), torch.randn(2, *image_shape), outputs).classes
+    images = torch.randn(2, *image_shape)
+    return reading_of(teacher.eval(), images, outputs, name=name, classes=classes).classes
