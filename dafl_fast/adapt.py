@@ -6,7 +6,6 @@ Only settings that stand as the recipe has them are changed, and each choice is 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import math
@@ -24,11 +23,12 @@ from .device import pick_threads, threads
 from .engine.distributed import World
 from .engine.estimate import FEW_CLASSES
 from .engine.evaluation import buffers_kept, evaluation_mode, predictions
-from .engine.fold import thaw_batch_norm
+from .engine.fold import input_of, thaw_batch_norm
 from .engine.outputs import as_classifier, reading_of
 from .engine.prepare import random_images
-from .engine.teacher import layers_with_statistics
+from .engine.teacher import hides_batch_norm, layers_with_statistics
 from .losses import batch_norm_loss
+from .models.twin import duplicate
 from .recipes import WITHOUT_BATCH_NORM, make_config
 from .sketches import sketches
 
@@ -115,7 +115,13 @@ def _choices(
     normed = _with_batch_norm(teacher)
     if not layers_with_statistics(normed):
         more = {"batch_size": 256} if reading.classes > MANY_CLASSES else {}
-        choose("chosen for a teacher without BatchNorm", **{**WITHOUT_BATCH_NORM, **more})
+        why = "chosen for a teacher without BatchNorm"
+        if hides_batch_norm(teacher):
+            why = (
+                "chosen for a TorchScript teacher, which does not show its BatchNorm layers, as a "
+                "program of torch.export does"
+            )
+        choose(why, **{**WITHOUT_BATCH_NORM, **more})
     else:
         choose(
             "chosen for the size of the teacher's BatchNorm loss",
@@ -177,7 +183,7 @@ def _with_batch_norm(teacher: nn.Module) -> nn.Module:
     """A copy of a teacher with nn.BatchNorm2d where it computes BatchNorm in another way; itself
     if it cannot be copied."""
     with contextlib.suppress(Exception):  # a network may raise anything
-        copied = copy.deepcopy(teacher)
+        copied = duplicate(teacher)
         thaw_batch_norm(copied)
         return copied
     return teacher
@@ -188,12 +194,15 @@ def _weight_of_batch_norm(teacher: nn.Module, images: Tensor, usual: float) -> f
     """Of the BatchNorm loss, with two digits; the `usual` one if it is right to a factor of two."""
     statistics: list[tuple[Any, Tensor, Tensor]] = []
 
-    def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].float()
+    def keep(layer: nn.Module, inputs: tuple[Any, ...], others: dict[str, Any]) -> None:
+        x = input_of(inputs, others).float()
         variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
         statistics.append((layer, mean, variance))
 
-    handles = [layer.register_forward_pre_hook(keep) for layer in layers_with_statistics(teacher)]
+    handles = [
+        layer.register_forward_pre_hook(keep, with_kwargs=True)
+        for layer in layers_with_statistics(teacher)
+    ]
     try:
         with evaluation_mode(teacher), buffers_kept(teacher):
             teacher(images)

@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 def give_notice(config: Config, teacher: nn.Module, step: Step) -> None:
     """Logs a warning, of one sentence each, for a student larger than its teacher, batches smaller
     than the number of classes, and a precision that the device imitates."""
-    _of_sizes(config, parameters_of(teacher), parameters_of(step.student), step.num_classes)
+    large = parameters_of(teacher)
+    if large:  # a frozen TorchScript does not show its weights
+        _of_sizes(config, large, parameters_of(step.student), step.num_classes)
     if config.generator != "none" and config.entropy and config.batch_size < step.num_classes:
         log.warning(
             "a batch of %d images cannot show all of %s classes, which the entropy loss asks for; "

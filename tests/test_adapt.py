@@ -84,6 +84,19 @@ def test_one_without_batch_norm_gets_the_settings_found_for_such(caplog):
     assert alone["student_batch_size"] == 256 and OF_GENERATOR & found.keys()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torchscript_is_not_said_to_have_no_batch_norm(caplog):
+    images = torch.randn(4, 3, 8, 8)
+    changed(config(), torch.jit.trace(normed().eval(), images))
+    changed(config(), torch.jit.trace(Plain().eval(), images))
+    hidden, none = (one.split(":")[0] for one in caplog.messages)
+    assert hidden == (
+        "chosen for a TorchScript teacher, which does not show its BatchNorm layers, as a program "
+        "of torch.export does"
+    )
+    assert none == "chosen for a teacher without BatchNorm"
+
+
 class LeftOrRight(nn.Module):
     """Tells on which side of an image it is lighter."""
 
@@ -106,13 +119,21 @@ def test_images_are_mirrored_if_the_teacher_knows_them_mirrored(caplog):
     ]
 
 
+class ByKeyword(Plain):
+    def forward(self, x):
+        x = self[1](input=self[0](x))
+        for layer in list(self)[2:]:
+            x = layer(x)
+        return x
+
+
 @pytest.mark.parametrize(
     ("factor", "weight"), [(1.0, None), (1.9, None), (0.55, None), (40.0, 0.025), (0.1, 10.0)]
 )
 def test_the_batch_norm_loss_gets_its_usual_size(monkeypatch, factor, weight):
     """That of noise is a number of times that of the recipe's own teacher."""
     torch.manual_seed(0)
-    teacher = normed()
+    teacher = ByKeyword(norm=lambda: nn.BatchNorm2d(16)) if factor == 40.0 else normed()
     frozen = FrozenTeacher(teacher, watch=True)
     frozen(random_images(config(), 16))
     value = frozen.batch_norm_loss(World()).item()

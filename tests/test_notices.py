@@ -176,6 +176,15 @@ def test_a_student_larger_than_its_teacher(caplog):
     assert said(caplog, small, Network()) == [], "as large is not larger"
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_of_a_frozen_torchscript_the_size_is_not_known(caplog):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval()
+    program = torch.jit.freeze(torch.jit.trace(network, torch.randn(2, 3, 8, 8)))
+    assert not list(program.parameters())
+    student = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    assert not [line for line in said(caplog, program, student) if "larger" in line]
+
+
 def test_a_students_size_counts_when_its_lazy_layers_have_theirs(caplog):
     lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(5))
     (sentence,) = said(caplog, Network(), lazy)

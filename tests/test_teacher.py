@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dafl_fast import FrozenTeacher, generator_loss
 from dafl_fast.engine.distributed import World
+from dafl_fast.engine.outputs import reading_of
+from dafl_fast.engine.precision import computed_in
 from dafl_fast.errors import UserError
 from dafl_fast.models import LeNet5
 
@@ -418,9 +421,161 @@ def test_linear_layer_normalised_over_another_dimension():
 
 def test_network_that_cannot_be_copied():
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    network.state = network[1].weight * 2
-    with pytest.raises(UserError, match="the teacher cannot be copied; remove its weight_norm"):
+    network.lock = threading.Lock()
+    with pytest.raises(UserError, match="the network Sequential cannot be copied .* such as locks"):
         FrozenTeacher(network)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
+def test_weights_that_a_hook_computes_are_copied():
+    network = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(4, 3)))
+    network.state = network[1].weight * 2
+    x = torch.randn(5, 1, 2, 2)
+    teacher = FrozenTeacher(network)
+    torch.testing.assert_close(teacher(x)[0], network(x))
+    assert teacher.network[1] is not network[1]
+
+
+def test_weights_made_under_inference_mode():
+    with torch.inference_mode():
+        network = Residual()
+    x = torch.randn(3, 3, 8, 8)
+    taken = computed_in(torch.float32, network, "teacher", x)
+    assert not any(t.is_inference() for t in (*taken.parameters(), *taken.buffers()))
+    teacher = FrozenTeacher(taken, reading=reading_of(taken, x), watch=True)
+    assert teacher.check(x) == 5
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(x)[0], network.eval()(x))
+    assert network.linear.weight.is_inference()
+
+
+# -- which layer's input the features are ----------------------------------------------------------
+
+
+class Parts(nn.Module):
+    """Its layers are registered in an `order`, and run in another."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        made = {"stem": nn.Linear(12, 6), "gate": nn.Linear(6, 6), "classes": nn.Linear(6, 4),
+                "aux": nn.Linear(6, 4)}  # fmt: skip
+        for name in order.split():
+            setattr(self, name, made[name])
+
+    def vector(self, x):
+        h = self.stem(x.flatten(1)).relu()
+        return h * self.gate(h).sigmoid()
+
+    def forward(self, x):
+        h = self.vector(x)
+        return (self.classes(h), self.aux(h)) if self.training else self.classes(h)
+
+
+class AuxiliaryRuns(Parts):
+    def forward(self, x):
+        h = self.vector(x)
+        z = self.classes(h)
+        return {"logits": z, "aux": self.aux(h)}
+
+
+@pytest.mark.parametrize("build", [Parts, AuxiliaryRuns])
+@pytest.mark.parametrize(
+    ("order", "told"),
+    [("stem gate aux classes", False), ("stem aux classes gate", True),
+     ("classes stem gate aux", True), ("stem gate classes aux", True)],
+)  # fmt: skip
+def test_the_features_are_those_that_the_logits_are_computed_from(build, order, told, caplog):
+    network, x = build(order), torch.randn(16, 3, 2, 2)
+    teacher = FrozenTeacher(network, reading=reading_of(network, x))
+    teacher.check(x)
+    torch.testing.assert_close(teacher(x)[1], network.vector(x))
+    line = "the features are what enters the teacher's layer classes, the last linear one that its"
+    assert (line in caplog.text) == told
+
+
+def test_only_linear_layers_off_the_way_to_the_logits(caplog):
+    network, x = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten()), torch.randn(16, 3, 2, 2)
+    network[1].aux = nn.Linear(4, 4)
+    teacher = FrozenTeacher(network, reading=reading_of(network, x))
+    assert teacher(x)[1] is None and "the activation loss is off" in caplog.text
+
+
+def test_a_layer_that_the_user_named_and_does_not_run():
+    network, x = Parts("stem gate classes aux"), torch.randn(16, 3, 2, 2)
+    teacher = FrozenTeacher(network, "aux", reading=reading_of(network, x))
+    with pytest.raises(UserError) as raised:
+        teacher.check(x)
+    assert str(raised.value) == (
+        "the teacher's layer 'aux' did not run; --feature-layer must name one that does, such as "
+        "stem, gate, classes"
+    )
+
+
+def test_a_layer_that_the_network_names_and_does_not_have():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    network.feature_layer = "penultimate"
+    with pytest.raises(UserError) as raised:
+        FrozenTeacher(network)
+    assert str(raised.value) == (
+        "the teacher has no layer 'penultimate', which its attribute feature_layer names; it has "
+        "0, 1"
+    )
+
+
+class Keywords(nn.Module):
+    """Calls its layers with keywords."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm2d(3), nn.Linear(12, 6)
+        self.after, self.classes = nn.BatchNorm1d(6), nn.Linear(6, 4)
+
+    def vector(self, x):
+        h = self.linear(input=self.norm(input=x).flatten(1))
+        return self.after(input=h).relu()
+
+    def forward(self, x):
+        return self.classes(input=self.vector(x))
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_layers_that_are_called_with_keywords(watch):
+    network, x = randomised(Keywords()).eval(), torch.randn(16, 3, 2, 2)
+    teacher = FrozenTeacher(network, watch=watch)
+    teacher.check(x)
+    torch.testing.assert_close(teacher(x)[1], network.vector(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(teacher(x)[0], network(x), rtol=1e-4, atol=1e-5)
+    if watch:
+        hidden = network.linear(network.norm(x).flatten(1))[:, :, None, None]
+        expected = distance(x, network.norm) + distance(hidden, network.after)
+        torch.testing.assert_close(teacher.batch_norm_loss(World()), expected)
+    else:
+        assert teacher.folded
+
+
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.classes = nn.LSTM(24, 6), nn.Linear(6, 4)
+
+    def forward(self, x):  # [N, 3, 8, 8]: eight rows, one after the other
+        states, _ = self.lstm(x.permute(2, 0, 1, 3).flatten(2))
+        return self.classes(states)[-1]
+
+
+def test_features_must_have_a_row_for_each_image(caplog):
+    network, x = TimeFirst(), torch.randn(16, 3, 8, 8)
+    teacher = FrozenTeacher(network, reading=reading_of(network, x))
+    assert teacher.check(x) == 4
+    assert (
+        "what enters the teacher's layer 'classes' has 8 rows for 16 images: the activation loss "
+        "is off; --feature-layer names another layer"
+    ) in caplog.messages
+    logits, features = teacher(x)
+    assert features is None
+    torch.testing.assert_close(logits, network(x))
+    with pytest.raises(UserError, match="has 8 rows for 16 images, but features need one for each"):
+        FrozenTeacher(network, "classes").check(x)
 
 
 def frozen_variants(kind: str) -> nn.Module:
@@ -752,6 +907,36 @@ def test_check_finds_nan(layer, name):
         FrozenTeacher(network, "fc1").check(torch.randn(16, 1, 32, 32))
 
 
+def masked(value: float) -> nn.Module:
+    return sequential(Call(lambda t: t.masked_fill(torch.arange(10) == 3, value)))
+
+
+def test_check_names_masked_classes():
+    images = torch.randn(16, 1, 32, 32)
+    with pytest.raises(UserError) as raised:
+        FrozenTeacher(masked(float("-inf"))).check(images)
+    assert str(raised.value) == (
+        "the teacher's logits hold -inf, as those of masked classes, which the losses cannot take; "
+        "mask them with a large negative number, such as -1e9"
+    )
+    teacher = FrozenTeacher(masked(-1e9))
+    assert teacher.check(images) == 10
+    x = images.clone().requires_grad_()
+    loss = generator_loss(*teacher(x)).total
+    assert loss.isfinite() and torch.autograd.grad(loss, x)[0].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_check_names_quantised_layers():
+    network = torch.ao.quantization.quantize_dynamic(LeNet5().eval(), {nn.Linear})
+    x = torch.randn(16, 1, 32, 32)
+    teacher = FrozenTeacher(network)
+    with pytest.raises(UserError, match=r"is quantised \(Linear\), which leaves no gradient"):
+        teacher.check(x)
+    assert teacher.check(x, to_images=False) == 10
+    torch.testing.assert_close(teacher(x)[0], network(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "network",
@@ -799,3 +984,39 @@ def test_fingerprint_follows_the_weights():
         after = FrozenTeacher(network).fingerprint()
         assert after != before
         before = after
+
+
+class Extra(nn.Sequential):
+    """Keeps more than tensors in its state."""
+
+    def __init__(self, extra) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(4, 3))
+        nn.init.ones_(self[1].weight), nn.init.ones_(self[1].bias)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def test_fingerprint_of_what_is_no_tensor():
+    def of(extra):
+        return FrozenTeacher(Extra(extra)).fingerprint()
+
+    extras = [{"version": 1}, {"version": 2}, (torch.ones(2), "a"), (torch.zeros(2), "a"), [None]]
+    prints = [of(extra) for extra in extras]
+    assert len(set(prints)) == len(extras)
+    assert [of(copy.deepcopy(extra)) for extra in extras] == prints
+    assert of(threading.Event) == of(threading.Event)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fingerprint_follows_quantised_weights():
+    def of(value):
+        network = Extra(None)
+        nn.init.constant_(network[1].weight, value)
+        return FrozenTeacher(torch.ao.quantization.quantize_dynamic(network)).fingerprint()
+
+    assert of(1.0) == of(1.0) != of(2.0)

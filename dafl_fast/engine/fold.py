@@ -201,13 +201,18 @@ def _absorb(layer: Any, norm: _BatchNorm) -> None:
     layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     layer.bias = nn.Parameter(shift.to(dtype), requires_grad=False)
     if weight.dim() < 4:
-        layer.register_forward_pre_hook(_demand_channels_second)
+        layer.register_forward_pre_hook(_demand_channels_second, with_kwargs=True)
 
 
-def _demand_channels_second(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+def input_of(inputs: tuple[Any, ...], others: dict[str, Any]) -> Any:
+    """What enters a layer of one input, which a network may also give by its keyword."""
+    return inputs[0] if inputs else next(iter(others.values()))
+
+
+def _demand_channels_second(layer: Any, inputs: tuple[Any, ...], others: dict[str, Any]) -> None:
     # BatchNorm normalises a linear layer's output [N, L, F] over L. If L = F, only the ranks show
     # this: those of input and weight are equal if the second dimension is the channels.
-    if inputs[0].dim() != layer.weight.dim():
+    if input_of(inputs, others).dim() != layer.weight.dim():
         raise UserError(
             "the teacher normalises another dimension than its layer's output; use fold=False"
         )

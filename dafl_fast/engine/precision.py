@@ -25,7 +25,8 @@ def computed_in(dtype: torch.dtype, network: nn.Module, role: str, *examples: Te
     """`network`, if it takes images of `dtype`; else a copy of it whose weights are of that dtype.
 
     A network that casts its images itself is left alone. In programs of torch.export the casts are
-    changed as well.
+    changed as well. Weights that were made under torch.inference_mode() are copied, as autograd
+    refuses them.
 
     Args:
         network: left as it is.
@@ -35,7 +36,10 @@ def computed_in(dtype: torch.dtype, network: nn.Module, role: str, *examples: Te
     Raises:
         UserError: it computes in another precision than its weights', or cannot be copied.
     """
-    kinds = {t.dtype for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()}
+    tensors = [*network.parameters(), *network.buffers()]
+    if any(tensor.is_inference() for tensor in tensors):
+        network = duplicate(network)
+    kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     constant = isinstance(network, torch.jit.ScriptModule) and not kinds  # a frozen one
     kinds -= {dtype}
     if not (kinds or constant) or _takes(network, *examples):

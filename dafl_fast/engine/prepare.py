@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ from ..models import Generator
 from ..models.functional import BUILT_FOR_GPU
 from ..models.norm import is_norm, with_fast_norms
 from ..models.pixels import Affine, GeneratorOf
-from ..models.twin import answers_alike
+from ..models.twin import answers_alike, duplicate
 from ..models.winograd import accelerated, becomes_faster
 from ..unlabelled import Given
 from .checks import check_answers, check_generator, check_student, run_lazy_layers
@@ -237,7 +236,7 @@ def freeze(teacher: nn.Module, config: Config, images: Tensor) -> FrozenTeacher:
     log.log(logging.INFO if ordinary else logging.WARNING, reading.describe(frozen.read_as))
     if not frozen.folded:
         return frozen
-    unfolded = copy.deepcopy(teacher).eval()
+    unfolded = duplicate(teacher).eval()
     with contextlib.suppress(RuntimeError):  # `FrozenTeacher.check` has a better message
         expected = reading.numbers(unfolded(images))
         got = reading.repeated(frozen.network(images))

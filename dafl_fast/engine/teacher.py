@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import hashlib
 import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..losses import batch_norm_loss
 from ..models.functional import with_moments
+from ..models.twin import duplicate
 from .checks import logits_of
 from .distributed import World
 from .ending import without_last_layer, without_last_node
-from .fold import BATCH_NORMS, PRODUCTS, fold_batch_norm, thaw_batch_norm
+from .evaluation import buffers_kept
+from .fold import BATCH_NORMS, PRODUCTS, fold_batch_norm, input_of, thaw_batch_norm
 from .outputs import LOGITS, Reading, as_classifier, demand_logits
+from .structures import nodes_behind
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +41,9 @@ class FrozenTeacher(nn.Module):
         network: the classifier; used in evaluation mode. Without a reading it must return logits
             [N, C].
         feature_layer: dotted name of the layer whose input is the feature vector. By default the
-            name in the network's attribute `feature_layer`, or else its last linear layer.
+            name in the network's attribute `feature_layer`, or else the last linear layer that its
+            logits are computed with. Without a `reading` that has seen images, which tells what
+            runs, it is the last that the network has.
         fold: fold each BatchNorm that follows a convolution or linear layer into that layer; see
             `fold_batch_norm`.
         watch: record the statistics of the input of each BatchNorm, for `batch_norm_loss`. Then
@@ -61,32 +67,32 @@ class FrozenTeacher(nn.Module):
         super().__init__()
         self.reading, self._looked_at = reading.forgotten(), bool(reading.seen)
         self._fingerprint = _fingerprint(network)
-        try:
-            network = copy.deepcopy(network)
-        except RuntimeError as error:
-            raise UserError(
-                "the teacher cannot be copied; remove its weight_norm or other hooks that compute "
-                f"weights ({first_line(error)})"
-            ) from error
-        network.eval()
+        network = duplicate(network).eval()
         for parameter in network.parameters():
             parameter.detach_()  # requires_grad_(False) fails for a copied TorchScript
         thaw_batch_norm(network)
         read_as = without_last_layer(network, reading)
         self._features: Tensor | None = None
         own = getattr(network, "feature_layer", None)
-        own = own if isinstance(own, str) else _last_linear(network)
-        self._feature_layer = feature_layer or own
+        own = own if isinstance(own, str) else None
+        self._ran, last = _layers_that_run(network, reading)
+        self._feature_layer, self._named = feature_layer or own or last, bool(feature_layer or own)
         if self._feature_layer is None:
             log.warning(
-                "the teacher shows no linear layer and no feature layer is named: the activation "
-                "loss is off"
+                "the teacher shows no linear layer that its logits are computed with, and "
+                "--feature-layer names no layer: the activation loss is off"
             )
         else:
+            if not self._named and last != _last_linear(network):
+                log.warning(
+                    "the features are what enters the teacher's layer %s, the last linear one that "
+                    "its logits are computed with; --feature-layer names another", last,
+                )  # fmt: skip
             layers = dict(network.named_modules(remove_duplicate=False))
             if self._feature_layer not in layers:
+                told = "" if feature_layer else ", which its attribute feature_layer names"
                 raise UserError(
-                    f"the teacher has no layer {feature_layer!r}; it has "
+                    f"the teacher has no layer {self._feature_layer!r}{told}; it has "
                     + ", ".join(name for name in layers if name)
                 )
             if isinstance(layers[self._feature_layer], torch.jit.ScriptModule):
@@ -94,7 +100,9 @@ class FrozenTeacher(nn.Module):
                     "a TorchScript teacher does not show what enters its layers; name no feature "
                     "layer, or give the teacher as a program of torch.export"
                 )
-            layers[self._feature_layer].register_forward_pre_hook(self._keep_features)
+            self._hook = layers[self._feature_layer].register_forward_pre_hook(
+                self._keep_features, with_kwargs=True
+            )
         # Of the last call, and of one that goes on: a layer and its input's moments, in the order
         # in which the layers ran. One that ran twice is there twice, one that did not run is not.
         self._statistics: list[tuple[Any, Tensor, Tensor]] = []
@@ -103,7 +111,7 @@ class FrozenTeacher(nn.Module):
         if watch and not watched:
             log.warning(_why_none_is_watched(network))
         for layer in watched:
-            layer.register_forward_pre_hook(self._keep_statistics)
+            layer.register_forward_pre_hook(self._keep_statistics, with_kwargs=True)
         self.watching = bool(watched)
         self.network = fold_batch_norm(network) if fold and not watched else network
         self.folded = self.network is not network
@@ -116,18 +124,30 @@ class FrozenTeacher(nn.Module):
         """The BatchNorm layers whose input statistics are recorded."""
         return layers_with_statistics(self.network) if self.watching else []
 
-    def _keep_features(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._features = inputs[0]
+    def _keep_features(
+        self, layer: nn.Module, inputs: tuple[Any, ...], others: dict[str, Any]
+    ) -> None:
+        self._features = input_of(inputs, others)
+
+    def _do_without_features(self, why: str) -> None:
+        """Raises UserError if the user has named the layer; else the teacher has no features."""
+        if self._named:
+            raise UserError(f"{why}, but features need one for each; name another --feature-layer")
+        log.warning("%s: the activation loss is off; --feature-layer names another layer", why)
+        self._hook.remove()
+        self._feature_layer = None
 
     def _take_features(self) -> Tensor | None:
         features, self._features = self._features, None
         return features
 
-    def _keep_statistics(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, mean, variance = with_moments(inputs[0])
+    def _keep_statistics(
+        self, layer: nn.Module, inputs: tuple[Any, ...], others: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x, mean, variance = with_moments(input_of(inputs, others))
         if self._running is not None:  # not in a direct call of `network`
             self._running.append((layer, mean, variance))
-        return (x, *inputs[1:])
+        return (x, *inputs[1:]), others if inputs else {}
 
     def batch_norm_loss(self, world: World) -> Tensor:
         """`losses.batch_norm_loss` of the last batch, over all processes of `world`. A layer counts
@@ -154,9 +174,10 @@ class FrozenTeacher(nn.Module):
         if features is not None:
             features = features.flatten(1)
         elif self._feature_layer is not None:
+            some = f", such as {', '.join(self._ran[-3:])}" if self._ran else ""
             raise UserError(
-                f"the teacher's layer {self._feature_layer!r} did not run; name another as its "
-                "feature layer"
+                f"the teacher's layer {self._feature_layer!r} did not run; --feature-layer must "
+                f"name one that does{some}"
             )
         return logits, features
 
@@ -207,12 +228,30 @@ class FrozenTeacher(nn.Module):
 
         with torch.enable_grad():
             logits = logits_of(network, images.detach().requires_grad_())
+        if features is not None and len(features) != len(images):
+            self._do_without_features(
+                f"what enters the teacher's layer {self._feature_layer!r} has {len(features)} rows "
+                f"for {len(images)} images"
+            )
+            features = None
         for name, values in (("logits", logits), ("features", features)):
-            if values is not None and not torch.isfinite(values).all():
+            if values is None or torch.isfinite(values).all():
+                continue
+            if (torch.isfinite(values) | torch.isneginf(values)).all():
+                raise UserError(
+                    f"the teacher's {name} hold -inf, as those of masked classes, which the losses "
+                    "cannot take; mask them with a large negative number, such as -1e9"
+                )
+            else:
                 raise UserError(
                     f"the teacher's {name} hold NaN or infinity; check its weights and that it was "
                     "saved after successful training"
                 )
+        if to_images and (layer := _quantised_layer(self.network)):
+            raise UserError(
+                f"the teacher is quantised ({layer}), which leaves no gradient to learn from; give "
+                "the network in floating point that it was made from"
+            )
         if to_images and not logits.requires_grad:
             raise UserError(
                 "the teacher gives no gradient to its images, from which the generator learns; "
@@ -247,10 +286,15 @@ def layers_with_statistics(network: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _why_none_is_watched(network: nn.Module) -> str:
+def hides_batch_norm(network: nn.Module) -> bool:
+    """Whether a network is TorchScript that may have BatchNorm layers, which it does not show."""
     scripts = [one for one in network.modules() if isinstance(one, torch.jit.ScriptModule)]
-    # Of a frozen TorchScript one module is left, which does not show what it was made of.
-    if len(scripts) == 1 or any("BatchNorm" in one.original_name for one in scripts):
+    # Of a frozen one a single module is left, which does not show what it was made of.
+    return len(scripts) == 1 or any("BatchNorm" in one.original_name for one in scripts)
+
+
+def _why_none_is_watched(network: nn.Module) -> str:
+    if hides_batch_norm(network):
         return (
             "a TorchScript teacher does not show its BatchNorm layers: the BatchNorm loss is off; "
             "give it as a program of torch.export to use them"
@@ -258,20 +302,87 @@ def _why_none_is_watched(network: nn.Module) -> str:
     return "the teacher has no BatchNorm layers: the BatchNorm loss is off"
 
 
+def _is_linear(layer: nn.Module) -> bool:
+    # Attention's output projection is of the latter class, and never called as a module.
+    return isinstance(layer, nn.Linear) and not isinstance(layer, NonDynamicallyQuantizableLinear)
+
+
 def _last_linear(network: nn.Module) -> str | None:
-    names = [
-        name
-        for name, layer in network.named_modules()
-        # Attention's output projection is of the latter class, and never called as a module.
-        if isinstance(layer, nn.Linear) and not isinstance(layer, NonDynamicallyQuantizableLinear)
-    ]
+    names = [name for name, layer in network.named_modules() if _is_linear(layer)]
     return names[-1] if names else None
+
+
+def _layers_that_run(network: nn.Module, reading: Reading) -> tuple[list[str], str | None]:
+    """The names of the layers that run for the images that `reading` has seen, in their order, and
+    of the last linear one that the logits are computed with. If none was seen, no names, and that
+    of the last linear layer that there is."""
+    ran: list[tuple[str, nn.Module, Any]] = []
+    layers = [
+        (name, layer)
+        for name, layer in network.named_modules()
+        if not layer._modules and not isinstance(layer, torch.jit.ScriptModule)
+    ]
+    handles = [
+        layer.register_forward_hook(
+            lambda layer, inputs, output, name=name: ran.append((name, layer, output))
+        )
+        for name, layer in layers
+        if name
+    ]
+    numbers = None
+    with contextlib.ExitStack() as after:
+        for handle in handles:
+            after.callback(handle.remove)
+        after.enter_context(torch.enable_grad())
+        after.enter_context(buffers_kept(network))
+        if reading.seen:
+            after.enter_context(contextlib.suppress(Exception))  # `check` says what is wrong
+            images = reading.seen[0][0].clone().requires_grad_()
+            numbers = reading.numbers(network(images))
+    if numbers is None:
+        return [], _last_linear(network)
+    behind = nodes_behind(numbers)
+    linear = [
+        name
+        for name, layer, output in ran
+        if _is_linear(layer)
+        and isinstance(output, Tensor)
+        and (output.grad_fn in behind or not behind)  # whose code forbids gradients
+    ]
+    names = list(dict.fromkeys(name for name, _, _ in ran))
+    return names, linear[-1] if linear else None
+
+
+def _quantised_layer(network: nn.Module) -> str | None:
+    kinds = (type(layer) for layer in network.modules())
+    return next((one.__name__ for one in kinds if ".quantized." in f"{one.__module__}."), None)
 
 
 def _fingerprint(network: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
+    for name, value in network.state_dict().items():
         digest.update(name.encode())
-        flat = tensor.detach().cpu().contiguous().flatten()  # a scalar cannot be viewed as bytes
-        digest.update(flat.view(torch.uint8).numpy())
+        for part in _bytes_of(value):
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _bytes_of(value: Any) -> Iterator[Any]:
+    """What is hashed of an entry of a state dict. Most are tensors, but `get_extra_state` may
+    return anything; of an object its class is taken, as all else may differ between processes."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        if value.is_quantized:
+            yield repr((value.qscheme(), value.dtype)).encode()
+            yield from _bytes_of(value.dequantize())
+            return
+        flat = value.contiguous().flatten()  # a scalar cannot be viewed as bytes
+        yield flat.view(torch.uint8).numpy()
+    elif isinstance(value, (list, tuple, Mapping)):
+        items = value.items() if isinstance(value, Mapping) else value
+        for item in items:
+            yield from _bytes_of(item)
+    elif isinstance(value, (str, bytes, int, float, complex, torch.dtype, type(None))):
+        yield repr(value).encode()
+    else:
+        yield type(value).__qualname__.encode()
