@@ -141,22 +141,28 @@ def _format_of(name: str) -> data.Format | None:
 
 
 @torch.no_grad()
-def pick_size(network: nn.Module, channels: int, sizes: list[ImageSize]) -> ImageSize:
+def pick_size(
+    network: nn.Module, channels: int, sizes: list[ImageSize], classes: int | None = None
+) -> ImageSize:
     """The first of `sizes` whose images the network takes, found by asking it; raises UserError if
     it takes none of them."""
     for size in sizes:
         try:
-            _read(network, (channels, *data.sides(size)), "model")
+            _read(network, (channels, *data.sides(size)), "model", classes)
             return size
         except UserError as error:
             refused = error
     raise refused
 
 
-def _read(network: nn.Module, image_shape: tuple[int, ...], role: str) -> Reading:
-    """What the network returns for random images."""
+def _read(
+    network: nn.Module, image_shape: tuple[int, ...], role: str, classes: int | None
+) -> Reading:
+    """What the network returns for random images; the `classes` of the data choose among several
+    tensors."""
     draw = torch.Generator().manual_seed(0)
-    return reading_of(network, torch.randn(8, *image_shape, generator=draw), role=role)
+    images = torch.randn(8, *image_shape, generator=draw)
+    return reading_of(network, images, role=role, classes=classes)
 
 
 @torch.inference_mode()
@@ -217,9 +223,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     examples = [torch.zeros(2, channels, *data.sides(size)) for size in sizes]
     network = computed_in(torch.float32, network, "model", *examples)
     if size is None:
-        size = pick_size(network, channels, sizes)
+        size = pick_size(network, channels, sizes, len(names))
     size = data.size_of(*data.sides(size))
-    reading = _read(network, (channels, *data.sides(size)), "model")
+    reading = _read(network, (channels, *data.sides(size)), "model", len(names))
     classes = reading.classes
     data.check_labels(labels, classes)
     images = data.resized(images, size)
@@ -274,7 +280,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if there == here:
             network = teacher.built(*here).eval()
             network = computed_in(torch.float32, network, "teacher", batch[:2].cpu())
-            reading = _read(network, tuple(batch.shape[1:]), "teacher")
+            reading = _read(network, tuple(batch.shape[1:]), "teacher", classes)
             there[0] = reading.classes
         if there != here:
             raise UserError(

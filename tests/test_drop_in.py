@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from dafl_fast import Config, distill
 from dafl_fast import evaluate as evaluation
 from dafl_fast import export as command
+from dafl_fast import train as training
 from dafl_fast.convention import Convention, as_answers
+from dafl_fast.distill import train
 from dafl_fast.engine.folder import read_config
 from dafl_fast.errors import UserError
 from dafl_fast.export import export_student
@@ -296,6 +298,56 @@ def test_the_setting_belongs_to_the_run(tmp_path):
         distilled(teacher, tmp_path / "other", teacher_output="softmax")
 
 
+class TwoHeads(Network):
+    """An answer of five classes and one of three."""
+
+    def __init__(self) -> None:
+        super().__init__(5, None)
+        self.other = nn.Linear(5, 3)
+
+    def forward(self, x):
+        z = self.z(x)
+        return {"classes": {"kind": z, "colour": self.other(z.detach())}}
+
+
+def test_the_output_that_is_chosen_belongs_to_the_run(tmp_path):
+    teacher = TwoHeads().eval()
+    images = torch.randn(40, *SHAPE)
+    labels = teacher(images)["classes"]["kind"].argmax(1)
+    with pytest.raises(UserError, match="classes/kind .* and classes/colour .*: choose one with"):
+        distilled(teacher, tmp_path / "refused")
+    chosen = {"teacher_output_name": "classes/kind", "eval_loader": [(images, labels)]}
+    result = distilled(teacher, tmp_path / "run", **chosen)
+    assert (result.summary["num_classes"], result.summary["teacher_accuracy"]) == (5, 1.0)
+    assert result.summary["convention"]["output_name"] == "kind"
+    export_student(result, tmp_path / "s.onnx")
+    assert run_onnx(tmp_path / "s.onnx", images[:2].numpy())[1] == "kind"
+    again = {**TINY, "resume": tmp_path / "run", "image_shape": SHAPE, "progress": "off"}
+    result = distill(teacher, student(5), **again, **chosen, steps=4)
+    assert (result.summary["steps"], result.summary["teacher_accuracy"]) == (4, 1.0)
+    with pytest.raises(UserError, match="--teacher-output-name cannot change when resuming"):
+        distill(teacher, student(5), **again, steps=6, teacher_output_name="colour")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flags", [["--num-classes", "3"], ["--teacher-output-name", "colour"]])
+def test_the_output_that_is_chosen_on_a_command_line(flags, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnx2torch")
+    torch.onnx.export(
+        TwoHeads().eval(), (torch.randn(2, *SHAPE),), tmp_path / "t.onnx", dynamo=False,
+        input_names=["x"], output_names=["kind", "colour"], dynamic_axes={"x": {0: "N"}},
+    )  # fmt: skip
+    arguments = [
+        "--teacher", str(tmp_path / "t.onnx"), "--student", "ResNet8Slim", "--steps", "1",
+        "--device", "cpu", "--batch-size", "8", "--student-batch-size", "8", "--bank-images", "16",
+        "--generator-width", "8", "--dead-leaves", "0", "--out-dir", str(tmp_path / "run"), *flags,
+    ]  # fmt: skip
+    config = training.parse(arguments)
+    summary = train(config, progress="off")
+    assert summary["num_classes"] == 3
+    assert summary["convention"]["output_name"] == "colour"
+
+
 # -- evaluation ------------------------------------------------------------------------------------
 
 
@@ -320,6 +372,7 @@ def test_evaluation_reads_any_answer(tmp_path, monkeypatch, capsys):
         "dict": lambda z: {"probs": z[:, :2].softmax(1)},
         "one": lambda z: torch.sigmoid(z[:, 1] - z[:, 0]),
         "logit": lambda z: z[:, 1:2] - z[:, :1],
+        "two": lambda z: (z, z[:, :2] * 2),
     }
     torch.manual_seed(0)
     weights = nn.Linear(12, 3).state_dict()
@@ -338,7 +391,8 @@ def test_evaluation_reads_any_answer(tmp_path, monkeypatch, capsys):
         z = model.layer(x.mean(3).flatten(1)[:, :12])[:, :2]
     accuracy = (z.argmax(1).numpy() == labels).mean()
     assert 0 < accuracy < 1
-    for model, teacher in (("dict", "one"), ("one", "logit"), ("logit", "dict")):
+    for model, teacher in (("dict", "one"), ("one", "logit"), ("logit", "dict"),
+                           ("two", "one")):  # fmt: skip
         monkeypatch.setattr(sys, "argv", [
             "evaluate", files[model], "--teacher", files[teacher], "--data",
             str(tmp_path / "d.npz"), "--normalise", "0..1", "--json", "--device", "cpu",
