@@ -341,6 +341,21 @@ def test_the_logits_among_several_outputs(tmp_path):
     assert reading_of(teacher, torch.randn(3, 3, 8, 8), name="y").kind == "probabilities"
 
 
+def test_an_output_that_cannot_be_converted_does_not_hide_the_logits(tmp_path):
+    nodes, weights = plain()
+    nodes[5].output[0] = nodes[6].input[0] = "my_logits"
+    nodes.append(helper.make_node("Det", ["n"], ["d"]))
+    outputs = [helper.make_tensor_value_info(name, 1, [1, size])
+               for name, size in (("d", 6), ("my_logits", 5))]  # fmt: skip
+    path = written(tmp_path / "t.onnx", nodes, weights, [1, 3, 8, 8], outputs=outputs)
+    teacher = load_network(path, role="teacher")
+    assert teacher.convention.output_name == "my_logits"
+    images = torch.randn(1, 3, 8, 8)
+    wanted = onnxruntime.InferenceSession(str(path)).run(["my_logits"], {"x": images.numpy()})[0]
+    np.testing.assert_allclose(teacher(images).detach(), wanted, rtol=1e-4, atol=1e-5)
+    assert reading_of(teacher, torch.randn(3, 3, 8, 8), name="my_logits").path == ()
+
+
 class Several(nn.Module):
     """Features, an auxiliary head and classes, whose names an export to ONNX loses."""
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -316,19 +317,20 @@ def _layers_that_run(network: nn.Module, reading: Reading) -> tuple[list[str], s
     """The names of the layers that run for the images that `reading` has seen, in their order, and
     of the last linear one that the logits are computed with. If none was seen, no names, and that
     of the last linear layer that there is."""
-    ran: list[tuple[str, nn.Module, Any]] = []
+    ran: list[str] = []
+    outputs: list[tuple[str, Tensor]] = []  # of the linear ones
+
+    def note(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        ran.append(name)
+        if _is_linear(layer) and isinstance(output, Tensor):
+            outputs.append((name, output))
+
     layers = [
         (name, layer)
         for name, layer in network.named_modules()
         if not layer._modules and not isinstance(layer, torch.jit.ScriptModule)
     ]
-    handles = [
-        layer.register_forward_hook(
-            lambda layer, inputs, output, name=name: ran.append((name, layer, output))
-        )
-        for name, layer in layers
-        if name
-    ]
+    handles = [layer.register_forward_hook(partial(note, name)) for name, layer in layers if name]
     numbers = None
     with contextlib.ExitStack() as after:
         for handle in handles:
@@ -342,15 +344,9 @@ def _layers_that_run(network: nn.Module, reading: Reading) -> tuple[list[str], s
     if numbers is None:
         return [], _last_linear(network)
     behind = nodes_behind(numbers)
-    linear = [
-        name
-        for name, layer, output in ran
-        if _is_linear(layer)
-        and isinstance(output, Tensor)
-        and (output.grad_fn in behind or not behind)  # whose code forbids gradients
-    ]
-    names = list(dict.fromkeys(name for name, _, _ in ran))
-    return names, linear[-1] if linear else None
+    # Nothing is behind the logits of code that forbids gradients.
+    linear = [name for name, output in outputs if output.grad_fn in behind or not behind]
+    return list(dict.fromkeys(ran)), linear[-1] if linear else None
 
 
 def _quantised_layer(network: nn.Module) -> str | None:

@@ -69,8 +69,8 @@ def read_onnx(path: Path, role: str, image_shape: Shape | None = None) -> nn.Mod
     problems = []
     for shape in shapes:
         try:
-            names = run.choose(shape)
-            network = _converted(model, convention, shape, batch, names)
+            run.choose(shape)
+            network = _with_outputs(model, run, shape)
             difference, count = _difference(network, run, shape)
             break
         except Exception as error:  # whatever onnx and the others say, of another size perhaps
@@ -94,7 +94,7 @@ def read_onnx(path: Path, role: str, image_shape: Shape | None = None) -> nn.Mod
         "onnxruntime's by at most %.2g of the largest", role, path, count, difference,
     )  # fmt: skip
     found: Any = network
-    found.convention = replace(convention, image_shape=shape, output_name=names[0])
+    found.convention = replace(convention, image_shape=shape, output_name=run.outputs[0])
     return network
 
 
@@ -169,6 +169,19 @@ def _guesses(model: Any, convention: Convention) -> list[Shape]:
     return [(channels, *(side if side > 0 else guess for side in size)) for guess in _SIZES]
 
 
+def _with_outputs(model: Any, run: _Session, shape: Shape) -> nn.Module:
+    """The network with all outputs that `run` has chosen; or with the logits alone, if they are
+    named and another output cannot be converted."""
+    try:
+        return _converted(model, run.convention, shape, run.batch, run.outputs)
+    except Exception:  # whatever onnx and the others say
+        logits = [name for name in run.outputs if "logit" in name.lower()]
+        if not 0 < len(logits) < len(run.outputs):
+            raise
+        run.outputs = logits
+        return _converted(model, run.convention, shape, run.batch, logits)
+
+
 def _converted(
     model: Any, convention: Convention, shape: Shape, batch: int | None, outputs: list[str]
 ) -> nn.Module:
@@ -197,32 +210,31 @@ class _Session:
             enable_fallback=0,  # which would print, and try the same again
         )  # fmt: skip
         self.path, self.role, self.convention, self.batch = path, role, convention, batch
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        self.outputs = [output.name for output in self._session.get_outputs()]
 
-    def choose(self, shape: Shape) -> list[str]:
-        """The names of the outputs that have a row of numbers for each image."""
+    def choose(self, shape: Shape) -> None:
+        """Keeps the outputs that have a row of numbers for each image."""
         count = self.batch or 3
-        answers = self._run(torch.zeros(count, *shape), self._outputs)
+        answers = self._run(torch.zeros(count, *shape), self.outputs)
         found = []
         alone = []  # of one image, a number without a dimension
-        for name, answer in zip(self._outputs, answers):
+        for name, answer in zip(self.outputs, answers):
             if getattr(answer, "dtype", None) is None or answer.dtype.kind != "f":
                 continue
             if answer.ndim == 0 and count == 1:
                 alone.append(name)
             elif answer.ndim and len(answer) == count and all(n == 1 for n in answer.shape[2:]):
                 found.append(name)
-        self._outputs = found or alone[:1]
-        if self._outputs:
-            return self._outputs
-        raise UserError(
-            f"the {self.role} {self.path} is no classifier: none of its outputs is [N, classes]"
-        )
+        if not (found or alone):
+            raise UserError(
+                f"the {self.role} {self.path} is no classifier: none of its outputs is [N, classes]"
+            )
+        self.outputs = found or alone[:1]
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Of each output that was chosen, the numbers for these images."""
         parts = images.split(self.batch or len(images))
-        answers = zip(*(self._run(part, self._outputs) for part in parts))
+        answers = zip(*(self._run(part, self.outputs) for part in parts))
         return [torch.cat([torch.atleast_1d(torch.as_tensor(one)) for one in answer])
                 for answer in answers]  # fmt: skip
 
