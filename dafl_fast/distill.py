@@ -39,7 +39,7 @@ from .engine.distributed import World
 from .engine.evaluation import HeldOut, buffers_kept, eval_set, evaluation_mode, modes_kept
 from .engine.folder import RunFolder, check_resumed, read_config
 from .engine.graph import reason_not_captured
-from .engine.layout import layout_kept
+from .engine.layout import copying_inputs, layout_kept
 from .engine.lock import locked
 from .engine.loop import Loop, parameters_of
 from .engine.precision import computed_in
@@ -326,6 +326,7 @@ def _settled(
         world.demand_equal({"the images (by the SHA-256 of their pixels)": print_of})
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
+    teacher = copying_inputs(teacher, example.to(next(teacher.parameters(), example).device))
     new = config.resume is None
     own = {*chosen, *_unusual(config)} if new else set()
     if new and "dead_leaves" not in own and not _has_use_for_pictures(config, given):

@@ -124,6 +124,28 @@ class Minus(nn.Module):
         return x - 0.5
 
 
+@pytest.mark.parametrize("view", [False, True])
+def test_a_teacher_may_write_into_its_images(tmp_path, view):
+    """Also one that runs on contiguous images only."""
+
+    class Teacher(InPlace):
+        def forward(self, x):
+            return super().forward(x.view(len(x), -1).view(x.shape) if view else x)
+
+    held_out = IMAGES.clone()
+    results = [
+        run(
+            tmp_path / name, teacher, eval_loader=[(held_out, LABELS)], eval_every=1e-6, log_every=1
+        )
+        for name, teacher in (("a", Teacher()), ("b", nn.Sequential(Minus(), *net())))
+    ]
+    assert torch.equal(held_out, IMAGES)
+    one, two = (result.student.state_dict() for result in results)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-5, atol=1e-6)
+    assert results[0].summary["teacher_accuracy"] == results[1].summary["teacher_accuracy"]
+
+
 def test_weights_of_five_dimensions(tmp_path):
     result = run(tmp_path, FiveDimensions(), FiveDimensions())
     assert result.student.shift.shape == (1, 1, 1, 1, 5) and result.student.shift.abs().sum() > 0

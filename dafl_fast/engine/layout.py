@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError, first_line
+from ..models.twin import duplicate
 from .evaluation import evaluation_mode, modes_kept, training_mode
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def use_channels_last(network: nn.Module, inputs: Tensor, role: str, trained: bo
             f"{list(inputs.shape)}: {first_line(error)}"
         ) from error
     if _writes_into(network, inputs):
-        network._forward_pre_hooks[id(_copied_inputs)] = _copied_inputs
+        _copy_inputs_of(network)
     before = _strides(network)
     for tensor in _weights(network).values():  # module.to() refuses weights of five dimensions
         if tensor.dim() == 4:
@@ -85,7 +86,7 @@ def use_channels_last(network: nn.Module, inputs: Tensor, role: str, trained: bo
             if not _near(got, expected):
                 break
             return
-    _remove_hooks(network)
+    _remove_hooks(network, _CONTIGUOUS)
     _restore(network, before)
     _demand_contiguous_inputs(network)
     log.warning(
@@ -93,6 +94,15 @@ def use_channels_last(network: nn.Module, inputs: Tensor, role: str, trained: bo
         "view() in its code, where flatten() or reshape() does the same",
         role,
     )
+
+
+def copying_inputs(network: nn.Module, inputs: Tensor) -> nn.Module:
+    """`network`, or a copy of it that gets copies of its inputs if it writes into them."""
+    with contextlib.suppress(Exception):  # whatever is wrong with it is said elsewhere
+        if _writes_into(network, inputs):
+            network = duplicate(network)
+            _copy_inputs_of(network)
+    return network
 
 
 @contextlib.contextmanager
@@ -103,7 +113,7 @@ def layout_kept(network: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _remove_hooks(network)
+        _remove_hooks(network, (*_CONTIGUOUS, _copied_inputs))
         _restore(network, before)
 
 
@@ -230,18 +240,22 @@ def _contiguous_inputs(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
 
 
+def _copy_inputs_of(network: nn.Module) -> None:
+    network._forward_pre_hooks[id(_copied_inputs)] = _copied_inputs
+
+
 def _copied_inputs(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
 
 
-def _remove_hooks(network: nn.Module) -> None:
+def _remove_hooks(network: nn.Module, which: tuple[Any, ...]) -> None:
     for layer in network.modules():
         for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+            for key in [key for key, hook in hooks.items() if hook in which]:
                 del hooks[key]
 
 
-_HOOKS = (_contiguous_output, _contiguous_inputs, _copied_inputs)
+_CONTIGUOUS = (_contiguous_output, _contiguous_inputs)
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
