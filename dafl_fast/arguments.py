@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ _OF_COMMANDS = {
 }
 
 
-def check_settings(names: Collection[str]) -> None:
+def check_settings(settings: Mapping[str, Any]) -> None:
     """Raises UserError if one of the settings would be ignored."""
     for name, instead in _OF_COMMANDS.items():
-        if name in names:
+        if settings.get(name) not in (None, False, "none"):
             raise UserError(f"{name} is for commands, distill() takes no notice of it: {instead}")
 
 

@@ -165,7 +165,7 @@ def distill(
     """
     if isinstance(generator, str):
         settings["generator"], generator = generator, None
-    check_settings(settings.keys())
+    check_settings(settings)
     check_networks(teacher, student, generator)
     teacher, student = uncompiled(teacher), uncompiled(student)
     callbacks, paths = checked_callbacks(callbacks), checked_images(images)
