@@ -45,7 +45,8 @@ def check_networks(teacher: Any, student: Any, generator: Any) -> None:
     if teacher is student:
         raise UserError("teacher and student must be two networks, got the same twice")
     theirs = {id(tensor) for tensor in (*teacher.parameters(), *teacher.buffers())}
-    for name, tensor in (*student.named_parameters(), *student.named_buffers()):
+    trained = [(name, one) for name, one in student.named_parameters() if one.requires_grad]
+    for name, tensor in (*trained, *student.named_buffers()):
         if id(tensor) in theirs:
             raise UserError(
                 f"the student's {name} is the teacher's own, which training would change; make the "

@@ -275,8 +275,6 @@ class Config:
                 "--until-flat needs evaluations, with --eval-every, on held-out images of the bank,"
                 " with --bank-held-out"
             )
-        if self.mean and max(self.mean) > 1:
-            raise mistake("mean", "of pixels in 0..1, so divide it by 255, as --std", self.mean)
         if self.image_shape is not None:
             _ = self.from_generated
             if self.preset == "custom":  # others bring those of their data

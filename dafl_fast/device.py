@@ -178,20 +178,22 @@ def usual_defaults() -> Iterator[None]:
     """A context in which new tensors are float32 and on the CPU unless something else is said, and
     gradients are computed, whatever the program around has set. Afterwards all is as before, the
     global random numbers too."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    search = torch.backends.cudnn.benchmark
+    dtype, search = torch.get_default_dtype(), torch.backends.cudnn.benchmark
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    gpu = torch.cuda.current_device() if gpus else None
+    elsewhere = torch.get_default_device().type != "cpu"
     torch.set_default_dtype(torch.float32)
-    if device.type != "cpu":
-        torch.set_default_device(None)
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(gpus):
+        with (
+            torch.device("cpu") if elsewhere else contextlib.nullcontext(),
+            torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(gpus),
+        ):  # fmt: skip
             yield
     finally:
         torch.backends.cudnn.benchmark = search
         torch.set_default_dtype(dtype)
-        if device.type != "cpu":
-            torch.set_default_device(device)
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -55,7 +55,7 @@ from .pages import page_of_result, write_report
 from .progress import Mode, Progress, outcome
 from .recipes import WITHOUT_BATCH_NORM, make_config
 from .records import Run
-from .settings import Mark, plain
+from .settings import Mark, mistake, plain
 from .unlabelled import Given, given_tensor, read_images, with_dead_leaves, with_sketches
 
 log = logging.getLogger(__name__)
@@ -258,10 +258,12 @@ def _run(
             if world.first:
                 give_notice(config, teacher, step)
             shown.announce(config, teacher, step)
-            if held_out is not None:
-                held_out = HeldOut(held_out, config, step.num_classes)
+            classes = step.num_classes
 
             def begin() -> Path:
+                nonlocal held_out
+                if held_out is not None:
+                    held_out = HeldOut(held_out, config, classes)
                 path = config.resume or RunFolder.create(config)
                 held.enter_context(locked(path / ".lock", f"the run in {path} is being trained"))
                 return path
@@ -317,7 +319,7 @@ def _settled(
     world.demand_equal({f"--{name.replace('_', '-')}": value for name, value in settings.items()})
     given = None if images is None else given_tensor(images, config.shape)
     for path in config.images:  # which is what is wrong, if the normalisation is missing as well
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(f"--images {path} does not exist")
     if config.images:
         given = read_images(config.images, config.image_format)
@@ -328,6 +330,8 @@ def _settled(
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     teacher = copying_inputs(teacher, example.to(next(teacher.parameters(), example).device))
     new = config.resume is None
+    if new and config.mean and max(config.mean) > 1:
+        raise mistake("mean", "of pixels in 0..1, so divide it by 255, as --std", config.mean)
     own = {*chosen, *_unusual(config)} if new else set()
     if new and "dead_leaves" not in own and not _has_use_for_pictures(config, given):
         config = dataclasses.replace(config, dead_leaves=0)
@@ -341,7 +345,10 @@ def _settled(
             given = with_dead_leaves(given, config.dead_leaves, config.drawn_format)
         if config.sketches != "none":
             given = with_sketches(given, config.sketches, config.drawn_format)
-    return _with_bank_that_fits(config, device, world, given), teacher, given
+    if new and config.student_source == "bank":
+        fits = world.decide(lambda: _bank_that_fits(config, device, world.size, given))
+        config = dataclasses.replace(config, bank_images=fits)
+    return config, teacher, given
 
 
 def _has_use_for_pictures(config: Config, given: Given | None) -> bool:
@@ -380,26 +387,24 @@ def _unusual(config: Config) -> set[str]:
     return {name for name, value in vars(usual).items() if getattr(config, name) != value}
 
 
-def _with_bank_that_fits(
-    config: Config, device: torch.device, world: World, given: Given | None = None
-) -> Config:
-    """`config` with fewer images in the replay bank, if those of the recipe take too much memory. A
-    resumed run keeps the number that it began with.
+def _bank_that_fits(
+    config: Config, device: torch.device, processes: int, given: Given | None = None
+) -> int:
+    """The images of the replay bank: fewer than those of the recipe if they take too much memory.
 
     Raises:
         UserError: the user's own number takes more memory than there is.
     """
-    free = free_memory(device)
-    if config.student_source != "bank" or config.resume is not None or free is None:
-        return config
+    free, wanted = free_memory(device), config.bank_images
+    if free is None:
+        return wanted
     entry = bytes_of_entry(config.shape, config.num_classes or 0, config.bank_dtype)
     # Processes on CPUs share the memory of the host, and each has the whole bank.
-    free //= world.size if device.type == "cpu" else 1
+    free //= processes if device.type == "cpu" else 1
     if given is not None:
         free = max(0, free - given.bytes_to_cut - len(given.whole) * entry)
         if given.form is not None and config.generator != "none":
             entry = round(entry * (1 + config.images_share))  # what is cut has a bank of its own
-    wanted = most = config.bank_images
     usual = wanted in (
         make_config(config.preset, config.recipe).bank_images,
         WITHOUT_BATCH_NORM["bank_images"],
@@ -410,16 +415,14 @@ def _with_bank_that_fits(
             f"take {wanted * entry / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             f"{'' if given is None else ' beside the images'}: choose at most {free // entry}"
         )
-    if usual:
-        most = max(config.batch_size, min(wanted, free // (4 * entry)))
-    images = world.decide(lambda: most)  # the first process's, as all banks are equal
-    if images < wanted and world.first:
+    images = max(config.batch_size, min(wanted, free // (4 * entry))) if usual else wanted
+    if images < wanted:
         log.warning(
             "the replay bank holds %s images instead of %s, a quarter of the %.1f GB of memory "
             "that are free; --bank-images sets another number", f"{images:,}", f"{wanted:,}",
             free / 1e9,
         )  # fmt: skip
-    return dataclasses.replace(config, bank_images=images)
+    return images
 
 
 def _in_evaluation_mode(student: nn.Module, images: list[Tensor]) -> nn.Module:

@@ -74,6 +74,9 @@ class EvaluateConfig:
     """Mean of each channel, pixels in 0..1, in place of --normalise."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel, likewise."""
+    teacher_output_name: str | None = None
+    """Of the teacher, or without one the model: which of several tensors that it returns is meant,
+    as "logits", "1" or "heads/main"."""
     grey: bool = False
     """The images are grey, and given to the network as equal channels."""
     image_size: ImageSize | None = None
@@ -142,13 +145,17 @@ def _format_of(name: str) -> data.Format | None:
 
 @torch.no_grad()
 def pick_size(
-    network: nn.Module, channels: int, sizes: list[ImageSize], classes: int | None = None
+    network: nn.Module,
+    channels: int,
+    sizes: list[ImageSize],
+    classes: int | None = None,
+    name: str | None = None,
 ) -> ImageSize:
     """The first of `sizes` whose images the network takes, found by asking it; raises UserError if
     it takes none of them."""
     for size in sizes:
         try:
-            _read(network, (channels, *data.sides(size)), "model", classes)
+            _read(network, (channels, *data.sides(size)), "model", classes, name)
             return size
         except UserError as error:
             refused = error
@@ -156,13 +163,17 @@ def pick_size(
 
 
 def _read(
-    network: nn.Module, image_shape: tuple[int, ...], role: str, classes: int | None
+    network: nn.Module,
+    image_shape: tuple[int, ...],
+    role: str,
+    classes: int | None,
+    name: str | None = None,
 ) -> Reading:
-    """What the network returns for random images; the `classes` of the data choose among several
-    tensors."""
+    """What the network returns for random images; the `name`, or the `classes` of the data, choose
+    among several tensors."""
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(8, *image_shape, generator=draw)
-    return reading_of(network, images, role=role, classes=classes)
+    return reading_of(network, images, role=role, name=name, classes=classes)
 
 
 @torch.inference_mode()
@@ -222,10 +233,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     sizes = [size] if size else [own, *told, *([usual.image_size] if usual else [])]
     examples = [torch.zeros(2, channels, *data.sides(size)) for size in sizes]
     network = computed_in(torch.float32, network, "model", *examples)
+    name = None if teacher is not None else config.teacher_output_name
     if size is None:
-        size = pick_size(network, channels, sizes, len(names))
+        size = pick_size(network, channels, sizes, len(names), name)
     size = data.size_of(*data.sides(size))
-    reading = _read(network, (channels, *data.sides(size)), "model", len(names))
+    reading = _read(network, (channels, *data.sides(size)), "model", len(names), name)
     classes = reading.classes
     data.check_labels(labels, classes)
     images = data.resized(images, size)
@@ -280,7 +292,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if there == here:
             network = teacher.built(*here).eval()
             network = computed_in(torch.float32, network, "teacher", batch[:2].cpu())
-            reading = _read(network, tuple(batch.shape[1:]), "teacher", classes)
+            named = config.teacher_output_name
+            reading = _read(network, tuple(batch.shape[1:]), "teacher", classes, named)
             there[0] = reading.classes
         if there != here:
             raise UserError(

@@ -114,9 +114,10 @@ def make_config(preset: str = "mnist", recipe: str = "fast", **overrides: Any) -
     if unknown:
         raise UserError(f"unknown setting {sorted(unknown)[0]!r}; see --help for all of them")
     values = {**PRESETS[preset].networks, **recipes[recipe]}
-    shape = overrides.get("image_shape")
-    if isinstance(shape, (tuple, list)) and len(values.get("mean") or ()) not in (0, shape[0]):
-        values |= {"mean": None, "std": None}  # the preset's data have other channels
+    shape, count = overrides.get("image_shape"), len(values.get("mean") or ())
+    if isinstance(shape, (tuple, list)) and shape and not overrides.get("grey"):
+        if count not in (0, shape[0]):  # the preset's data have other channels
+            values |= {"mean": None, "std": None}
     length = {name: overrides.pop(name, None) for name in ("steps", "max_seconds")}
     if any(value is not None for value in length.values()):
         values |= length

@@ -15,7 +15,9 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
 )  # fmt: skip
 # Names from files and folders, in Markdown: they shall be text there, and nothing else.
-_ENVIRONMENT.filters["plain"] = lambda name: re.sub(r"([\\`*_\[\]<>&|~])", r"\\\1", printable(name))
+_ENVIRONMENT.filters["plain"] = lambda name: re.sub(
+    r"([\\`*_\[\]<>&|~])", r"\\\1", printable(str(name))
+)
 
 
 def render(template: str, values: dict[str, Any]) -> str:

@@ -55,11 +55,13 @@ def parse(arguments: list[str]) -> Config:
 
 def _check_place_of_preset(arguments: list[str]) -> None:
     """Raises UserError if the name of a preset stands where no setting takes it."""
+    usual = vars(Config())
     for before, word in itertools.pairwise(arguments):
-        switch = any(isinstance(vars(Config()).get(name), bool) for name in named([before]))
+        switch = any(isinstance(usual.get(name), bool) for name in named([before]))
         if word in PRESETS and (switch or "=" in before or not before.startswith("-")):
             raise UserError(
-                f"the preset {word} must come first: python -m dafl_fast.train {word} ..."
+                f"the preset {word} must come first, and be the only one: python -m "
+                f"dafl_fast.train {word} ..."
             )
 
 

@@ -151,6 +151,25 @@ def test_weights_of_five_dimensions(tmp_path):
     assert result.student.shift.shape == (1, 1, 1, 1, 5) and result.student.shift.abs().sum() > 0
 
 
+class OnlyInTraining(Around):
+    def forward(self, x):
+        with torch.set_grad_enabled(self.training):
+            return self.inner(x)
+
+
+def test_a_student_with_gradients_in_training_only(tmp_path):
+    before = net()[3].weight.detach()
+    assert (run(tmp_path, student=OnlyInTraining()).student.inner[3].weight != before).any()
+
+
+def test_a_frozen_layer_may_be_the_teachers(tmp_path):
+    teacher = net().requires_grad_(False)
+    student = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), teacher[3])
+    before = teacher[3].weight.clone()
+    run(tmp_path, teacher, student)
+    assert torch.equal(teacher[3].weight, before)
+
+
 def test_what_torch_compile_wraps_is_trained(tmp_path):
     student = net()
     result = run(tmp_path, torch.compile(net()), torch.compile(student))
@@ -158,10 +177,11 @@ def test_what_torch_compile_wraps_is_trained(tmp_path):
     assert result.summary["teacher"] == "Sequential"
 
 
-def test_outputs_of_a_sigmoid_are_told_of(tmp_path, caplog):
+@pytest.mark.parametrize(("student", "told"), [(Sigmoid, True), (Around, False)])
+def test_a_student_that_ends_in_a_sigmoid_is_told_of(tmp_path, caplog, student, told):
     with caplog.at_level(logging.WARNING):
-        run(tmp_path, student=Sigmoid())
-    assert "the student's outputs lie between 0 and 1" in caplog.text
+        run(tmp_path, student=student())
+    assert ("the student ends in a sigmoid" in caplog.text) == told
 
 
 # -- everything else -------------------------------------------------------------------------------
@@ -176,6 +196,7 @@ def test_outputs_of_a_sigmoid_are_told_of(tmp_path, caplog):
         (dict(callbacks=[print, 3]), "callbacks must be functions that take a row, got [<built"),
         (dict(images=Image.new("L", (9, 9))), "images must be paths of photographs, folders or"),
         (dict(images="nowhere.png"), "--images nowhere.png does not exist"),
+        (dict(images="a" * 300), "does not exist"),
         (dict(student_weights="x"), "student_weights is for commands, distill() takes no notice"),
         (dict(eval="mnist"), "eval is for commands, distill() takes no notice of it: give eval_lo"),
         (dict(mean=(123.7,) * 3), "--mean must be of pixels in 0..1, so divide it by 255"),
@@ -190,6 +211,10 @@ def test_the_data_of_a_preset_have_its_channels():
     assert make_config("cifar10", image_shape=(2, 8, 8)).mean is None
     assert make_config("cifar10", image_shape=(3, 8, 8)).mean == make_config("cifar10").mean
     assert make_config("cifar10", image_shape=(2, 8, 8), mean=(0.5, 0.4)).mean == (0.5, 0.4)
+    grey = make_config("mnist", image_shape=(3, 32, 32), grey=True)
+    assert grey.mean == (0.1307,) and grey.units == ((0.1307,) * 3, (0.3081,) * 3)
+    with pytest.raises(UserError, match="--image-shape must be 3 values"):
+        make_config("mnist", image_shape=())
     one_for_all = make_config("custom", image_shape=(3, 8, 8), mean=(0.5,), std=(0.25,))
     assert one_for_all.units == ((0.5,) * 3, (0.25,) * 3)
 
@@ -278,5 +303,9 @@ def test_the_program_around_is_as_before(tmp_path):
     assert torch.backends.cudnn.benchmark == search
     assert all(parameter.grad is None for parameter in student.parameters())
     assert result.history == rows and len(rows) >= 2
+    with torch.device("meta"):
+        assert run(tmp_path / "3", teacher, student).summary["steps"] == 2
+        assert torch.empty(1).device.type == "meta"
+    assert torch.empty(1).device.type == "cpu"
     with torch.inference_mode():
         assert run(tmp_path / "2", teacher, student).summary["steps"] == 2

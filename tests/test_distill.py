@@ -266,8 +266,11 @@ def test_a_generator_of_the_users_own(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (dict(image_shape=(3, 8, 2)), "--image-shape must be .* height and width of at least 4"),
-        (dict(image_shape=(65, 8, 8)), "--image-shape must be 1 to 64 channels"),
+        (
+            dict(image_shape=(3, 8, 2)),
+            "--image-shape must be .* width .at least 4 each.",
+        ),
+        (dict(image_shape=(65, 8, 8)), "--image-shape must be channels .1 to 64."),
         (dict(image_shape=(1, 8, 8)), r"the teacher does not take images of shape \[16, 1, 8, 8\]"),
         (dict(num_classes=7), "--num-classes is 7, but the teacher tells 5 apart"),
         (dict(student=Residual(4)), r"the student must return logits \[2, 5\].*as many classes"),

@@ -193,6 +193,18 @@ def test_what_only_the_first_process_sees_is_said_by_both(in_two_processes, tmp_
     assert in_two_processes(refusal, tmp_path) == [said, said]
 
 
+def refusal_of_held_out(world: World, folder):
+    """The first process alone has held-out images, as it alone reports an accuracy."""
+    wrong = [(torch.zeros(4, 3, 8, 8), torch.full((4,), 7))]
+    return refusal(world, folder, eval_loader=wrong if world.first else None)
+
+
+def test_wrong_held_out_images_of_the_first_process_end_both(in_two_processes, tmp_path):
+    first, second = in_two_processes(refusal_of_held_out, tmp_path / "run")
+    assert first == second and first.endswith("got labels from 7 to 7")
+    assert not (tmp_path / "run").exists()
+
+
 class NormAndReLU(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x).relu()

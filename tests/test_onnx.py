@@ -341,19 +341,21 @@ def test_the_logits_among_several_outputs(tmp_path):
     assert reading_of(teacher, torch.randn(3, 3, 8, 8), name="y").kind == "probabilities"
 
 
-def test_an_output_that_cannot_be_converted_does_not_hide_the_logits(tmp_path):
+@pytest.mark.parametrize("name", ["my_logits", "output"])
+def test_an_output_that_cannot_be_converted_does_not_hide_the_classes(tmp_path, name, caplog):
     nodes, weights = plain()
-    nodes[5].output[0] = nodes[6].input[0] = "my_logits"
+    nodes[5].output[0] = nodes[6].input[0] = name
     nodes.append(helper.make_node("Det", ["n"], ["d"]))
     outputs = [helper.make_tensor_value_info(name, 1, [1, size])
-               for name, size in (("d", 6), ("my_logits", 5))]  # fmt: skip
+               for name, size in (("d", 6), (name, 5))]  # fmt: skip
     path = written(tmp_path / "t.onnx", nodes, weights, [1, 3, 8, 8], outputs=outputs)
     teacher = load_network(path, role="teacher")
-    assert teacher.convention.output_name == "my_logits"
+    assert teacher.convention.output_name == name
+    assert "is read without its output d, which cannot be converted" in caplog.text
     images = torch.randn(1, 3, 8, 8)
-    wanted = onnxruntime.InferenceSession(str(path)).run(["my_logits"], {"x": images.numpy()})[0]
+    wanted = onnxruntime.InferenceSession(str(path)).run([name], {"x": images.numpy()})[0]
     np.testing.assert_allclose(teacher(images).detach(), wanted, rtol=1e-4, atol=1e-5)
-    assert reading_of(teacher, torch.randn(3, 3, 8, 8), name="my_logits").path == ()
+    assert reading_of(teacher, torch.randn(3, 3, 8, 8), name=name).path == ()
 
 
 class Several(nn.Module):

@@ -467,10 +467,14 @@ EMBEDDINGS = {
     "tuple": (lambda h, z, o: (h, z), (1,)),
     "out": (lambda h, z, o: {"out": h, "z": z}, ("z",)),
     "normalised": (lambda h, z, o: (F.normalize(h), h, z), (2,)),
+    "normalised alone": (lambda h, z, o: (F.normalize(h), z), (1,)),
+    "another relu": (lambda h, z, o: (z, (h - 1).relu()), (0,)),
+    "token": (lambda h, z, o: {"cls_token_logits": z, "final_norm": F.normalize(h)},
+              ("cls_token_logits",)),
     "stages": (lambda h, z, o: {"stages": [h, h + 1], "classifier": z}, ("classifier",)),
     "probabilities too": (lambda h, z, o: (z, z.softmax(1), h), (0,)),
     "auxiliary": (lambda h, z, o: {"aux_logits": o, "main_logits": z}, ("main_logits",)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("frozen", [False, True])

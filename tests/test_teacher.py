@@ -493,6 +493,15 @@ def test_the_features_are_those_that_the_logits_are_computed_from(build, order, 
     assert (line in caplog.text) == told
 
 
+@pytest.mark.parametrize("parametrized", [nn.utils.parametrizations.weight_norm,
+                                          nn.utils.parametrizations.spectral_norm])  # fmt: skip
+def test_features_before_a_last_layer_with_a_parametrization(parametrized):
+    network, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU()), torch.randn(16, 3, 2, 2)
+    network.append(parametrized(nn.Linear(7, 5)))
+    teacher = FrozenTeacher(network, reading=reading_of(network, x))
+    torch.testing.assert_close(teacher(x)[1], network[:3](x))
+
+
 def test_only_linear_layers_off_the_way_to_the_logits(caplog):
     network, x = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten()), torch.randn(16, 3, 2, 2)
     network[1].aux = nn.Linear(4, 4)

@@ -440,6 +440,16 @@ def test_resume_refuses_another_teacher(tmp_path):
     assert after == files  # so the run goes on as before
 
 
+def test_what_a_run_chose_by_itself_may_be_named_when_it_goes_on(tmp_path):
+    """The rules by which it chose may have changed since."""
+    train(tiny(tmp_path / "run", steps=2))
+    resume = ["--resume", str(tmp_path / "run"), "--steps", "3"]
+    config = command.parse([*resume, "--feature-layer", "fc2"])
+    assert config.feature_layer == "fc2" and train(config)["steps"] == 3
+    with pytest.raises(UserError, match="--feature-layer cannot change when resuming: .* has fc2"):
+        command.parse([*resume, "--feature-layer", "fc1"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "preset", "recipe"),
     [
@@ -576,7 +586,7 @@ def _save(path: Path, state: dict[str, torch.Tensor]) -> str:
     [
         (
             ["--steps", "5", "mnist"],
-            "the preset mnist must come first: python -m dafl_fast.train m",
+            "the preset mnist must come first, and be the only one: python -m dafl_fast.train m",
         ),
         (["--no-adapt", "custom", "--steps", "5"], "the preset custom must come first"),
         (

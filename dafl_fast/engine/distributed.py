@@ -58,9 +58,10 @@ class World:
             UserError: the processes do not find each other.
         """
         if dist.is_available() and dist.is_initialized():
+            size = dist.get_world_size()
             # The caller's group may be for tensors on GPUs only.
-            control: Any = dist.new_group(backend="gloo")
-            return cls(dist.get_rank(), dist.get_world_size(), control=control)
+            control: Any = dist.new_group(backend="gloo") if size > 1 else None
+            return cls(dist.get_rank(), size, control=control)
         if told_by_torchrun("WORLD_SIZE", 1) == 1:
             return cls()
         try:
@@ -73,9 +74,11 @@ class World:
         return cls(dist.get_rank(), dist.get_world_size(), own=True)
 
     def leave(self) -> None:
-        """Ends the process group at the end of a run, if `join` made it."""
+        """Ends the process groups that `join` made, at the end of a run."""
         if self._own:
             dist.destroy_process_group()
+        elif self._control is not None:
+            dist.destroy_process_group(self._control)
 
     @property
     def first(self) -> bool:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -407,9 +406,8 @@ def _is_row(row: Any) -> bool:
 
 def _is_a(value: Any, kinds: tuple[type, ...]) -> bool:
     """Whether `value` has one of the types, and is finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return type(value) in kinds
-    return type(value) in kinds and abs(value) < 2**63 and math.isfinite(value)
+    number = type(value) in (int, float)
+    return type(value) in kinds and (not number or abs(value) < 2**63)
 
 
 def _checked_progress(progress: dict[str, Any]) -> dict[str, Any]:
@@ -433,9 +431,10 @@ def check_resumed(config: Config) -> None:
         UserError: there is no such run, or a setting differs that must not change.
     """
     assert config.resume is not None
-    before = Config(**read_config(config.resume))
-    place = f" when resuming: the run in {config.resume} has"
-    check_unchanged(plain(before, without=Mark.RESUMABLE), config, place)
+    before = plain(Config(**read_config(config.resume)), without=Mark.RESUMABLE)
+    for name in ("teacher_output_name", "feature_layer"):  # once chosen by rules that have changed
+        before[name] = before[name] or getattr(config, name)
+    check_unchanged(before, config, f" when resuming: the run in {config.resume} has")
 
 
 def _next_free(parent: Path, stem: str) -> Path:

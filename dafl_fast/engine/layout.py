@@ -132,7 +132,7 @@ def try_out(network: nn.Module, inputs: Tensor, trained: bool = False) -> list[T
                 losses = [y.float().square().mean() for y in outputs if y.requires_grad]
                 if losses:
                     torch.stack(losses).sum().backward()
-                elif trained:
+                elif training:
                     raise ValueError(
                         "its outputs have no gradient; look for torch.no_grad() or detach() in its "
                         "forward"

@@ -277,6 +277,16 @@ def demand_logits(logits: Tensor) -> None:
         )
 
 
+def tell_of_sigmoid(student: nn.Module, images: Tensor) -> None:
+    """Warns of a student [N, C, H, W] -> [N, K] that ends in a sigmoid."""
+    with evaluation_mode(student), buffers_kept(student), torch.enable_grad():
+        if _last_function(student(images.clone())) is _SIGMOID:
+            log.warning(
+                "the student ends in a sigmoid, and its outputs are taken for logits; leave it "
+                "out, an export can end in it"
+            )
+
+
 def demand_exclusive_classes(reading: Reading) -> None:
     """Raises UserError if a network's sigmoids are often above one half together, as those of
     labels that do not exclude each other."""

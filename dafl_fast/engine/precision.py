@@ -73,9 +73,11 @@ def check_trainable(network: nn.Module, role: str, inputs: Tensor) -> None:
         raise UserError(
             f"the {role} has nothing to train: none of its parameters has requires_grad=True"
         )
+    wide = any(p.dtype == torch.float64 for p in network.parameters())
+    wide = wide and not _takes(network, inputs)
     for name, parameter in network.named_parameters():
         narrow = parameter.dtype in _LOW
-        if narrow or (parameter.dtype == torch.float64 and not _takes(network, inputs)):
+        if narrow or (wide and parameter.dtype == torch.float64):
             advice = ", and set precision to compute in less" if narrow else ""
             raise UserError(
                 f"the {role}'s weights must be float32 to be trained, got {_name(parameter.dtype)} "

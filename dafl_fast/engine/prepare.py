@@ -26,7 +26,7 @@ from .distributed import World
 from .evaluation import buffers_kept, evaluation_mode
 from .fuse import fuse_relu
 from .layout import try_out, use_channels_last
-from .outputs import demand_exclusive_classes, reading_of
+from .outputs import demand_exclusive_classes, reading_of, tell_of_sigmoid
 from .precision import check_trainable, precision_of
 from .step import Step
 from .teacher import Autocast, FrozenTeacher
@@ -87,6 +87,7 @@ def prepare(
     check_trainable(student, "student", images)
     precision = precision_of(student, config.precision, precision)
     check_student(student, images, num_classes)
+    tell_of_sigmoid(student, images)
     if generating:
         check_trainable(generator, "generator", noise)
         check_generator(generator, noise, made)

@@ -27,6 +27,7 @@ _UNLIKELY = re.compile(
     "aux|feat|embed|hidden|pool|loss|attention|attn|repr|latent|backbone|trunk|stage|token|encod|"
     "proj|^emb|^neck|^stem|^state|^box|^mask|^map|^inter|^pre$|prelogit"
 )
+_OTHERS = re.compile("aux|^box|^mask|prelogit|^pre$")  # which have logits of their own
 # What autograd records of a layer with weights.
 _LAYER = re.compile(
     r"(Addmm|Addmv|Mm|Mv|Bmm|Baddbmm|Linear|Cdist|EuclideanDist|\w*Convolution)Backward\d*"
@@ -126,17 +127,18 @@ def nodes_behind(tensor: Tensor) -> dict[Any, bool]:
 
 
 def _standings(found: list[Candidate]) -> list[int]:
-    """For each tensor 2 if a layer makes another of them from it, as logits from an embedding; 1
-    if it was made from another without a layer, as probabilities from logits; else 0."""
+    """For each tensor 2 if another has passed through all its layers and more, as logits through
+    those of an embedding; 1 if it was made from another without a layer, as probabilities from
+    logits; else 0."""
     if len(found) == 1:
         return [0]
     nodes = [one.tensor.grad_fn for one in found]
     behind = [nodes_behind(one.tensor) for one in found]
+    layers = [{node for node in each if _LAYER.fullmatch(node.name())} for each in behind]
     standings = []
-    for own, mine in zip(nodes, behind, strict=True):
-        pairs = [(node, theirs) for node, theirs in zip(nodes, behind) if node is not own]
-        inner = any(theirs.get(own) for _, theirs in pairs)
-        derived = any(mine.get(node) is False for node, _ in pairs)
+    for own, mine, passed in zip(nodes, behind, layers, strict=True):
+        inner = any(passed < more for more in layers)
+        derived = any(mine.get(node) is False for node in nodes if node is not own)
         standings.append(2 if inner else 1 if derived else 0)
     return standings
 
@@ -146,7 +148,9 @@ def _rank(one: Candidate, standing: int) -> float:
     names = [re.sub("(?<=[a-z])(?=[A-Z])", "_", key) for key in one.path if isinstance(key, str)]
     words = [word for name in names for word in re.findall("[a-z]+", name.lower())]
     rank = float(len(_LIKELY))
-    if any(map(_UNLIKELY.search, words)):
+    if "logits" in words and not any(map(_OTHERS.search, words)):
+        rank = 0.0
+    elif any(map(_UNLIKELY.search, words)):
         rank += 1
     else:
         likely = (index for index, kind in enumerate(_LIKELY) if any(map(kind.search, words)))

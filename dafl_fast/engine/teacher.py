@@ -291,7 +291,8 @@ def hides_batch_norm(network: nn.Module) -> bool:
     """Whether a network is TorchScript that may have BatchNorm layers, which it does not show."""
     scripts = [one for one in network.modules() if isinstance(one, torch.jit.ScriptModule)]
     # Of a frozen one a single module is left, which does not show what it was made of.
-    return len(scripts) == 1 or any("BatchNorm" in one.original_name for one in scripts)
+    frozen = isinstance(network, torch.jit.ScriptModule) and len(scripts) == 1
+    return frozen or any("BatchNorm" in one.original_name for one in scripts)
 
 
 def _why_none_is_watched(network: nn.Module) -> str:
@@ -328,7 +329,8 @@ def _layers_that_run(network: nn.Module, reading: Reading) -> tuple[list[str], s
     layers = [
         (name, layer)
         for name, layer in network.named_modules()
-        if not layer._modules and not isinstance(layer, torch.jit.ScriptModule)
+        if (not layer._modules or _is_linear(layer))  # one with a parametrization has it inside
+        and not isinstance(layer, torch.jit.ScriptModule)
     ]
     handles = [layer.register_forward_hook(partial(note, name)) for name, layer in layers if name]
     numbers = None

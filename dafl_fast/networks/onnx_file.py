@@ -8,6 +8,7 @@ conversion is trusted: the network must answer as onnxruntime does.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import logging
 import math
@@ -170,16 +171,28 @@ def _guesses(model: Any, convention: Convention) -> list[Shape]:
 
 
 def _with_outputs(model: Any, run: _Session, shape: Shape) -> nn.Module:
-    """The network with all outputs that `run` has chosen; or with the logits alone, if they are
-    named and another output cannot be converted."""
+    """The network with the outputs that `run` has chosen, as far as they can be converted."""
+
+    def converted(outputs: list[str]) -> nn.Module:
+        return _converted(model, run.convention, shape, run.batch, outputs)
+
+    def works(name: str) -> bool:
+        with contextlib.suppress(Exception):
+            converted([name])
+            return True
+        return False
+
     try:
-        return _converted(model, run.convention, shape, run.batch, run.outputs)
+        return converted(run.outputs)
     except Exception:  # whatever onnx and the others say
-        logits = [name for name in run.outputs if "logit" in name.lower()]
-        if not 0 < len(logits) < len(run.outputs):
+        kept = list(filter(works, run.outputs)) if len(run.outputs) > 1 else []
+        if not kept:
             raise
-        run.outputs = logits
-        return _converted(model, run.convention, shape, run.batch, logits)
+    left_out = ", ".join(name for name in run.outputs if name not in kept)
+    log.warning("the %s %s is read without its output %s, which cannot be converted to PyTorch",
+                run.role, run.path, left_out)  # fmt: skip
+    run.outputs = kept
+    return converted(kept)
 
 
 def _converted(

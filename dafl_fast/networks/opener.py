@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -383,14 +382,13 @@ def is_for_mnist(teacher: str) -> bool:
     """Whether a teacher that is named without a preset belongs to the preset mnist: a network of
     its kind, or a file of weights for its teacher."""
     path = Path(teacher)
-    if not os.path.isfile(path) or teacher.endswith(".py"):
+    # A file of code is none to read: `open_network` says what is missing in its name.
+    if not os.path.isfile(path) or path.suffix == ".py":
         return teacher in GREY_SIZES
     if recognise(path, "teacher").weights is None:
         return False
-    with suppress(UserError):
-        load_weights(build(PRESETS["mnist"].networks["teacher"]), path, "teacher")
-        return True
-    return False
+    found = identify(read_weights(path, "teacher"))
+    return found is not None and found[0] == PRESETS["mnist"].networks["teacher"]
 
 
 def _completed(config: Config, teacher: Opened) -> Config:
