@@ -46,7 +46,14 @@ def check_networks(teacher: Any, student: Any, generator: Any) -> None:
         raise UserError("teacher and student must be two networks, got the same twice")
     theirs = {id(tensor) for tensor in (*teacher.parameters(), *teacher.buffers())}
     trained = [(name, one) for name, one in student.named_parameters() if one.requires_grad]
-    for name, tensor in (*trained, *student.named_buffers()):
+    # Of buffers, those of BatchNorm, unless it is frozen. Others may be constants of both.
+    norms = [
+        (f"{layer_name}.{name}".lstrip("."), buffer)
+        for layer_name, layer in student.named_modules()
+        if hasattr(layer, "running_mean") and (layer.training or not student.training)
+        for name, buffer in layer.named_buffers(recurse=False)
+    ]
+    for name, tensor in (*trained, *norms):
         if id(tensor) in theirs:
             raise UserError(
                 f"the student's {name} is the teacher's own, which training would change; make the "
@@ -64,7 +71,7 @@ def uncompiled(network: nn.Module) -> nn.Module:
 def _told(value: Any) -> str:
     """What was given instead of a module, and what to do about it."""
     if isinstance(value, (str, Path)):
-        return f"{str(value)!r}; dafl_fast.load_network opens names and files"
+        return f"{str(value)!r}; dafl_fast.load_network(name, role=...) opens names and files"
     if isinstance(value, type) and issubclass(value, nn.Module):
         return f"the class {value.__name__}; give an instance, {value.__name__}(...)"
     if isinstance(value, dict):
@@ -74,7 +81,8 @@ def _told(value: Any) -> str:
 
 def checked_shape(shape: Any) -> tuple[int, int, int]:
     """Channels, height and width; raises UserError for another number of values."""
-    if isinstance(shape, Iterable) and len(sides := tuple(shape)) == 3:
+    sides = () if isinstance(shape, str) or not isinstance(shape, Iterable) else tuple(shape)
+    if len(sides) == 3:
         return sides
     raise UserError(
         f"image_shape must be channels, height and width, as in (3, 32, 32), got {shape!r}"

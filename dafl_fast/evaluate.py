@@ -6,6 +6,8 @@ bring their own.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import statistics
@@ -155,7 +157,9 @@ def pick_size(
     it takes none of them."""
     for size in sizes:
         try:
-            _read(network, (channels, *data.sides(size)), "model", classes, name)
+            # torch.fx prints what its modules raise.
+            with contextlib.redirect_stderr(io.StringIO()):
+                _read(network, (channels, *data.sides(size)), "model", classes, name)
             return size
         except UserError as error:
             refused = error

@@ -90,6 +90,7 @@ def in_inference_mode():
         (lambda: net().to("meta"), "student has no weights: 0.weight is on the device 'meta'"),
         (lambda: net().requires_grad_(False), "the student has nothing to train: none of its par"),
         (in_inference_mode, "the student was made under torch.inference_mode()"),
+        (lambda: WithState(), "the student cannot be saved: _extra_state in its state is dict, no"),
         (WithoutGradient, "its outputs have no gradient; look for torch.no_grad() or detach()"),
     ],
 )
@@ -170,6 +171,44 @@ def test_a_frozen_layer_may_be_the_teachers(tmp_path):
     assert torch.equal(teacher[3].weight, before)
 
 
+CONSTANT = torch.full((1, 1, 1, 1), 0.13)
+
+
+class WithConstant(Around):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", CONSTANT)
+
+    def forward(self, x):
+        return super().forward(x - self.mean)
+
+
+def test_buffers_that_training_changes_are_the_students_own(tmp_path):
+    run(tmp_path, WithConstant(), WithConstant())
+    assert CONSTANT.item() == torch.tensor(0.13)
+    norm = nn.BatchNorm2d(3)
+    said = "the student's 0.running_mean is the teacher's own, which training would change"
+    (tmp_path / "2").mkdir()
+    norm.requires_grad_(False)
+    refused(tmp_path / "2", said, nn.Sequential(norm, *net()), nn.Sequential(norm, *net()))
+
+
+class WithState(Around):
+    def get_extra_state(self):
+        return {"version": 2}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_lazy_layers_on_both_sides(tmp_path):
+    def lazy():
+        return nn.Sequential(nn.Flatten(), nn.LazyLinear(6), nn.ReLU(), nn.LazyLinear(5))
+
+    result = run(tmp_path, lazy(), lazy(), student_start="teacher")
+    assert result.summary["student_images"] > 0
+
+
 def test_what_torch_compile_wraps_is_trained(tmp_path):
     student = net()
     result = run(tmp_path, torch.compile(net()), torch.compile(student))
@@ -191,6 +230,7 @@ def test_a_student_that_ends_in_a_sigmoid_is_told_of(tmp_path, caplog, student, 
     ("settings", "sentence"),
     [
         (dict(generator=lambda z: z), "generator must be an nn.Module, got function"),
+        (dict(image_shape="3 8 8"), "image_shape must be channels, height and width, as in (3, 32"),
         (dict(image_shape=32), "image_shape must be channels, height and width, as in (3, 32, 32)"),
         (dict(image_shape=(3, 8.5, 8)), "--image-shape must be a whole number, got 8.5"),
         (dict(callbacks=[print, 3]), "callbacks must be functions that take a row, got [<built"),
@@ -239,6 +279,8 @@ class Dataset(torch.utils.data.Dataset):
         lambda: (IMAGES, LABELS),
         lambda: [(IMAGES, LABELS.unsqueeze(1))],
         lambda: [(IMAGES.double(), LABELS.int())],
+        lambda: [(IMAGES[:0], LABELS[:0]), (IMAGES, LABELS.float())],
+        lambda: [(IMAGES, LABELS.numpy().astype(np.uint16))],
         lambda: [(IMAGES.numpy(), LABELS.numpy())],
         lambda: zip(IMAGES.split(8), LABELS.split(8), strict=True),
         lambda: torch.utils.data.DataLoader(Dataset(), batch_size=16),
@@ -272,7 +314,9 @@ def test_pixels_of_held_out_images_may_be_bytes(tmp_path):
         ([{"images": IMAGES, "labels": LABELS}], "got dict"),
         ([(IMAGES, LABELS, LABELS)], "got Tensor, Tensor, Tensor"),
         ([(IMAGES.byte(), LABELS)], "got [40, 3, 8, 8] and [40] of torch.uint8 and torch.int64"),
-        ([(IMAGES, LABELS.float())], "got [40, 3, 8, 8] and [40] of torch.float32 and torch.float"),
+        ([(IMAGES, LABELS + 0.5)], "got [40, 3, 8, 8] and [40] of torch.float32 and torch.float"),
+        ([(IMAGES, LABELS), (IMAGES, LABELS + 10)], "got labels from 10 to 14 in batch 2"),
+        ((IMAGES, LABELS.tolist()), "got Tensor, list in batch 1"),
         ([(IMAGES, torch.eye(5)[LABELS])], "got [40, 3, 8, 8] and [40, 5]"),
         ([(IMAGES[..., 1:], LABELS)], "got [40, 3, 8, 7] and [40]"),
         ([(IMAGES, LABELS + 1)], "got labels from 1 to 5"),

@@ -518,12 +518,27 @@ def test_tensors_of_several_widths_that_could_all_be_meant_are_refused():
         reading_of(teacher, images)
     assert str(raised.value) == (
         "the teacher returns several tensors that could be its answer, a [N, 10] and b/0 [N, 7]: "
-        "choose one with --teacher-output-name"
+        "choose one with --teacher-output-name, or by --num-classes"
     )
     assert reading_of(teacher, images, classes=7).path == ("b", 0)
     assert reading_of(teacher, images, classes=10).path == ("a",)
     with pytest.raises(UserError, match="several tensors"):
         reading_of(teacher, images, classes=3)
+
+
+@pytest.mark.parametrize("wide", [12, 3])
+def test_what_is_made_of_logits_is_not_taken_for_them(wide):
+    """By a decoder, as of a capsule network, or a coarser head."""
+    images, further = images_for(), nn.Linear(10, wide)
+    teacher = Embedding(lambda h, z, o: (z, further(z).relu())).eval()
+    assert reading_of(teacher, images, classes=10).path == (0,)
+    with pytest.raises(UserError, match=r"item 0 \[N, 10\] and item 1 .*, or by --num-classes$"):
+        reading_of(teacher, images)
+    teacher.end = lambda h, z, o: {"fine": z, "coarse": further(z)}
+    assert reading_of(teacher, images, name="fine").classes == 10
+    same = nn.Linear(10, 10)
+    teacher.end = lambda h, z, o: (z, same(z))
+    assert reading_of(teacher, images).path == (0,)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,8 +90,8 @@ class HeldOut:
         num_classes: labels are below it.
 
     Raises:
-        UserError: the first batch is not of that kind, or there is none. Others are looked at when
-            their turn comes.
+        UserError: the first batch, or any of a list, is not of that kind, or there is none. Others
+            are looked at when their turn comes.
     """
 
     def __init__(self, loader: Any, config: Config, num_classes: int) -> None:
@@ -103,29 +102,39 @@ class HeldOut:
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
             raise self._mistake(f"got {type(loader).__name__}")
         self._loader = list(loader) if isinstance(loader, Iterator) else loader
-        if not any(len(labels) for _, labels in itertools.islice(self, 1)):
+        counts: Iterable[int] = (len(labels) for _, labels in self)
+        if isinstance(self._loader, (list, tuple)):
+            counts = list(counts)  # all are looked at
+        if not any(counts):
             raise self._mistake("got none")
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self._loader:
-            yield self._checked(batch)
+        for number, batch in enumerate(self._loader, 1):
+            try:
+                yield self._checked(batch)
+            except UserError as error:
+                raise UserError(f"{error} in batch {number}") from error
 
     def _checked(self, batch: Any) -> tuple[Tensor, Tensor]:
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         if not pair or not all(hasattr(part, "shape") for part in batch):
             parts = batch if isinstance(batch, (tuple, list)) else [batch]
             kinds = ", ".join(type(part).__name__ for part in parts[:4])
-            raise self._mistake(f"got {kinds}" + ", as of a Dataset without DataLoader" * pair)
+            single = pair and getattr(batch[0], "ndim", 0) == 3
+            raise self._mistake(f"got {kinds}" + ", as of a Dataset without DataLoader" * single)
         images, labels = map(torch.as_tensor, batch)
+        if labels.is_floating_point() and torch.equal(labels, labels.round()):
+            labels = labels.long()
         if labels.dim() == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         shapes = f"got {list(images.shape)} and {list(labels.shape)}"
         if tuple(images.shape[1:]) != self._shape or labels.shape != images.shape[:1]:
             raise self._mistake(shapes)
-        if self._integers:
+        if self._integers or images.dtype in (torch.float16, torch.bfloat16):
             images = images.float()
         if not images.is_floating_point() or labels.is_floating_point():
             raise self._mistake(f"{shapes} of {images.dtype} and {labels.dtype}")
+        labels = labels.long()
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self._classes:
             raise self._mistake(f"got labels from {int(labels.min())} to {int(labels.max())}")
         return images, labels

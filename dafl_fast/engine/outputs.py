@@ -21,7 +21,7 @@ from ..convention import Convention, OutputKind, as_answers
 from ..errors import UserError
 from .checks import answer_of
 from .evaluation import buffers_kept, evaluation_mode
-from .structures import Path, candidates, chosen, named, place
+from .structures import FORM, Path, candidates, chosen, named, place
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +69,6 @@ SQUASHED: dict[str, Squash] = {
     "sigmoids": _SIGMOID,
     "binary-probability": _SIGMOID,
 }
-# What autograd records of code that changes the form of a tensor only, or hardly its values.
-_FORM = re.compile(
-    "(View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|ToCopy|Alias|Clone|Select|Slice|Transpose|"
-    r"Permute|T|Clamp\w*)Backward\d*"
-)
-
 _WORDS: dict[OutputKind, str] = {
     "logits": "logits of {} classes",
     "probabilities": "probabilities of {} classes",
@@ -372,7 +366,7 @@ def _last_function(numbers: Tensor) -> Squash | None:
         for squash in (_SOFTMAX, _LOG_SOFTMAX, _SIGMOID, _LINEAR):
             if re.fullmatch(squash.backward + r"\d*", node.name()):
                 return squash
-        if not _FORM.fullmatch(node.name()):
+        if not FORM.fullmatch(node.name()):
             return None
         node = node.next_functions[0][0]
     return None

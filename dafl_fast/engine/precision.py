@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from ..device import AUTOCAST
 from ..errors import UserError
@@ -37,7 +38,7 @@ def computed_in(dtype: torch.dtype, network: nn.Module, role: str, *examples: Te
         UserError: it computes in another precision than its weights', or cannot be copied.
     """
     tensors = [*network.parameters(), *network.buffers()]
-    if any(tensor.is_inference() for tensor in tensors):
+    if any(not is_lazy(tensor) and tensor.is_inference() for tensor in tensors):
         network = duplicate(network)
     kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     constant = isinstance(network, torch.jit.ScriptModule) and not kinds  # a frozen one
@@ -73,6 +74,12 @@ def check_trainable(network: nn.Module, role: str, inputs: Tensor) -> None:
         raise UserError(
             f"the {role} has nothing to train: none of its parameters has requires_grad=True"
         )
+    for name, value in network.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"the {role} cannot be saved: {name} in its state is {type(value).__name__}, no "
+                "tensor; leave get_extra_state out"
+            )
     wide = any(p.dtype == torch.float64 for p in network.parameters())
     wide = wide and not _takes(network, inputs)
     for name, parameter in network.named_parameters():

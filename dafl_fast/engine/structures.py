@@ -28,7 +28,12 @@ _UNLIKELY = re.compile(
     "proj|^emb|^neck|^stem|^state|^box|^mask|^map|^inter|^pre$|prelogit"
 )
 _OTHERS = re.compile("aux|^box|^mask|prelogit|^pre$")  # which have logits of their own
-# What autograd records of a layer with weights.
+# What autograd records of code that changes the form of a tensor only, or hardly its values.
+FORM = re.compile(
+    "(View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|ToCopy|Alias|Clone|Select|Slice|Transpose|"
+    r"Permute|T|Clamp\w*)Backward\d*"
+)
+# What it records of a layer with weights.
 _LAYER = re.compile(
     r"(Addmm|Addmv|Mm|Mv|Bmm|Baddbmm|Linear|Cdist|EuclideanDist|\w*Convolution)Backward\d*"
 )
@@ -99,7 +104,7 @@ def chosen(found: list[Candidate], widths: Collection[int], role: str) -> tuple[
     if len({one.width for one in best}) > 1:
         raise UserError(
             f"the {role} returns several tensors that could be its answer, {_listed(best)}: choose "
-            "one with --teacher-output-name"
+            "one with --teacher-output-name, or by --num-classes"
         )
     if len(best) > 1:
         return best[
@@ -129,7 +134,8 @@ def nodes_behind(tensor: Tensor) -> dict[Any, bool]:
 def _standings(found: list[Candidate]) -> list[int]:
     """For each tensor 2 if another has passed through all its layers and more, as logits through
     those of an embedding; 1 if it was made from another without a layer, as probabilities from
-    logits; else 0."""
+    logits; else 0. What comes straight out of a layer may itself be logits, from which others are
+    made, as by a decoder: it counts as 0."""
     if len(found) == 1:
         return [0]
     nodes = [one.tensor.grad_fn for one in found]
@@ -137,10 +143,17 @@ def _standings(found: list[Candidate]) -> list[int]:
     layers = [{node for node in each if _LAYER.fullmatch(node.name())} for each in behind]
     standings = []
     for own, mine, passed in zip(nodes, behind, layers, strict=True):
-        inner = any(passed < more for more in layers)
+        inner = any(passed < more for more in layers) and not _is_from_a_layer(own)
         derived = any(mine.get(node) is False for node in nodes if node is not own)
         standings.append(2 if inner else 1 if derived else 0)
     return standings
+
+
+def _is_from_a_layer(node: Any) -> bool:
+    """Whether a layer has computed what has this node, but for its form."""
+    while node is not None and FORM.fullmatch(node.name()):
+        node = node.next_functions[0][0]
+    return node is not None and bool(_LAYER.fullmatch(node.name()))
 
 
 def _rank(one: Candidate, standing: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 Tensors = dict[str, Tensor]
 Pair = tuple[Tensor, Tensor]
@@ -56,6 +57,8 @@ def _pairs(own: Tensors, others: Tensors) -> list[Pair]:
 
 
 def _fits(to: Tensor, by: Tensor) -> bool:
+    if is_lazy(to) or is_lazy(by):
+        return False
     plain = all(one.layout == torch.strided and not one.is_meta for one in (to, by))
     smaller = to.dim() == by.dim() and all(a <= b for a, b in zip(to.shape, by.shape))
     smaller = smaller and to.shape[2:] == by.shape[2:]  # a kernel's corner is no smaller kernel
