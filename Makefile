@@ -40,10 +40,10 @@ CAP_avx512 := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENAB
 ISA ?= avx2
 CAPPED = DAFL_FAST_ISA=$(ISA) $(CAP_$(ISA)) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-$(ISA)
 # Tests whose results are no matter of the CPU's instructions, or that start other commands.
-ANY_ISA := architecture arguments bench config containers cuda cuda_emulated cuda_layers_emulated cuda_model \
-    data distributed docs emulation export faults files gpu_check hostile info kill_check live \
-    make mutants networks notices onnx packaging progress report reproduce schedule threads \
-    train_teacher
+ANY_ISA := architecture arguments bench config containers cuda cuda_emulated cuda_layers_emulated \
+    cuda_model data distributed docs emulation export faults files gpu_check hostile info \
+    kill_check live make mutants networks notices onnx packaging progress report reproduce \
+    schedule threads train_teacher
 
 SECONDS ?= 60
 KILLS ?= 100
