@@ -201,7 +201,7 @@ def refusal_of_held_out(world: World, folder):
 
 def test_wrong_held_out_images_of_the_first_process_end_both(in_two_processes, tmp_path):
     first, second = in_two_processes(refusal_of_held_out, tmp_path / "run")
-    assert first == second and first.endswith("got labels from 7 to 7")
+    assert first == second and first.endswith("got labels from 7 to 7 in batch 1")
     assert not (tmp_path / "run").exists()
 
 
