@@ -324,8 +324,8 @@ def _settled(
     if config.images:
         given = read_images(config.images, config.image_format)
     if world.size > 1:
-        print_of = None if given is None else given.fingerprint()
-        world.demand_equal({"the images (by the SHA-256 of their pixels)": print_of})
+        fingerprint = None if given is None else given.fingerprint()
+        world.demand_equal({"the images (by the SHA-256 of their pixels)": fingerprint})
     example = torch.zeros(2, *config.shape)
     teacher = computed_in(example.dtype, teacher, "teacher", example)
     teacher = copying_inputs(teacher, example.to(next(teacher.parameters(), example).device))

@@ -106,14 +106,11 @@ def chosen(found: list[Candidate], widths: Collection[int], role: str) -> tuple[
             f"the {role} returns several tensors that could be its answer, {_listed(best)}: choose "
             "one with --teacher-output-name, or by --num-classes"
         )
+    another = "--teacher-output-name chooses another"
     if len(best) > 1:
-        return best[
-            0
-        ], f"{_listed(best[1:], 'or')} could be meant too: --teacher-output-name chooses another"
+        return best[0], f"{_listed(best[1:], 'or')} could be meant too: {another}"
     others = [one for one in found if one is not best[0]]
-    if not others:
-        return best[0], ""
-    return best[0], f"--teacher-output-name chooses another: {_listed(others, 'or')}"
+    return best[0], f"{another}: {_listed(others, 'or')}" if others else ""
 
 
 def nodes_behind(tensor: Tensor) -> dict[Any, bool]:
